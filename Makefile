@@ -1,0 +1,50 @@
+# `make test` is all that a fresh machine needs. Other targets: `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# The stamp carries the checksum of what the environment is made from, so an environment made from older pins is
+# brought up to date whatever the files' times say, and a current one costs nothing.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test check format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make the environment, or bring it up to date with constraints.txt
+
+# torch goes first and alone: resolved on the way to another package, it could be a build of another size.
+$(STAMP):
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt hatchling
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+test: $(STAMP) ## run the tests and the docstrings' examples
+	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+check: $(STAMP) ## formatting, lint, types, then the tests
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+format: $(STAMP) ## format the code and mend what lint can mend
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(STAMP) ## measure patching against other tools
+	$(PY) -m experiments.benchmarks.patching --out experiments/benchmarks/patching.json
+
+clean: ## remove caches and build products, not the environment
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""Where each family of models keeps its parts.
+
+An adapter is a function from a module to an `Architecture`. It is found by the `model_type` of a Hugging Face config, or by
+the qualified name of the module's class; `register` adds one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import nn
+
+from ..errors import ModelError, nearest
+from .architecture import Architecture
+
+_HERE = __name__
+_ADAPTERS: dict[str, str | Callable[[nn.Module], Architecture]] = {
+    "gpt2": f"{_HERE}.gpt2",
+    "llama": f"{_HERE}.llama",
+    "mistral": f"{_HERE}.llama",
+    "qwen2": f"{_HERE}.llama",
+    "qwen3": f"{_HERE}.llama",
+    "interp.models.transformer.Transformer": f"{_HERE}.small",
+}
+
+
+def register(name: str, adapter: Callable[[nn.Module], Architecture]) -> None:
+    """Add the adapter of a family.
+
+    Args:
+        name: a Hugging Face `model_type`, or the qualified name of a class (``"package.module.Class"``).
+        adapter: a function from such a module to its `Architecture`.
+    """
+    _ADAPTERS[name] = adapter
+
+
+def describe(module: nn.Module) -> Architecture:
+    """Find the parts of a model.
+
+    Raises:
+        ModelError: no adapter knows this model.
+    """
+    names = [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    for name in [*([model_type] if isinstance(model_type, str) else []), *names]:
+        adapter = _ADAPTERS.get(name)
+        if isinstance(adapter, str):
+            adapter = import_module(adapter).describe
+        if adapter is not None:
+            return adapter(module)
+    given = model_type or names[0]
+    raise ModelError(
+        f"no adapter knows {given!r}{nearest(given, _ADAPTERS)}; there are {', '.join(_ADAPTERS)}. "
+        "Add one with hooks.adapters.register(name, function), or pass adapter= to wrap()."
+    )

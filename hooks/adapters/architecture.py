@@ -1,0 +1,141 @@
+"""What the engine needs to know of a decoder: its parts, named once, for both ways of running it.
+
+Forward hooks are placed on these modules, and the copy-on-write executor calls them on packed tokens. A part is a module of
+the user's model, never a copy of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The part of a linear module's output that holds q, k or v: `heads` heads of `width`, from column `start` on."""
+
+    module: nn.Module
+    heads: int
+    width: int
+    start: int | None = None
+
+    @property
+    def columns(self) -> slice:
+        """The module's output columns that are meant; all of them where the module is not shared."""
+        return slice(None) if self.start is None else slice(self.start, self.start + self.heads * self.width)
+
+    def read(self, out: Tensor) -> Tensor:
+        """Take [..., heads, width] out of the module's output [..., columns]."""
+        return out[..., self.columns].unflatten(-1, (self.heads, self.width))
+
+    def write(self, out: Tensor, part: Tensor) -> Tensor:
+        """Return the module's output with [..., heads, width] put back."""
+        flat = part.flatten(-2)
+        if self.start is None:
+            return flat
+        return torch.cat([out[..., : self.start], flat, out[..., self.columns.stop :]], -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Project x [..., M] to [..., heads, width]."""
+        if self.start is None:
+            return self.module(x).unflatten(-1, (self.heads, self.width))
+        weight, bias = linear_weight(self.module)
+        bias = None if bias is None else bias[self.columns]
+        return nn.functional.linear(x, weight[self.columns], bias).unflatten(-1, (self.heads, self.width))
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """Project x [..., heads, M], every head from its own input, to [..., heads, width]."""
+        weight, bias = linear_weight(self.module)
+        weight = weight[self.columns].unflatten(0, (self.heads, self.width))
+        out = torch.einsum("...hm,hdm->...hd", x, weight)
+        return out if bias is None else out + bias[self.columns].unflatten(0, (self.heads, self.width))
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A feed-forward layer: down(act(pre(x))), or down(act(pre(x)) * up(x)) where it is gated."""
+
+    module: nn.Module
+    pre: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+    up: nn.Module | None = None
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One pre-norm block, attention and then the MLP (None in an attention-only model)."""
+
+    module: nn.Module
+    norm1: nn.Module
+    attention: nn.Module
+    q: Projection
+    k: Projection
+    v: Projection
+    out: nn.Module
+    scaling: float
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    window: int | None = None
+    norm2: nn.Module | None = None
+    mlp: Mlp | None = None
+
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The parts of a causal decoder.
+
+    Attributes:
+        family: what the adapter calls it.
+        embed: token embedding; `pos_embed`: learned positions, a module called on positions, or None.
+        blocks: the blocks in order.
+        norm: the final norm; `unembed`: the module from it to logits.
+        width: M; vocabulary: V.
+        rotary: from positions [...] and a dtype to (cos, sin), each [..., D], or None where there is no rotary embedding.
+        swap_attention: context manager that makes one attention module call a given function
+            ``f(module, q [B,H,T,D], k [B,K,S,D], v, mask, scaling=..., dropout=...) -> (z [B,T,H,D], None)``.
+        attention_dropout: from an attention module to the probability with which it drops pattern entries when training.
+        reads_mask: whether forward takes `attention_mask` and `position_ids` and returns an object with `.logits`.
+    """
+
+    family: str
+    embed: nn.Module
+    pos_embed: nn.Module | None
+    blocks: tuple[Block, ...]
+    norm: nn.Module
+    unembed: nn.Module
+    width: int
+    vocabulary: int
+    swap_attention: Callable[[nn.Module, AttentionFunction], AbstractContextManager[None]]
+    rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]] | None = None
+
+
+def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias [out] of a linear module (torch's, or transformers' transposed `Conv1D`).
+
+    Raises:
+        ModelError: the module keeps its weight in some other form (quantised, or wrapped).
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
+        return weight, bias
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return weight.T, bias
+    raise ModelError(f"a plain linear layer is needed here, to address its heads; {type(module).__name__} is something else")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split convention: x [..., heads, D], cos and sin [..., D] (Su et al. 2021)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)

@@ -1,0 +1,59 @@
+"""The project's own small transformer, known by its class's name, because this package imports nothing from `interp`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .architecture import Architecture, AttentionFunction, Block, Mlp, Projection
+
+
+@contextmanager
+def swap_attention(attention: nn.Module, function: AttentionFunction) -> Iterator[None]:
+    """Shadow the class's attention function on one module."""
+    attention.attend = function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del attention.attend
+
+
+def describe(model: nn.Module) -> Architecture:
+    """Find the parts of an `interp.models.Transformer`."""
+    blocks = []
+    for block in model.blocks:  # type: ignore[union-attr]
+        attention, mlp = block.attn, block.mlp
+        blocks.append(
+            Block(
+                module=block,
+                norm1=block.ln1,
+                attention=attention,
+                q=Projection(attention.q_proj, attention.num_heads, attention.head_dim),
+                k=Projection(attention.k_proj, attention.num_kv_heads, attention.head_dim),
+                v=Projection(attention.v_proj, attention.num_kv_heads, attention.head_dim),
+                out=attention.o_proj,
+                scaling=attention.scaling,
+                q_norm=attention.q_norm,
+                k_norm=attention.k_norm,
+                norm2=block.ln2,
+                mlp=None
+                if mlp is None
+                else Mlp(mlp, mlp.up if mlp.gate is None else mlp.gate, mlp.down, mlp.act,
+                         up=None if mlp.gate is None else mlp.up, width=mlp.up.out_features),
+            )
+        )  # fmt: skip
+    config = model.config
+    return Architecture(
+        family="small",
+        embed=model.embed,  # type: ignore[arg-type]
+        pos_embed=model.pos_embed,  # type: ignore[arg-type]
+        blocks=tuple(blocks),
+        norm=model.ln_final,  # type: ignore[arg-type]
+        unembed=model.unembed,  # type: ignore[arg-type]
+        width=config.d_model,  # type: ignore[union-attr,arg-type]
+        vocabulary=config.vocab_size,  # type: ignore[union-attr,arg-type]
+        rotary=model.rotary if config.positions == "rotary" else None,  # type: ignore[union-attr,arg-type]
+        swap_attention=swap_attention,
+    )

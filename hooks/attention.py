@@ -1,0 +1,84 @@
+"""Attention with its inside exposed, and the masks that models hand to their attention functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Visit = Callable[[str, Tensor], Tensor]
+
+
+def exposed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    visit: Visit,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention that shows its scores and its pattern.
+
+    Args:
+        q: [B, H, T, D]; k and v: [B, K, S, D], with K a divisor of H.
+        allowed: bool, broadcastable to [B, H, T, S], True where a query may attend to a key; None: everywhere.
+        scaling: factor of q k.
+        visit: called with ("scores", x) and ("pattern", x), x [B, H, T, S]; returns the value to go on with. What `allowed`
+            forbids is forbidden again afterwards.
+        bias: added to the scores.
+        dropout: probability with which pattern entries are dropped.
+
+    Returns:
+        z [B, T, H, D]. A query that may attend to nothing has a zero pattern.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)) * scaling
+    if bias is not None:
+        scores = scores + bias
+    scores = _forbid(scores, allowed, -torch.inf)
+    scores = _forbid(visit("scores", scores), allowed, -torch.inf)
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    # A dead row is softmaxed over zeros, so that neither its value nor its gradient is NaN, and then set to zero.
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    pattern = torch.where(dead, 0.0, scores).softmax(-1, dtype=wide).to(q.dtype)
+    pattern = torch.where(dead, 0.0, pattern)
+    pattern = _forbid(visit("pattern", pattern), allowed, 0.0)
+    if dropout:
+        pattern = torch.nn.functional.dropout(pattern, dropout)
+    return (pattern @ v).transpose(1, 2)
+
+
+def _forbid(x: Tensor, allowed: Tensor | None, value: float) -> Tensor:
+    return x if allowed is None else x.masked_fill(~allowed, value)
+
+
+def read_mask(mask: Tensor | None, queries: int, keys: int, causal: bool, device: torch.device):
+    """Split a mask in whatever form a model hands to its attention into what is allowed and what is added.
+
+    Args:
+        mask: None (causal, if `causal`), bool 4-D, additive float 4-D, or 2-D [B, S] of real keys.
+
+    Returns:
+        (allowed, bias): bool broadcastable to [B, H, T, S] or None, and a float bias or None.
+    """
+    if mask is None or mask.ndim == 2:
+        allowed = causal_mask(queries, keys, device) if causal else None
+        if mask is not None:
+            real = mask.bool()[:, None, None, :]
+            allowed = real if allowed is None else allowed & real
+        return allowed, None
+    if mask.dtype == torch.bool:
+        return mask, None
+    allowed = mask > torch.finfo(mask.dtype).min / 2
+    return allowed, torch.where(allowed, mask, 0)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool [1, 1, T, S]: the last query sees every key, each earlier one a key less."""
+    last = torch.arange(keys - queries, keys, device=device)
+    return (torch.arange(keys, device=device) <= last[:, None])[None, None]

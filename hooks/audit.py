@@ -1,0 +1,110 @@
+"""What each intervention of a run did: the difference between "nothing happened" and "nothing was there to happen"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import UnfiredError
+from .plan import Intervention, Plan
+from .region import Region
+
+FIRED, INERT, PRUNED, UNFIRED = "fired", "inert", "pruned", "unfired"
+
+
+@dataclass
+class Entry:
+    """The record of one intervention.
+
+    Attributes:
+        intervention: what was asked.
+        calls: how many forward passes it was applied in.
+        rows: rows that it touched, over all calls; `positions`: (row, position) pairs.
+        pruned: whether it was proved unable to reach anything that is read.
+    """
+
+    intervention: Intervention
+    calls: int = 0
+    rows: int = 0
+    positions: int = 0
+    pruned: bool = False
+    _sizes: list[Tensor] = field(default_factory=list)
+
+    def record(self, before: Tensor, after: Tensor, region: Region) -> None:
+        """Note an application; nothing is read on the host until somebody asks."""
+        self.calls += 1
+        if region.valid is None:
+            rows, positions = region.shape["row"], region.shape["row"] * region.shape["pos"]
+        else:
+            axes = [i for i, axis in enumerate(region.site.axes) if axis not in ("row", "pos")]
+            touched = region.full_valid().amax(dim=axes) if axes else region.full_valid()
+            rows, positions = int(touched.any(1).sum()), int(touched.sum())
+        self.rows += rows
+        self.positions += positions
+        with torch.no_grad():
+            change = torch.where(before == after, 0, (after - before).abs())
+            if region.valid is not None:
+                change = torch.where(region.valid.to(change.device), change, 0)
+            self._sizes.append(change.amax())
+            if len(self._sizes) > 64:
+                self._sizes = [torch.stack(self._sizes).amax()]
+
+    @property
+    def change(self) -> float:
+        """The largest absolute change that it made to any number (inf for a knock-out)."""
+        return max((float(size) for size in self._sizes), default=0.0)
+
+    @property
+    def status(self) -> str:
+        """``fired``, ``inert`` (fired, and the value was equal), ``pruned`` or ``unfired``."""
+        if self.pruned:
+            return PRUNED
+        if not self.calls:
+            return UNFIRED
+        return INERT if self.change == 0.0 else FIRED
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One `Entry` for each intervention of a plan, in its order."""
+
+    entries: tuple[Entry, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan) -> Audit:
+        """An empty record of a plan."""
+        return cls(tuple(Entry(item) for item in plan))
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.entries[index]
+
+    def require_fired(self) -> None:
+        """Raise where an intervention never fired.
+
+        Raises:
+            UnfiredError: naming each of them.
+        """
+        idle = [str(e.intervention) for e in self.entries if e.status == UNFIRED]
+        if idle:
+            raise UnfiredError(
+                "never fired: " + "; ".join(idle) + ". The model did not compute that site while the plan was applied."
+            )
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "Audit(no interventions)"
+        lines = [
+            f"  {e.status:7} rows {e.rows}, positions {e.positions}, largest change {e.change:.3g}: {e.intervention}"
+            for e in self.entries
+        ]
+        return "Audit(\n" + "\n".join(lines) + "\n)"
+
+    __repr__ = __str__

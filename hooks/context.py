@@ -1,0 +1,131 @@
+"""What an intervention's function is told besides the values: where it is, for whom, and how its parameters fit there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+from .inputs import Inputs
+from .region import Region
+from .sites import HEAD, KINDS, POS, ROW, Span
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a function is applied. Everything here is known before the run, so using it never waits for the device.
+
+    Attributes:
+        site: name of the site, and `layer` its block (None outside the blocks).
+        axes: names of the axes of `x`, in order.
+        single: for each axis, whether the site selected it with one int (such an axis has size 1 in `x`, and a value given
+            for it may leave it out).
+        row: int64 [B], ids of the rows.
+        pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
+        head: the heads of `x`'s head axis, or None where the site has none.
+        seed: the seed of the run.
+        window: the rows of the whole batch that `x` holds, of `total`.
+        read_valid: for each read that is a reference set, bool [R, n]: which of its entries are real. None for the others.
+    """
+
+    site: str
+    layer: int | None
+    axes: tuple[str, ...]
+    single: tuple[bool, ...]
+    row: Tensor
+    pos: Tensor
+    key_pos: Tensor | None
+    head: tuple[int, ...] | None
+    seed: int
+    window: slice
+    total: int
+    read_valid: tuple[Tensor | None, ...] = ()
+
+    @property
+    def salt(self) -> int:
+        """A number of the site and layer, so that draws at different places differ."""
+        return list(KINDS).index(self.site) + len(KINDS) * (0 if self.layer is None else self.layer + 1)
+
+    def counters(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """Row ids and query positions, shaped to broadcast against `x` of `ndim` axes."""
+        shape = [1] * ndim
+        shape[0] = len(self.row)
+        row = self.row.reshape(shape)
+        shape[self.axes.index(POS)] = self.pos.shape[1]
+        return row, self.pos.reshape(shape)
+
+
+def context(region: Region, inputs: Inputs, seed: int, window: slice, device: torch.device) -> Context:
+    """Describe a region (resolved on `inputs`, restricted to the rows of `window`) to a function."""
+    site = region.site
+    heads = None
+    if HEAD in site.axes:
+        every = tuple(range(region.shape[HEAD]))
+        head = site.head
+        if isinstance(head, Span):
+            start = head.start or 0
+            heads = tuple(start + i for i in every) if start >= 0 else every
+        else:
+            heads = every if head is None else head if isinstance(head, tuple) else (head,)  # type: ignore[assignment]
+    positions = inputs.positions
+    key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols)[window].to(device)
+    return Context(
+        site=site.name,
+        layer=site.layer,
+        axes=site.axes,
+        single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
+        row=inputs.row_ids[window].to(device),
+        pos=positions.gather(1, region.cols)[window].to(device),
+        key_pos=key_pos,
+        head=heads,
+        seed=seed,
+        window=window,
+        total=len(inputs),
+    )
+
+
+def with_reads(ctx: Context, valid: tuple[Tensor | None, ...]) -> Context:
+    """The same context, saying which entries of each reference set are real."""
+    return replace(ctx, read_valid=valid)
+
+
+def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> Tensor | float:
+    """Shape a parameter to broadcast against `x`, refusing what would broadcast by accident.
+
+    A number fits everywhere. A tensor must have exactly the sizes of the last axes of `x` (a direction [M], one for each
+    head [H, M], one for each position [n, M], everything [B, n, M]); axes that the site selects with one int may be left
+    out. Size 1 is not a wild card.
+
+    Args:
+        value: a number or a tensor of `x`'s dtype on its device.
+        x: the selected part of the activation.
+        ctx: where it is.
+        whole: only accept a tensor with every axis.
+
+    Raises:
+        ShapeError: the shape, dtype or device does not fit.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    place = ctx.site if ctx.layer is None else f"{ctx.site}.{ctx.layer}"
+    if value.device != x.device:
+        raise ShapeError(f"{place}: a value on {value.device} for an activation on {x.device}; move it with .to()")
+    if value.ndim == 0 and not whole:
+        return value.to(x.dtype)
+    if value.dtype != x.dtype:
+        raise ShapeError(f"{place}: a value of {value.dtype} for an activation of {x.dtype}; convert it with .to()")
+    kept = (ctx.total, *x.shape[1:])
+    for axes in (tuple(i for i in range(x.ndim) if not ctx.single[i]), tuple(range(x.ndim))):
+        for start in range(1 if whole else len(axes)):
+            if tuple(value.shape) == tuple(kept[i] for i in axes[start:]):
+                if axes[start] == 0:
+                    value = value[ctx.window]
+                shape = [1] * x.ndim
+                for i, size in zip(axes[start:], value.shape, strict=True):
+                    shape[i] = size
+                return value.reshape(shape)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in zip(ctx.axes, kept, strict=True))
+    how = "every axis" if whole else "the last axes"
+    raise ShapeError(f"{place}: a value of shape {list(value.shape)} does not fit; {how} must match ({sizes})")

@@ -1,0 +1,179 @@
+"""What a model is run on: token ids, which of them are real, and which position of which row each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import InputsError
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A batch of prompts, on the CPU (a run moves what it needs to the model's device).
+
+    Attributes:
+        ids: int64 [B, T] token ids; padding holds any valid id.
+        mask: bool [B, T], True at real tokens.
+        row_ids: int64 [B], the identity of each row: what random interventions are a function of, so that a row draws the
+            same numbers in whatever batch it stands.
+        tokens: the text of each real token, one tuple a row, or None without a tokenizer.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    row_ids: Tensor
+    tokens: tuple[tuple[str, ...], ...] | None = None
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
+        """Check and complete ids [B, T], a mask [B, T] (default: all real) and row ids [B] (default: 0 .. B-1).
+
+        Raises:
+            InputsError: the shapes disagree, a row has no real token, or nothing is given.
+        """
+        ids = torch.as_tensor(ids).detach().to("cpu", torch.int64)
+        if ids.ndim == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise InputsError(f"token ids are [rows, tokens] with at least one of each, got shape {list(ids.shape)}")
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).detach().to("cpu")
+        if mask.shape != ids.shape:
+            raise InputsError(f"the mask has shape {list(mask.shape)}, the ids {list(ids.shape)}")
+        mask = mask.bool()
+        empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")
+        row_ids = torch.arange(len(ids)) if row_ids is None else torch.as_tensor(row_ids).to("cpu", torch.int64)
+        if row_ids.shape != ids.shape[:1]:
+            raise InputsError(f"row_ids has shape {list(row_ids.shape)}, expected [{len(ids)}]")
+        return cls(ids, mask, row_ids, tokens)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        lengths = sorted(set(self.lengths.tolist()))
+        size = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        first = "" if self.tokens is None else ": " + repr("".join(self.tokens[0]))
+        return f"Inputs({len(self)} row{'s' * (len(self) > 1)} of {size} tokens{first})"
+
+    @property
+    def width(self) -> int:
+        """Number of columns T, padding included."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [B, T]: the number of real tokens before each column in its row (0 at padding before the first)."""
+        return (self.mask.long().cumsum(1) - 1).clamp_min(0)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B]: real tokens in each row."""
+        return self.mask.sum(1)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [B, T]: columns with the real ones first, so that ``order[b, p]`` is the column of position p."""
+        return torch.argsort((~self.mask).byte(), dim=1, stable=True)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether any column of any row is padding."""
+        return not bool(self.mask.all())
+
+    def rows(self, index: slice) -> Inputs:
+        """The batch restricted to a range of rows, which keep their ids."""
+        tokens = None if self.tokens is None else self.tokens[index]
+        return replace(self, ids=self.ids[index], mask=self.mask[index], row_ids=self.row_ids[index], tokens=tokens)
+
+    def widened(self, width: int) -> Inputs:
+        """The same rows with padding columns added on the right up to `width`."""
+        extra = width - self.width
+        if extra == 0:
+            return self
+        pad = torch.nn.functional.pad
+        return replace(self, ids=pad(self.ids, (0, extra)), mask=pad(self.mask, (0, extra)))
+
+    def labels(self, row: int = 0) -> tuple[str, ...]:
+        """Text of each real token of a row, or its id where there is no tokenizer."""
+        if self.tokens is not None:
+            return self.tokens[row]
+        return tuple(str(i) for i in self.ids[row][self.mask[row]].tolist())
+
+
+def pad_rows(rows: Sequence[Sequence[int]], padding: str = "right", pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad ragged lists of ids on one side.
+
+    Returns:
+        ids int64 [B, T] and mask bool [B, T].
+    """
+    if padding not in ("left", "right"):
+        raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
+        ids[i, where] = torch.as_tensor(list(row), dtype=torch.int64)
+        mask[i, where] = True
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Two batches laid side by side, row by row and position by position.
+
+    Attributes:
+        clean, corrupt: the batches.
+        differs: bool [B, P], True where the token at that position differs.
+    """
+
+    clean: Inputs
+    corrupt: Inputs
+    differs: Tensor
+
+    @property
+    def first_difference(self) -> Tensor:
+        """int64 [B]: the first position at which a row differs, or its length where it does not."""
+        never = ~self.differs.any(1)
+        return torch.where(never, self.clean.lengths, self.differs.long().argmax(1))
+
+    def __str__(self) -> str:
+        lines = []
+        for row in range(len(self.clean)):
+            a, b = self.clean.labels(row), self.corrupt.labels(row)
+            cells = [x if x == y else f"[{x} | {y}]" for x, y in zip(a, b, strict=True)]
+            lines.append(f"row {row}: " + " ".join(repr(c)[1:-1] for c in cells))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def align(clean: Inputs, corrupt: Inputs) -> Alignment:
+    """Check that two batches have the same number of rows, and rows of the same length.
+
+    Raises:
+        InputsError: they do not; the message prints the tokens from the first difference on.
+    """
+    if len(clean) != len(corrupt):
+        raise InputsError(f"{len(clean)} clean prompts and {len(corrupt)} corrupt ones: a row is a pair")
+    for row, (n, m) in enumerate(zip(clean.lengths.tolist(), corrupt.lengths.tolist(), strict=True)):
+        if n != m:
+            a, b = clean.labels(row), corrupt.labels(row)
+            start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(n, m))
+            raise InputsError(
+                f"pair {row} has {n} clean tokens and {m} corrupt ones, so positions do not correspond.\n"
+                f"  from position {start} on, clean:   {list(a[start:])}\n"
+                f"  from position {start} on, corrupt: {list(b[start:])}\n"
+                "Word the prompts so that they tokenize to the same length."
+            )
+    width = int(clean.lengths.max())
+    a, b = (x.ids.gather(1, x.order)[:, :width] for x in (clean, corrupt))
+    real = torch.arange(width) < clean.lengths[:, None]
+    return Alignment(clean, corrupt, (a != b) & real)

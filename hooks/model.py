@@ -1,0 +1,471 @@
+"""A wrapped model: what it offers, how it is run, and how a plan is held on it while the user runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import describe
+from .adapters.architecture import Architecture
+from .audit import Audit
+from .editing import Edits, Key, check_reads
+from .errors import InputsError, ModelError, PlanError, ShapeError, SiteError
+from .inputs import Inputs, pad_rows
+from .plan import Intervention, Origin, Plan, World, as_plan
+from .session import Session, install
+from .sites import DIM, HEAD, KINDS, Index, Site, Span, site
+from .tape import Tape
+from .worlds import exposed_layers, hooked_pass, read_tapes
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run gives back.
+
+    Attributes:
+        logits: [B, T, V].
+        tape: the activations that were asked for.
+        audit: what each intervention did.
+    """
+
+    logits: Tensor
+    tape: Tape
+    audit: Audit
+
+    def __repr__(self) -> str:
+        return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """A site that a model offers, in one layer or all: its shape in letters and in numbers, and whether it can be edited."""
+
+    name: str
+    hook: str
+    letters: str
+    shape: tuple[int | str, ...]
+    layers: int
+    writable: bool = True
+
+
+class SiteTable(tuple):
+    """The sites of a model, printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("site", "layers", "shape", "", "TransformerLens's name")]
+        for s in self:
+            shape = "[" + ", ".join(map(str, s.shape)) + "]"
+            rows.append((s.name, str(s.layers) if s.layers else "-", f"[{', '.join(s.letters)}]", shape, s.hook))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+
+class Model:
+    """A transformer, wrapped but never changed: hooks stand on it only while a plan is applied.
+
+    Attributes:
+        module: the user's model.
+        tokenizer: what turns prompts into ids, or None.
+        architecture: where the model keeps its parts.
+        sizes: sizes of the head and last axes of every site, by key.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any, architecture: Architecture) -> None:
+        self.module, self.tokenizer, self.architecture = module, tokenizer, architecture
+        self.sizes = _sizes(architecture)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks L."""
+        return len(self.architecture.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and with it everything else (models spread over devices are not supported)."""
+        return next(self.architecture.embed.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        return next(self.architecture.embed.parameters()).dtype
+
+    def __repr__(self) -> str:
+        arch, block = self.architecture, self.architecture.blocks[0]
+        heads = f"{block.q.heads} heads" + (f" ({block.k.heads} key/value)" if block.k.heads != block.q.heads else "")
+        return f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, vocabulary {arch.vocabulary})"
+
+    def sites(self) -> SiteTable:
+        """Every site that the model offers, with its shape; all are readable and writable."""
+        found = []
+        for name, kind in KINDS.items():
+            keys = [key for key in self._places(name)]
+            if not keys:
+                continue
+            size = self.sizes[Site(name, *keys[0][1:]).key]
+            numbers = {"H": size.get(HEAD), "K": size.get(HEAD), "V": size.get(DIM), "M": size.get(DIM)}
+            numbers |= {"D": size.get(DIM), "F": size.get(DIM)}
+            shape = tuple(letter if letter in "BTS" else numbers[letter] for letter in kind.letters)
+            hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"
+            found.append(SiteInfo(name, hook, kind.letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
+        return SiteTable(found)
+
+    def _places(self, name: str) -> list[tuple[str, int | None]]:
+        if not KINDS[name].per_layer:
+            return [(name, None)] if (name, -1, None) in self.sizes else []
+        return [(name, layer) for layer in range(self.n_layers) if Site(name, layer).key in self.sizes]
+
+    def require(self, where: Site) -> None:
+        """Check that the model has a site, and the heads and dimensions that it names.
+
+        Raises:
+            SiteError: it does not.
+        """
+        size = self.sizes.get(where.key)
+        if size is None:
+            if where.layer is not None and not -1 < where.layer < self.n_layers:
+                raise SiteError(f"{where}: the model has layers 0 .. {self.n_layers - 1}")
+            names = [s.name for s in self.sites()]
+            raise SiteError(f"{where}: this model has no site {where.name!r}; it has {', '.join(names)}")
+        for axis in (HEAD, DIM):
+            index: Index = getattr(where, axis)
+            listed = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
+            for i in listed:
+                if not -size[axis] <= i < size[axis]:
+                    raise SiteError(_no_such(where, axis, i, size[axis], self.architecture))
+
+    def check(self, plan: Plan) -> None:
+        """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
+
+        Raises:
+            SiteError, ShapeError, PlanError: it does not.
+        """
+        check_reads(plan, self.n_layers)
+        for item in plan:
+            self.require(item.site)
+            for read in item.reads:
+                if read.site is not None:
+                    self.require(read.site)
+                if isinstance(read.source, World):
+                    self.check(read.source.plan)
+            self._check_values(item)
+
+    def _check_values(self, item: Intervention) -> None:
+        where, size = item.site, self.sizes[item.site.key]
+        last = size.get(DIM)
+        if isinstance(where.dim, int):
+            last = 1
+        elif isinstance(where.dim, tuple):
+            last = len(where.dim)
+        elif isinstance(where.dim, Tensor):
+            last = where.dim.shape[-1]
+        elif isinstance(where.dim, Span) and last is not None:
+            last = len(range(*slice(where.dim.start, where.dim.stop).indices(last)))
+        for name, value in item.op.parameters().items():
+            if isinstance(value, Tensor) and value.ndim and last is not None and not isinstance(where.dim, int):
+                if value.shape[-1] != last:
+                    raise ShapeError(f"{item}: {name} ends in {value.shape[-1]} entries, the site in {last}")
+
+    def inputs(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Tensor,
+        mask: Tensor | None = None,
+        *,
+        padding: str = "right",
+        row_ids: Tensor | None = None,
+    ) -> Inputs:
+        """Prepare prompts.
+
+        Args:
+            prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself; lists of
+                token ids of any lengths; or a tensor of ids [B, T].
+            mask: [B, T], nonzero at real tokens, with a tensor of ids.
+            padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
+            row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
+
+        Raises:
+            InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(prompts, Inputs):
+            raise InputsError("these are Inputs already")
+        if not isinstance(prompts, Tensor):
+            listed = list(prompts)
+            if not listed:
+                raise InputsError("no prompt is given")
+            if all(isinstance(p, int) for p in listed):
+                listed = [listed]  # type: ignore[list-item]
+            if isinstance(listed[0], str):
+                listed = [self.encode(p) for p in listed]  # type: ignore[arg-type]
+            if mask is not None:
+                raise InputsError("a mask goes with a tensor of ids; lists of ids are padded by themselves")
+            empty = [i for i, row in enumerate(listed) if len(row) == 0]
+            if empty:
+                raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")
+            prompts, mask = pad_rows(listed, padding)  # type: ignore[arg-type]
+        elif padding not in ("left", "right"):
+            raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
+        made = Inputs.of(prompts, mask, row_ids)
+        real = made.ids[made.mask]
+        if int(real.min()) < 0 or int(real.max()) >= self.architecture.vocabulary:
+            bad = int(real.min()) if int(real.min()) < 0 else int(real.max())
+            raise InputsError(f"token id {bad} is outside the vocabulary (0 .. {self.architecture.vocabulary - 1})")
+        if self.tokenizer is None:
+            return made
+        rows = [row[m].tolist() for row, m in zip(made.ids, made.mask, strict=True)]
+        return Inputs.of(made.ids, made.mask, row_ids, tuple(tuple(self.decode([i]) for i in row) for row in rows))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds by itself."""
+        if self.tokenizer is None:
+            raise InputsError("a text needs a tokenizer: wrap(model, tokenizer), or give token ids")
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; a piece that begins a word keeps its space, whatever sign the tokenizer has for it."""
+        pieces = self.tokenizer.convert_ids_to_tokens(list(ids))
+        return "".join(str(p) for p in pieces).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+
+    def token(self, text: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            InputsError: it is not; the message shows its pieces.
+        """
+        if self.tokenizer is None:
+            raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) == 1:
+            return ids[0]
+        pieces = [self.decode([i]) for i in ids]
+        other = text.strip() if text != text.strip() else " " + text
+        alternative = list(self.tokenizer(other, add_special_tokens=False)["input_ids"])
+        hint = f"; {other!r} is one token here" if len(alternative) == 1 else ""
+        raise InputsError(f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}")
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow."""
+        arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if not bool(mask.all()):
+            arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
+        if hasattr(getattr(self.module, "config", None), "use_cache"):
+            arguments["use_cache"] = False
+        output = self.module(**arguments)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def run(
+        self,
+        inputs: Inputs | World,
+        plan: Plan | Intervention | None = None,
+        *,
+        capture: Sequence[Site | str] | Site | str = (),
+        grad: bool = False,
+        seed: int = 0,
+    ) -> Run:
+        """Run inputs under a plan.
+
+        Args:
+            inputs: from `inputs()`, or a `World`, which brings its own plan.
+            plan: what to do; None for a plain run.
+            capture: sites to keep, whole or in part, in either spelling.
+            grad: keep the autograd graph, also in what is captured.
+            seed: seed of random interventions.
+
+        Raises:
+            UnfiredError: an intervention never fired.
+        """
+        if isinstance(inputs, World):
+            if plan is not None:
+                raise PlanError("a World brings its own plan")
+            inputs, plan = inputs.inputs, inputs.plan
+        if not isinstance(inputs, Inputs):
+            raise InputsError(f"run() takes Inputs (from model.inputs), not {type(inputs).__name__}")
+        world = World(inputs, as_plan(plan))
+        self.check(world.plan)
+        sites = [site(c) for c in ([capture] if isinstance(capture, (str, Site)) else capture)]
+        for place in sites:
+            self.require(place)
+        expose = exposed_layers([world], ())
+        with torch.enable_grad() if grad else torch.no_grad():
+            edits = Edits(world, self.sizes, read_tapes(self, [world], seed, expose), seed)
+            session, logits = hooked_pass(self, [edits], [sites], expose, graph=grad)
+        edits.audit.require_fired()
+        kept = tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
+        return Run(logits, Tape(inputs, kept, self.sizes), edits.audit)
+
+    @contextmanager
+    def apply(self, plan: Plan | Intervention, *, seed: int = 0) -> Iterator[Audit]:
+        """Hold a plan on the model while the user calls it: any forward, or a training step.
+
+        The model is as it was afterwards, whatever was raised inside. Gradients flow through the interventions.
+
+        Yields:
+            The audit, which grows with every forward pass.
+
+        Raises:
+            UnfiredError: on leaving without an exception, where an intervention never fired.
+            PlanError: a call that continues from a key/value cache, whose earlier tokens the plan has not seen.
+        """
+        plan = as_plan(plan)
+        self.check(plan)
+        audit = Audit.of(plan)
+        applied = _Applied(self, plan, audit, seed)
+        with ExitStack() as stack:
+            applied.install(stack)
+            yield audit
+        audit.require_fired()
+
+    def unshareable(self) -> str:
+        """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
+        if self.module.training:
+            return "the model is in training mode"
+        for name, module in self.module.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"there are hooks of yours on {name or 'the model'}"
+        return ""
+
+    def bytes_per_token(self) -> int:
+        """About how many bytes of activations one token takes in a pass that is not trained."""
+        arch, block = self.architecture, self.architecture.blocks[0]
+        numbers = 8 * arch.width + 3 * (block.q.heads + 2 * block.k.heads) * block.q.width
+        if block.mlp is not None:
+            numbers += 3 * block.mlp.width
+        return numbers * self.dtype.itemsize
+
+
+class _Applied:
+    """A plan held on a model: each forward pass of the user's is one run of it."""
+
+    def __init__(self, model: Model, plan: Plan, audit: Audit, seed: int) -> None:
+        self.model, self.plan, self.audit, self.seed = model, plan, audit, seed
+        self.busy = False
+        self.session = Session([], [])
+
+    def install(self, stack: ExitStack) -> None:
+        model, plan = self.model, self.plan
+        # Keys are needed to place the hooks; the inputs are known only when the user calls.
+        empty = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
+        edits = Edits(World(empty, plan), model.sizes, {}, self.seed)
+        self.session.begin([edits], [[]])
+        expose = exposed_layers([World(empty, plan)], ())
+        self.unedited = _unedited_sites(plan)
+        self.tapes = read_tapes(model, [World(empty, _without_unedited(plan))], self.seed, expose)
+        self.session.watched = {place.key for place in self.unedited}
+        stack.callback(model.module.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
+        install(self.session, model.architecture, stack, expose)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn what the user runs the model on, before it runs."""
+        if self.busy:
+            return
+        inputs = _inputs_of_call(args, kwargs)
+        world = World(inputs, self.plan)
+        tapes = dict(self.tapes)
+        if self.unedited:
+            self.busy = True
+            shadow = Edits(World(inputs), self.model.sizes, {}, self.seed)
+            try:
+                self.session.begin([shadow], [self.unedited], graph=torch.is_grad_enabled())
+                module(*args, **kwargs)
+            finally:
+                self.busy = False
+            values = tuple((p, self.session.kept[0][i]) for i, p in enumerate(self.unedited))
+            tapes[("unedited", id(inputs))] = Tape(inputs, values, self.model.sizes)
+        edits = Edits(world, self.model.sizes, tapes, self.seed)
+        edits.audit = self.audit
+        self.session.begin([edits], [[]])
+
+
+def _unedited_sites(plan: Plan) -> list[Site]:
+    found: list[Site] = []
+    for item in plan:
+        for read in item.reads:
+            if read.source is Origin.UNEDITED:
+                place = (item.site if read.site is None else read.site).whole
+                if place not in found:
+                    found.append(place)
+    return found
+
+
+def _without_unedited(plan: Plan) -> Plan:
+    return Plan(tuple(i for i in plan if not any(r.source is Origin.UNEDITED for r in i.reads)))
+
+
+def _inputs_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The inputs of a call of the user's, as far as positions and rows go."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
+        raise PlanError("this call continues from a key/value cache, which plans do not support yet; pass the whole text")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor):
+        embeds = kwargs.get("inputs_embeds")
+        if not isinstance(embeds, Tensor):
+            raise PlanError("the model is called without input_ids or inputs_embeds: positions cannot be told")
+        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64)
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == ids.shape:
+        mask = args[1]
+    return Inputs.of(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+
+def wrap(
+    model: nn.Module | Model, tokenizer: Any = None, *, adapter: Callable[[nn.Module], Architecture] | None = None
+) -> Model:
+    """Wrap a model of the user's, which stays as it is.
+
+    Args:
+        model: a GPT-2, Llama, Mistral, Qwen 2 or Qwen 3 with a language-model head (of transformers), the project's own
+            small transformer, or any module with an adapter.
+        tokenizer: for prompts that are text, and for printing tokens.
+        adapter: a function that says where the model keeps its parts, for a family that is not known.
+
+    Raises:
+        ModelError: nobody knows the model's parts.
+    """
+    if isinstance(model, Model):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
+    return Model(model, tokenizer, (adapter or describe)(model))
+
+
+def _sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
+    """Sizes of the head and last axes of each site that the architecture has."""
+    width = {DIM: arch.width}
+    sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
+    if arch.pos_embed is not None:
+        sizes["pos_embed", -1, None] = width
+    for layer, block in enumerate(arch.blocks):
+        q, k = ({HEAD: p.heads, DIM: p.width} for p in (block.q, block.k))
+        here: dict[str, dict[str, int]] = {name: width for name in ("resid_pre", "attn_in", "attn_out", "resid_post")}
+        here |= {"q_input": {HEAD: block.q.heads, **width}, "result": {HEAD: block.q.heads, **width}}
+        here |= {"k_input": {HEAD: block.k.heads, **width}, "v_input": {HEAD: block.k.heads, **width}}
+        here |= {"q": q, "k": k, "v": k, "z": q, "scores": {HEAD: block.q.heads}, "pattern": {HEAD: block.q.heads}}
+        if arch.rotary is not None:
+            here |= {"rot_q": q, "rot_k": k}
+        if block.mlp is not None:
+            here |= {name: width for name in ("resid_mid", "mlp_in", "mlp_out")}
+            here |= {name: {DIM: block.mlp.width} for name in ("mlp_pre", "mlp_post")}
+        for name, size in here.items():
+            sizes[Site(name, layer).key] = size
+    sizes["ln_final", -1, None] = width
+    sizes["logits", -1, None] = {DIM: arch.vocabulary}
+    return sizes
+
+
+def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) -> str:
+    if axis == DIM:
+        return f"{where}: the last axis has {size} entries, {index} is not among them"
+    heads, groups = arch.blocks[0].q.heads, arch.blocks[0].k.heads
+    text = f"{where}: there is no head {index}, the site has {size} (0 .. {size - 1})"
+    if size == groups < heads and index < heads:
+        text += f"; this model has {heads} query heads but {groups} key/value heads, and {where.name} is per key/value head"
+        text += f": query head {index} reads key/value head {index * groups // heads}"
+    return text

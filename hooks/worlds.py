@@ -1,0 +1,309 @@
+"""Running worlds: three executors that give the same values.
+
+``sequential`` runs one world at a time through the user's own model, under forward hooks: the oracle. ``batched`` stacks
+worlds along the rows of one such run. ``shared`` computes each value once however many worlds have it (`hooks.shared`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .audit import FIRED, INERT, PRUNED, Audit
+from .editing import Edits, check_reads, world_reads
+from .errors import ModelError, nearest
+from .inputs import Inputs
+from .plan import Origin, World
+from .session import INSIDE, Session, install
+from .shared import SharedRun, record_keys
+from .sites import Site
+from .tape import Tape
+
+if TYPE_CHECKING:
+    from .model import Model
+
+EXECUTORS = ("auto", "sequential", "batched", "shared")
+CPU_BUDGET = 1 << 30
+"""Bytes of activations that a chunk of worlds may take on a CPU, unless the caller says otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What was read of one world, for some of its rows.
+
+    Attributes:
+        index: which world.
+        rows: the rows, of those of its inputs.
+        values: one tensor for each read, [b, ...].
+        audit: what its interventions did on these rows.
+    """
+
+    index: int
+    rows: slice
+    values: tuple[Tensor, ...]
+    audit: Audit
+
+    @property
+    def status(self) -> str:
+        """``pruned`` if every intervention was, ``inert`` if none changed anything, else ``fired``."""
+        found = {entry.status for entry in self.audit}
+        if found and found <= {PRUNED}:
+            return PRUNED
+        return FIRED if FIRED in found else INERT
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The executor that is used, and why it is not the one that was asked for (or the fastest)."""
+
+    executor: str
+    reason: str = ""
+
+
+def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Choice:
+    """Decide how worlds are run.
+
+    Raises:
+        ModelError: the executor's name is unknown.
+    """
+    if executor not in EXECUTORS:
+        raise ModelError(f"unknown executor {executor!r}{nearest(executor, EXECUTORS)}; there are {', '.join(EXECUTORS)}")
+    if executor in ("sequential", "batched"):
+        return Choice(executor)
+    reason = model.unshareable()
+    if not reason:
+        mixing = [str(i) for w in worlds for i in w.plan if i.op.mixes]
+        reason = f"{mixing[0]} mixes {', '.join(sorted(next(i.op.mixes for w in worlds for i in w.plan if i.op.mixes)))}s" if mixing else ""
+    return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
+
+
+def run_worlds(
+    model: Model,
+    worlds: Sequence[World],
+    reads: Sequence[Site],
+    *,
+    executor: str = "auto",
+    budget: int | None = None,
+    seed: int = 0,
+) -> Iterator[Outcome]:
+    """Run worlds and yield what is read of each, as chunks of worlds and rows are done (without gradients).
+
+    Args:
+        model: the wrapped model.
+        worlds: the worlds; those with one `Inputs` object share its base.
+        reads: the sites wanted of every world.
+        executor: one of `EXECUTORS`.
+        budget: bytes that the activations of a chunk may take; what is read does not depend on it beyond rounding.
+        seed: seed of random interventions.
+
+    Raises:
+        PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
+    """
+    for world in worlds:
+        model.check(world.plan)
+        check_reads(world.plan, model.n_layers)
+    for read in reads:
+        model.require(read)
+    choice = choose(model, worlds, executor)
+    expose = exposed_layers(worlds, reads)
+    limit = budget if budget is not None else default_budget(model.device)
+    if limit <= 0:
+        raise ModelError(f"a memory budget is a positive number of bytes, not {limit}")
+    with torch.no_grad():
+        if choice.executor == "shared":
+            yield from _run_shared(model, worlds, reads, limit, seed, expose)
+        else:
+            yield from _run_hooked(model, worlds, reads, limit, seed, expose, batch=choice.executor == "batched")
+
+
+def exposed_layers(worlds: Sequence[World], reads: Sequence[Site]) -> frozenset[int]:
+    """Layers whose attention has to show its inside for some world; then it does for all, so that they share a kernel."""
+    sites = [*reads]
+    for world in worlds:
+        for item in world.plan:
+            sites += [item.site, *(read.site for read in item.reads if read.site is not None)]
+    return frozenset(s.layer for s in sites if s.name in ("scores", "pattern") and s.layer is not None)
+
+
+def default_budget(device: torch.device) -> int:
+    """A quarter of a GPU's free memory, or `CPU_BUDGET`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return CPU_BUDGET
+
+
+def hooked_pass(
+    model: Model, edits: Sequence[Edits], captures: Sequence[Sequence[Site]], expose: frozenset[int], graph: bool = False
+) -> tuple[Session, Tensor]:
+    """One forward pass of the user's model, with worlds of equally many rows and columns along its batch."""
+    session = Session(edits, captures, graph)
+    with ExitStack() as stack:
+        install(session, model.architecture, stack, expose)
+        inputs = [e.world.inputs.rows(e.window) for e in edits if e.window is not None]
+        logits = model.forward(
+            torch.cat([i.ids for i in inputs]),
+            torch.cat([i.mask for i in inputs]),
+            torch.cat([i.positions for i in inputs]),
+        )
+    return session, logits
+
+
+def read_tapes(
+    model: Model, worlds: Sequence[World], seed: int, expose: frozenset[int], limit: int | None = None, aligned: bool | None = None
+) -> dict[Any, Tape]:
+    """Run the worlds that plans read, and those that their plans read, each once.
+
+    Args:
+        aligned: restrict to reads that are (or are not) row by row; None for all.
+    """
+    wanted: dict[Any, tuple[World, list[Site]]] = {}
+    for world in worlds:
+        plan = world.plan
+        if aligned is not None:
+            keep = [i for i in plan if any(r.aligned == aligned for r in i.reads)]
+            plan = type(plan)(tuple(keep))
+        for key, (source, sites) in world_reads(plan, world).items():
+            _, known = wanted.setdefault(key, (source, []))
+            known += [site for site in sites if site not in known]
+    tapes = {}
+    for key, (source, sites) in wanted.items():
+        for site in sites:
+            model.require(site)
+        deeper = read_tapes(model, [source], seed, expose, limit)
+        pieces: list[list[Tensor]] = []
+        step = _rows_per_pass(model, source.inputs, limit, 1)
+        for start in range(0, len(source.inputs), step):
+            window = slice(start, min(start + step, len(source.inputs)))
+            session, _ = hooked_pass(model, [Edits(source, model.sizes, deeper, seed, window)], [sites], expose)
+            pieces.append([session.kept[0][i] for i in range(len(sites))])
+        values = tuple((site, torch.cat([p[i] for p in pieces])) for i, site in enumerate(sites))
+        tapes[key] = Tape(source.inputs, values, model.sizes)
+    return tapes
+
+
+def _rows_per_pass(model: Model, inputs: Inputs, limit: int | None, worlds: int) -> int:
+    if limit is None:
+        return len(inputs)
+    return max(1, min(len(inputs), int(limit // (model.bytes_per_token() * inputs.width))))
+
+
+def _run_hooked(
+    model: Model, worlds: Sequence[World], reads: Sequence[Site], limit: int, seed: int, expose: frozenset[int], batch: bool
+) -> Iterator[Outcome]:
+    tapes = read_tapes(model, worlds, seed, expose, limit)
+    inside = frozenset(
+        item.site.layer for w in worlds for item in w.plan if item.site.name in INSIDE and item.site.layer is not None
+    )
+    expose = expose | inside
+    groups: dict[Any, list[int]] = {}
+    for index, world in enumerate(worlds):
+        groups.setdefault((world.inputs.ids.shape if batch else index), []).append(index)
+    for members in groups.values():
+        first = worlds[members[0]].inputs
+        fit = _rows_per_pass(model, first, limit, 1)
+        if any(i.op.mixes for index in members for i in worlds[index].plan):
+            fit = max(fit, len(first))
+        step = min(fit, len(first))
+        together = max(1, fit // step) if batch else 1
+        for start in range(0, len(first), step):
+            window = slice(start, min(start + step, len(first)))
+            for at in range(0, len(members), together):
+                chosen = members[at : at + together]
+                edits = [Edits(worlds[i], model.sizes, tapes, seed, window) for i in chosen]
+                session, _ = hooked_pass(model, edits, [reads] * len(chosen), expose)
+                for position, index in enumerate(chosen):
+                    kept = session.kept[position]
+                    yield Outcome(index, window, tuple(kept[i] for i in range(len(reads))), edits[position].audit)
+
+
+def _run_shared(
+    model: Model, worlds: Sequence[World], reads: Sequence[Site], limit: int, seed: int, expose: frozenset[int]
+) -> Iterator[Outcome]:
+    groups: dict[int, list[int]] = {}
+    for index, world in enumerate(worlds):
+        groups.setdefault(id(world.inputs), []).append(index)
+    for members in groups.values():
+        inputs = worlds[members[0]].inputs
+        mine = [worlds[i] for i in members]
+        fixed = read_tapes(model, mine, seed, expose, limit, aligned=False)
+        sources: dict[Any, tuple[World, list[Site]]] = {}
+        for world in mine:
+            for key, (source, sites) in world_reads(world.plan, world).items():
+                if key not in fixed:
+                    _, known = sources.setdefault(key, (source, []))
+                    known += [site for site in sites if site not in known]
+        for key, (source, _) in list(sources.items()):
+            if not _shares_base(source, inputs):
+                fixed.update(read_tapes(model, mine, seed, expose, limit))
+                sources = {}
+                break
+        order = sorted(range(len(mine)), key=lambda i: _first_column(mine[i], model, inputs))
+        keys = {item.site.key for world in mine for item in world.plan}
+        keys |= {r.site.key for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE and r.site is not None}
+        keys |= {site.key for _, sites in sources.values() for site in sites} | {r.key for r in reads}
+        trim = not any(r.source is Origin.HERE for w in mine for i in w.plan for r in i.reads)
+        step = max(1, min(len(inputs), int(limit // 2 // (model.bytes_per_token() * inputs.width * model.n_layers))))
+        for start in range(0, len(inputs), step):
+            window = slice(start, min(start + step, len(inputs)))
+            run = SharedRun(
+                arch=model.architecture,
+                inputs=inputs.rows(window),
+                reads=[r.rows(window) for r in reads],
+                sizes=model.sizes,
+                device=model.device,
+                exposed=expose,
+                recorded=record_keys(keys),
+                trim=trim,
+            )
+            run.run_base(Edits(World(inputs), model.sizes, {}, seed, window))
+            tapes = {**fixed, **_shared_tapes(model, run, sources, seed, window)}
+            per_world = model.bytes_per_token() * inputs.width * (window.stop - window.start)
+            together = max(1, int(limit // per_world))
+            for at in range(0, len(order), together):
+                chosen = [order[i] for i in range(at, min(at + together, len(order)))]
+                edits = [Edits(mine[i], model.sizes, tapes, seed, window) for i in chosen]
+                for i, entry, values in zip(chosen, edits, run.run_worlds(edits), strict=True):
+                    yield Outcome(members[i], window, tuple(values), entry.audit)
+
+
+def _shares_base(source: World, inputs: Inputs) -> bool:
+    """Whether a world that is read can be run against the base of `inputs`: same layout, and a plan that reads nothing."""
+    same_layout = source.inputs.mask.shape == inputs.mask.shape and bool((source.inputs.mask == inputs.mask).all())
+    return same_layout and not len(source.plan)
+
+
+def _shared_tapes(
+    model: Model, run: SharedRun, sources: Mapping[Any, tuple[World, list[Site]]], seed: int, window: slice
+) -> dict[Any, Tape]:
+    """Run the worlds that are read as worlds of the same base: where their inputs agree with it, so do their values, bitwise."""
+    tapes = {}
+    for key, (source, sites) in sources.items():
+        view = SharedRun(
+            run.arch, run.inputs, sites, run.sizes, run.device, run.exposed, run.recorded, trim=False, base=run.base
+        )
+        values = view.run_worlds([Edits(source, model.sizes, {}, seed, window)])[0]
+        run.forwards += view.forwards
+        kept = tuple(zip(sites, values, strict=True))
+        tapes[key] = Tape(source.inputs.rows(window), kept, model.sizes, window)
+    return tapes
+
+
+def _first_column(world: World, model: Model, inputs: Inputs) -> int:
+    """About where a world forks from its base: worlds that fork at one place pack well together."""
+    first = inputs.width
+    for item in world.plan:
+        pos = item.site.pos
+        if isinstance(pos, int) and pos >= 0:
+            first = min(first, pos)
+        elif isinstance(pos, int):
+            first = min(first, inputs.width + pos)
+        elif isinstance(pos, tuple) and min(pos) >= 0:
+            first = min(first, min(pos))
+        else:
+            return 0
+    return first

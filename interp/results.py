@@ -1,0 +1,553 @@
+"""What a sweep found: effects by cell and row, with their statistics, files and views."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import safetensors.numpy
+
+from hooks.errors import ResultError, nearest
+from interp import plots, stats
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCHEMA, VERSION = "interp.result", 1
+STATUS = ("fired", "inert", "pruned")
+_COLUMNS = ("metric", "row", "effect", "base", "source", "status", "low", "high")
+_ARRAYS = ("effect", "base", "source", "status", "noise_floor")
+_DATA = ("axes", "metrics", "several", "rows", "config")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a grid.
+
+    Attributes:
+        name: "layer", "pos", "head", "key_pos", "site", "cell".
+        values: numbers, strings, or tuples of ints (a group edited together).
+        labels: what a figure or table prints (tokens, say); by default the values as text.
+    """
+
+    name: str
+    values: tuple
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = tuple(_plain(value) for value in self.values)
+        labels = tuple(self.labels) or tuple(str(value) for value in values)
+        if not isinstance(self.name, str) or self.name in _COLUMNS:
+            raise ResultError(f"an axis cannot be called {self.name!r}: that names a column of the result's table")
+        if len(labels) != len(values) or not all(isinstance(label, str) for label in labels):
+            raise ResultError(f"axis {self.name!r} has {len(values)} values and needs as many labels, got {labels}")
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The effects of a grid of interventions, cell by cell and row by row.
+
+    A row is a prompt pair, and every statistic is over rows. A nan effect says that the row lacks the cell (a position
+    beyond its end, say). Where there is one metric, no array carries a metric axis.
+
+    Attributes:
+        effect: float64 [metric?, *axes, row], metric(edited) - metric(base), in the metric's unit.
+        axes: the grid's axes, in order.
+        metrics: metric names.
+        several: whether the arrays carry the metric axis.
+        base: [metric?, row], metric of the edited world's base.
+        source: [metric?, row], metric of the world patched from; None for ablations.
+        status: int8 [*axes], an index into `STATUS`: 0 fired, 1 inert, 2 pruned.
+        noise_floor: [metric?], the largest |effect| of a world recomputed but not edited.
+        rows: label of each row.
+        config: JSON data: model, inputs, plan, seed, versions, direction, executor, cost.
+
+    Raises:
+        ResultError: the arrays' shapes do not agree with the axes, metrics and rows.
+
+    Example:
+        >>> result = Result(
+        ...     effect=[[1.0, 3.0], [0.0, 0.5]],
+        ...     axes=(Axis("layer", (4, 5)),),
+        ...     metrics=("logit_diff",),
+        ...     several=False,
+        ...     base=[-1.0, -2.0],
+        ...     source=[1.0, 2.0],
+        ...     status=[0, 0],
+        ...     noise_floor=1e-6,
+        ...     rows=("Mary and John", "Tom and Anna"),
+        ...     config={"direction": "denoising"},
+        ... )
+        >>> result
+        Result(layer 2, 2 rows, logit_diff: 2 fired; largest effect +2 at layer=4)
+        >>> result.normalized()
+        array([0.66666667, 0.08333333])
+        >>> result.sel(layer=5).mean()
+        array(0.25)
+    """
+
+    effect: np.ndarray
+    axes: tuple[Axis, ...]
+    metrics: tuple[str, ...]
+    several: bool
+    base: np.ndarray
+    source: np.ndarray | None
+    status: np.ndarray
+    noise_floor: np.ndarray
+    rows: tuple[str, ...]
+    config: dict
+
+    def __post_init__(self) -> None:
+        for name, kind in {"axes": Axis, "metrics": str, "rows": str}.items():
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(isinstance(value, kind) for value in given):
+                raise ResultError(f"{name} is a tuple of {kind.__name__}, got {_some(given)}")
+            object.__setattr__(self, name, tuple(given))
+        if not isinstance(self.config, dict):
+            raise ResultError(f"config is a dict of JSON data, got {type(self.config).__name__}")
+        if len(self.metrics) != 1 and not (self.several and self.metrics):
+            raise ResultError(f"a result has one metric, or several and an axis for them, got {self.metrics}")
+        metric = (len(self.metrics),) if self.several else ()
+        cells, rows = tuple(len(axis) for axis in self.axes), (len(self.rows),)
+        shapes = {
+            "effect": metric + cells + rows,
+            "base": metric + rows,
+            "source": metric + rows,
+            "status": cells,
+            "noise_floor": metric,
+        }
+        for name, shape in shapes.items():
+            if name == "source" and self.source is None:
+                continue
+            array = np.asarray(getattr(self, name))
+            if name == "status" and not np.isin(array, range(len(STATUS))).all():
+                raise ResultError(f"status is 0, 1 or 2 ({', '.join(STATUS)}), got {_some(np.unique(array).tolist())}")
+            array = array.astype(np.int8 if name == "status" else np.float64, copy=False)
+            if array.shape != shape:
+                raise ResultError(f"{name} has shape {array.shape}, but the axes, metrics and rows make it {shape}")
+            object.__setattr__(self, name, array)
+        names = [axis.name for axis in self.axes]
+        if len(set(names)) != len(names):
+            raise ResultError(f"the axes of a result have different names, got {names}")
+
+    # Statistics
+
+    def mean(self) -> np.ndarray:
+        """Return the mean effect over rows, [metric?, *axes], in the metric's unit; nan where no row has the cell."""
+        return stats.row_mean(self.effect)
+
+    def normalized(self, per_row: bool = False, tol: float = 0.1) -> np.ndarray:
+        """Return effects as a share of the whole difference: 0 leaves the base as it was, 1 reaches the source.
+
+        Mean effect / mean(source - base), both over the rows that have the cell. The ratio of means is preferred to the
+        mean of ratios, which rows with a small denominator rule.
+
+        Args:
+            per_row: return each row's own effect / (source - base) instead.
+            tol: per row, a row is masked with nan where |source - base| < tol * mean |source - base|.
+
+        Returns:
+            [metric?, *axes], or [metric?, *axes, row] when `per_row`; nan where the denominator is within noise.
+
+        Raises:
+            ResultError: there is no source (an ablation), or source and base do not differ beyond noise.
+        """
+        shares = []
+        for effect, difference, floor in self._against_source():
+            size = stats.row_mean(np.abs(difference) if per_row else difference)
+            if not abs(size) > floor:
+                name = self.metrics[len(shares)]
+                raise ResultError(
+                    f"nothing to normalize by: {'|source - base|' if per_row else 'source - base'} of {name!r} is "
+                    f"{size:.3g} on average over {len(self.rows)} rows, within the noise of {floor:.3g}; use mean()"
+                )
+            if per_row:
+                kept = (np.abs(difference) >= tol * size) & (np.abs(difference) > floor)
+                shares.append(effect / np.where(kept, difference, np.nan))
+            else:
+                present = ~np.isnan(effect) & ~np.isnan(difference)
+                reach = stats.row_mean(np.broadcast_to(difference, effect.shape), present)
+                shares.append(stats.row_mean(effect, present) / np.where(np.abs(reach) > floor, reach, np.nan))
+        return np.stack(shares) if self.several else shares[0]
+
+    def ci(
+        self, level: float = 0.95, n_boot: int = 2000, seed: int = 0, normalized: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return bootstrap intervals of `mean()`, or of `normalized()`, by resampling rows.
+
+        One resample serves all cells, and numerator and denominator together.
+
+        Args:
+            level: coverage, in (0, 1).
+            n_boot: number of resamples.
+            seed: of the resamples.
+            normalized: intervals of `normalized()`.
+
+        Returns:
+            (low, high), each [metric?, *axes]; nan where fewer than two rows have the cell, so all nan for one row.
+
+        Raises:
+            ResultError: as `normalized()`, or an argument out of range.
+        """
+        options = {"level": level, "n_boot": n_boot, "seed": seed}
+        if not normalized:
+            return stats.bootstrap_ci(self.effect, **options)
+        undefined = np.isnan(self.normalized())
+        pairs = [stats.bootstrap_ci(effect, difference, **options) for effect, difference, _ in self._against_source()]
+        bounds = np.stack(pairs, axis=1) if self.several else np.stack(pairs[0])
+        low, high = np.where(undefined, np.nan, bounds)
+        return low, high
+
+    def p_values(self, n_perm: int = 10_000, seed: int = 0) -> np.ndarray:
+        """Return two-sided sign-flip p-values of a mean effect of zero, [metric?, *axes].
+
+        Exact when 2**rows <= n_perm, otherwise drawn. No p-value is below 2 / 2**rows: with five rows none is below
+        0.06. Not corrected for the number of cells: see `significant`.
+        """
+        return stats.sign_flip_p(self.effect, n_perm=n_perm, seed=seed)
+
+    def significant(self, q: float = 0.05, n_perm: int = 10_000, seed: int = 0) -> np.ndarray:
+        """Return which mean effects differ from zero, bool [metric?, *axes], by Benjamini-Hochberg over all cells.
+
+        Among n cells, a lone one is found only with p <= q / n: raise `n_perm` above n / q for large grids.
+
+        Args:
+            q: false discovery rate, in (0, 1].
+            n_perm: as in `p_values`.
+            seed: as in `p_values`.
+        """
+        return stats.benjamini_hochberg(self.p_values(n_perm, seed), q)
+
+    def above_noise(self) -> np.ndarray:
+        """Return where |mean effect| exceeds what recomputing without an edit gives, bool [metric?, *axes]."""
+        mean = self.mean()
+        return np.abs(mean) > self.noise_floor.reshape(self.noise_floor.shape + (1,) * len(self.axes))
+
+    # Views
+
+    def top(self, k: int = 10, metric: str | None = None) -> list[dict[str, Any]]:
+        """Return the cells with the largest |mean effect|, largest first.
+
+        Args:
+            k: how many, at most.
+            metric: which, where there are several; the first by default.
+
+        Returns:
+            One {axis name: value, ..., "effect", "low", "high"} a cell, with its 95 % interval, and with "metric" where
+            there are several; cells that no row has are left out.
+        """
+        one = self.sel(metric=self.metrics[0] if metric is None else metric)
+        mean = one.mean().ravel()
+        order = np.argsort(-np.abs(mean), kind="stable")  # nan comes last
+        order = order[~np.isnan(mean[order])][: max(k, 0)]
+        low, high = stats.bootstrap_ci(one.effect.reshape(mean.size, len(one.rows))[order])
+        shape = tuple(len(axis) for axis in one.axes)
+        found = []
+        for rank, cell in enumerate(order):
+            at = np.unravel_index(cell, shape)
+            where = {axis.name: axis.values[i] for axis, i in zip(one.axes, at, strict=True)}
+            numbers = {"effect": float(mean[cell]), "low": float(low[rank]), "high": float(high[rank])}
+            found.append({**({"metric": one.metrics[0]} if self.several else {}), **where, **numbers})
+        return found
+
+    def sel(self, **wanted: Any) -> Result:
+        """Return the result restricted to some values of some axes.
+
+        One value drops its axis, as in xarray, and is noted under config["selected"]; a list, range or array keeps it.
+
+        Args:
+            wanted: `metric=` a name, and axes by name: `layer=3`, `pos=[0, 1]`, `head=(0, 1)` for the group (0, 1).
+
+        Raises:
+            ResultError: no such axis, or no such value on it.
+        """
+        names = ["metric", *(axis.name for axis in self.axes)]
+        for name in wanted:
+            if name not in names:
+                raise ResultError(f"no axis {name!r}{nearest(name, names)}; there are {_some(names)}")
+        result = self
+        for name, value in wanted.items():
+            result = result._sel_metric(value) if name == "metric" else result._sel_axis(name, value)
+        return result
+
+    def _sel_metric(self, wanted: Any) -> Result:
+        at = _find("metric", self.metrics, wanted)
+        if not self.several:
+            return self
+        return replace(
+            self,
+            effect=self.effect[at],
+            base=self.base[at],
+            source=None if self.source is None else self.source[at],
+            noise_floor=self.noise_floor[at],
+            metrics=tuple(np.array(self.metrics, dtype=object)[np.atleast_1d(at)]),
+            several=isinstance(at, list),
+        )
+
+    def _sel_axis(self, name: str, wanted: Any) -> Result:
+        dim = [axis.name for axis in self.axes].index(name)
+        axis = self.axes[dim]
+        at = _find(f"axis {name!r}", axis.values, wanted)
+        if isinstance(at, list):
+            kept = (Axis(name, tuple(axis.values[i] for i in at), tuple(axis.labels[i] for i in at)),)
+            config = self.config
+        else:
+            kept = ()
+            before = self.config.get("selected")
+            noted = {**(before if isinstance(before, dict) else {}), name: axis.values[at]}
+            config = {**self.config, "selected": noted}
+        return replace(
+            self,
+            effect=self.effect.take(at, axis=dim + self.several),
+            status=self.status.take(at, axis=dim),
+            axes=self.axes[:dim] + kept + self.axes[dim + 1 :],
+            config=config,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a table with one line a metric x cell x row, for pandas, seaborn, statsmodels.
+
+        Columns: metric, one an axis (its values), row, effect, base, source (nan for ablations), status ("fired", ...).
+        """
+        import pandas as pd
+
+        shape = (len(self.metrics), *(len(axis) for axis in self.axes), len(self.rows))
+        every = np.indices(shape, sparse=True)
+
+        def spread(values: Sequence | np.ndarray, where: Sequence[np.ndarray]) -> np.ndarray:
+            """Return a value for each line; `where` holds one index array for each dimension of the values."""
+            if not isinstance(values, np.ndarray):
+                values = pd.Series(list(values)).to_numpy()  # keeps tuples whole and numbers numbers
+            return np.broadcast_to(values[tuple(where)], shape).ravel()
+
+        nowhere = np.full(self.base.shape, np.nan)
+        per_row = {"base": self.base, "source": nowhere if self.source is None else self.source}
+        columns = {"metric": spread(self.metrics, every[:1])}
+        columns |= {axis.name: spread(axis.values, [at]) for axis, at in zip(self.axes, every[1:-1], strict=True)}
+        columns |= {"row": spread(self.rows, every[-1:]), "effect": self.effect.ravel()}
+        columns |= {name: spread(np.atleast_2d(x), [every[0], every[-1]]) for name, x in per_row.items()}
+        columns["status"] = np.array(STATUS, dtype=object)[spread(self.status, every[1:-1])]
+        return pd.DataFrame(columns)
+
+    def plot(self, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
+        """Draw the result; see `interp.plots.heatmap`. In a notebook, `figure()` is what shows."""
+        return plots.heatmap(self, ax=ax, metric=metric, value=value)
+
+    def figure(self, metric: str | None = None, value: str | None = None) -> Figure:
+        """Return a figure of the result: the last line of a notebook cell shows it, and it has `savefig`."""
+        axes = self.plot(metric=metric, value=value)
+        return cast("Figure", (axes[0] if isinstance(axes, list) else axes).figure)
+
+    def __repr__(self) -> str:
+        grid = " × ".join(f"{axis.name} {len(axis)}" for axis in self.axes) or "one cell"
+        counts = Counter(self.status.ravel().tolist())
+        happened = ", ".join(f"{n} {STATUS[code]}" for code, n in sorted(counts.items())) or "no cells"
+        text = f"{grid}, {len(self.rows)} rows, {', '.join(self.metrics)}: {happened}"
+        mean = self.sel(metric=self.metrics[0]).mean()
+        if not np.isnan(mean).all():
+            best = np.unravel_index(np.nanargmax(np.abs(mean)), mean.shape)
+            where = ", ".join(f"{axis.name}={axis.values[i]}" for axis, i in zip(self.axes, best, strict=True))
+            of = f" on {self.metrics[0]}" if self.several else ""
+            text += f"; largest effect{of} {mean[best]:+.3g}{' at ' * bool(where)}{where}"
+        return f"Result({text})"
+
+    def _repr_html_(self) -> str:
+        """Return a summary and the five largest effects, for notebooks."""
+        best = self.top(5)
+        of = f" on {best[0]['metric']}" if best and self.several else ""
+        head = [*(axis.name for axis in self.axes), f"mean effect{of}", "95% interval"]
+        lines = [
+            [*(_shown(axis, cell) for axis in self.axes), f"{cell['effect']:+.4g}", _interval(cell)] for cell in best
+        ]
+        told = {key: self.config[key] for key in ("model", "direction", "executor", "selected") if key in self.config}
+        about = "; ".join(f"{key} {plots.visible(str(value))[:80]}" for key, value in told.items())
+        table = "".join(f"<tr>{''.join(f'<td>{html.escape(x)}</td>' for x in line)}</tr>" for line in lines)
+        return (
+            f"<div><code>{html.escape(repr(self))}</code>"
+            + (f"<br><small>{html.escape(about)}</small>" if about else "")
+            + f"<table><thead><tr>{''.join(f'<th>{html.escape(x)}</th>' for x in head)}</tr></thead>"
+            + f"<tbody>{table}</tbody></table></div>"
+        )
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `path`.json (everything but the arrays) and `path`.safetensors (the arrays).
+
+        Both are written under temporary names and then renamed, so a file is never half written, and the JSON holds the
+        checksum of the arrays, so a pair that does not belong together is refused. Missing folders are made.
+
+        Args:
+            path: a `.json` or `.safetensors` suffix is stripped.
+
+        Returns:
+            The path of the JSON file.
+
+        Raises:
+            ResultError: an axis or the config holds something that is not JSON data; nothing is written.
+        """
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        tensors = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+        record = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "axes": [{"name": axis.name, "values": axis.values, "labels": axis.labels} for axis in self.axes],
+            "metrics": self.metrics,
+            "several": bool(self.several),
+            "rows": self.rows,
+            "config": self.config,
+            "arrays_sha256": hashlib.sha256(tensors).hexdigest(),
+        }
+        for name in _DATA:
+            _check_json(record[name], name)
+        text = json.dumps(record, indent=1)
+        json_path, arrays_path = _paths(path)
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        _write_all({arrays_path: tensors, json_path: text.encode()})
+        return json_path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """Return what `save(path)` wrote.
+
+        Raises:
+            FileNotFoundError: either file is missing.
+            ResultError: the files are not a saved result, are of a newer version, or do not belong together.
+        """
+        json_path, arrays_path = _paths(path)
+        text, tensors = json_path.read_bytes(), arrays_path.read_bytes()
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ResultError(f"{json_path} is not JSON: {error}") from None
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ResultError(f"{json_path} is not a saved result: it lacks schema = {SCHEMA!r}")
+        if record.get("version") != VERSION:
+            raise ResultError(f"{json_path} has version {record.get('version')!r}; this release reads {VERSION}")
+        wanted = {"schema", "version", "arrays_sha256", *_DATA}
+        if set(record) != wanted:
+            raise ResultError(f"{json_path} differs from a saved result in the fields {sorted(wanted ^ set(record))}")
+        if hashlib.sha256(tensors).hexdigest() != record["arrays_sha256"]:
+            raise ResultError(f"{arrays_path} does not belong to {json_path}: its checksum differs; save again")
+        try:
+            arrays = safetensors.numpy.load(tensors)
+            axes = tuple(Axis(a["name"], tuple(a["values"]), tuple(a["labels"])) for a in record["axes"])
+            data = {name: record[name] for name in _DATA} | {"axes": axes}
+            return cls(**{"source": None, **arrays, **data})
+        except (ResultError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise ResultError(f"{json_path} is not a saved result: {error}") from None
+
+    def _against_source(self) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+        """Yield for each metric its effect [*axes, row], source - base [row], and what of a difference may be noise."""
+        if self.source is None:
+            raise ResultError("an ablation has no source to normalize by; use mean(), or value='effect' in a plot")
+        stacked = (self.effect, self.source, self.base, self.noise_floor)
+        for effect, source, base, noise in zip(*stacked, strict=True) if self.several else [stacked]:
+            # The second term stands in for rounding where no noise was measured.
+            floor = np.fmax(noise, 1e-9 * stats.row_mean(np.abs(source) + np.abs(base)))
+            with np.errstate(invalid="ignore"):  # infinite on both sides: no difference to speak of
+                difference = source - base
+            yield effect, difference, float(floor)
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own numbers for numpy's, and tuples for lists."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _find(what: str, values: tuple, wanted: Any) -> int | list[int]:
+    """Return the index of one value, or the indices of several: a list, range or array, or a tuple that is no value."""
+    several = isinstance(wanted, (list, range)) or (isinstance(wanted, np.ndarray) and wanted.ndim > 0)
+    wanted = _plain(tuple(wanted) if several else wanted)
+    if several or (isinstance(wanted, tuple) and wanted not in values):
+        if not wanted:
+            raise ResultError(f"an empty selection from {what}")
+        return [_find_one(what, values, one) for one in wanted]
+    return _find_one(what, values, wanted)
+
+
+def _find_one(what: str, values: tuple, wanted: Any) -> int:
+    # True == 1 in Python: a mask must not pass for the values 0 and 1.
+    found = [
+        i for i, value in enumerate(values) if value == wanted and isinstance(wanted, bool) is isinstance(value, bool)
+    ]
+    if not found:
+        raise ResultError(f"{what} has no {wanted!r}{nearest(wanted, values)}; it has {_some(values)}")
+    if len(found) > 1:
+        raise ResultError(f"{what} has {wanted!r} {len(found)} times, so it does not say which")
+    return found[0]
+
+
+def _some(values: Sequence) -> str:
+    """Return the values as text, in short when there are many."""
+    if len(values) <= 12:
+        return ", ".join(map(repr, values))
+    return f"{', '.join(map(repr, values[:6]))}, ..., {values[-1]!r}"
+
+
+def _shown(axis: Axis, cell: dict[str, Any]) -> str:
+    """Return the cell's value on the axis, with its label where that says more."""
+    value = cell[axis.name]
+    label = axis.labels[axis.values.index(value)]
+    return str(value) if label == str(value) else f"{value} {plots.visible(label)}"
+
+
+def _interval(cell: dict[str, Any]) -> str:
+    return "" if np.isnan(cell["low"]) else f"{cell['low']:+.4g} to {cell['high']:+.4g}"
+
+
+def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the JSON path and the arrays' path; a name may hold dots of its own."""
+    path = Path(path)
+    name = path.stem if path.suffix in (".json", ".safetensors") else path.name
+    return path.with_name(f"{name}.json"), path.with_name(f"{name}.safetensors")
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Raise unless the value comes back from JSON as it is, tuples as lists; numpy numbers and int keys do not."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ResultError(f"{where} is not JSON data: its key {key!r} is a {type(key).__name__}, not a str")
+            _check_json(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_json(item, f"{where}[{i}]")
+    elif not isinstance(value, (str, int, float, type(None))):
+        raise ResultError(f"{where} is not JSON data: {value!r} is a {type(value).__name__}")
+    elif isinstance(value, float) and not np.isfinite(value):
+        raise ResultError(f"{where} is not JSON data: {value}")
+
+
+def _write_all(files: dict[Path, bytes]) -> None:
+    """Write every file under a temporary name, then rename them in order; on failure leave no temporary file behind."""
+    written = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in files}
+    try:
+        for path, data in files.items():
+            with open(written[path], "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""What every test runs under: no network, no display, one thread a worker, fixed seeds."""
+
+import os
+
+# Before anything that reads them is imported: torch its threads, matplotlib its backend, the hub its mode.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread for each pytest-xdist worker: two workers on two cores are faster than either sharing both.
+torch.set_num_threads(1)
+
+# Forward passes take as long as they take, so there is no deadline; in CI a failure must be the same on every run.
+hypothesis.settings.register_profile(
+    "interp",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("interp")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """The same random numbers for a test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """The folder of a small trained Llama, kept beside the checkout or where INTERP_STORIES says; skips without it."""
+    named = os.environ.get("INTERP_STORIES")
+    folder = Path(named) if named else ROOT.parent / "shared" / "models" / "stories260k"
+    if (folder / "config.json").is_file():
+        return folder
+    if named:
+        pytest.fail(f"INTERP_STORIES={named} holds no model: it has no config.json")
+    pytest.skip(f"no model at {folder}: set INTERP_STORIES to the folder of one")

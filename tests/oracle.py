@@ -1,0 +1,372 @@
+"""The forward pass written out by hand: every site is a line here, and an edit is a function applied on that line.
+
+Nothing of the engine is used and no module of the model is called: `read` takes a model's parameters and the numbers of
+its config into one plain `Spec`, and `forward` computes from that. Slow, explicit, differentiable, exact in float64.
+
+Letters: B rows, T query positions, S key positions, H heads, K key/value heads, D head width, M model width, F MLP
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Key = tuple[str, "int | None"]
+Edit = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x * torch.sigmoid(x),
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm (`centered`) or an RMSNorm over the last dimension."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centered: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.centered:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """W_Q [H,D,M], W_K and W_V [K,D,M], W_O [H,D,M]; biases [H,D], [K,D], [K,D], [M], zero where the model has none."""
+
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
+    q_norm: Norm | None
+    k_norm: Norm | None
+    window: int | None  # a query sees at most this many keys, itself included
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """W_gate (None if not gated) and W_up [F,M], W_down [M,F]; biases [F], [F], [M], zero where the model has none."""
+
+    W_gate: Tensor | None
+    W_up: Tensor
+    W_down: Tensor
+    b_gate: Tensor | None
+    b_up: Tensor
+    b_down: Tensor
+    act: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    norm1: Norm
+    attn: AttentionWeights
+    norm2: Norm | None
+    mlp: MLPWeights | None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole model: W_E and W_U [V,M], W_pos [positions,M] if positions are learned, rotary_base if rotary."""
+
+    W_E: Tensor
+    W_pos: Tensor | None
+    layers: tuple[LayerWeights, ...]
+    norm: Norm
+    W_U: Tensor
+    rotary_base: float | None
+    angle_dtype: torch.dtype  # what the rotary angles are computed in
+
+
+class Parameters:
+    """A model's parameters by name, with the reshapes that the readers share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named = dict(model.named_parameters(remove_duplicate=False))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.named[name]
+
+    def bias(self, name: str, like: Tensor) -> Tensor:
+        """The bias called `name`, or zeros for the outputs of the weight `like` [out, in]."""
+        return self.named[name] if name in self.named else like.new_zeros(like.shape[0])
+
+    def norm(self, name: str, eps: float, centered: bool) -> Norm | None:
+        if f"{name}.weight" not in self.named:
+            return None
+        return Norm(self.named[f"{name}.weight"], self.named.get(f"{name}.bias"), eps, centered)
+
+    def attention(self, prefix: str, head_dim: int, norm: tuple[float, bool], window: int | None) -> AttentionWeights:
+        """Separate q_proj, k_proj, v_proj and o_proj below `prefix`, each [out, in], cut into heads."""
+        w = {letter: self.named[f"{prefix}.{letter}_proj.weight"] for letter in "qkvo"}
+        b = {letter: self.bias(f"{prefix}.{letter}_proj.bias", w[letter]) for letter in "qkvo"}
+        return AttentionWeights(
+            W_Q=w["q"].unflatten(0, (-1, head_dim)),
+            W_K=w["k"].unflatten(0, (-1, head_dim)),
+            W_V=w["v"].unflatten(0, (-1, head_dim)),
+            W_O=w["o"].T.unflatten(0, (-1, head_dim)),
+            b_Q=b["q"].unflatten(0, (-1, head_dim)),
+            b_K=b["k"].unflatten(0, (-1, head_dim)),
+            b_V=b["v"].unflatten(0, (-1, head_dim)),
+            b_O=b["o"],
+            q_norm=self.norm(f"{prefix}.q_norm", *norm),
+            k_norm=self.norm(f"{prefix}.k_norm", *norm),
+            window=window,
+        )
+
+    def mlp(self, gate: str, up: str, down: str, activation: str) -> MLPWeights:
+        """Separate linear layers, each [out, in]."""
+        W_gate, W_up, W_down = (
+            self.named.get(f"{gate}.weight"),
+            self.named[f"{up}.weight"],
+            self.named[f"{down}.weight"],
+        )
+        return MLPWeights(
+            W_gate=W_gate,
+            W_up=W_up,
+            W_down=W_down,
+            b_gate=None if W_gate is None else self.bias(f"{gate}.bias", W_gate),
+            b_up=self.bias(f"{up}.bias", W_up),
+            b_down=self.bias(f"{down}.bias", W_down),
+            act=ACTIVATIONS[activation],
+        )
+
+
+def read_gpt2(model: nn.Module) -> Spec:
+    """GPT-2: LayerNorm, learned positions, fused q/k/v, and weights stored [in, out]."""
+    config, p = model.config, Parameters(model)
+    assert config.activation_function == "gelu_new"
+    assert config.scale_attn_weights
+    assert not config.scale_attn_by_inverse_layer_idx
+    assert not config.add_cross_attention
+    heads, eps = config.n_head, config.layer_norm_epsilon
+    layers = []
+    for i in range(config.n_layer):
+        at = f"transformer.h.{i}"
+        W_Q, W_K, W_V = (w.T.unflatten(0, (heads, -1)) for w in p[f"{at}.attn.c_attn.weight"].chunk(3, dim=1))
+        b_Q, b_K, b_V = (b.unflatten(0, (heads, -1)) for b in p[f"{at}.attn.c_attn.bias"].chunk(3))
+        W_O, b_O = p[f"{at}.attn.c_proj.weight"].unflatten(0, (heads, -1)), p[f"{at}.attn.c_proj.bias"]
+        attn = AttentionWeights(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, b_O, q_norm=None, k_norm=None, window=None)
+        mlp = MLPWeights(
+            W_gate=None,
+            W_up=p[f"{at}.mlp.c_fc.weight"].T,
+            W_down=p[f"{at}.mlp.c_proj.weight"].T,
+            b_gate=None,
+            b_up=p[f"{at}.mlp.c_fc.bias"],
+            b_down=p[f"{at}.mlp.c_proj.bias"],
+            act=ACTIVATIONS["gelu_tanh"],
+        )
+        layers.append(LayerWeights(p.norm(f"{at}.ln_1", eps, True), attn, p.norm(f"{at}.ln_2", eps, True), mlp))
+    return Spec(
+        W_E=p["transformer.wte.weight"],
+        W_pos=p["transformer.wpe.weight"],
+        layers=tuple(layers),
+        norm=p.norm("transformer.ln_f", eps, True),
+        W_U=p["lm_head.weight"],
+        rotary_base=None,
+        angle_dtype=torch.float32,
+    )
+
+
+def read_llama(model: nn.Module) -> Spec:
+    """Llama, Mistral, Qwen2, Qwen3: RMSNorm, rotary, gated; biases, q/k norms and windows where a model has them."""
+    config, p = model.config, Parameters(model)
+    assert config.hidden_act == "silu"
+    assert config.rope_parameters["rope_type"] == "default"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    norm = (config.rms_norm_eps, False)
+    window = getattr(config, "sliding_window", None)
+    # A model that mixes kinds of layers says so layer by layer; elsewhere a window holds in all of them.
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        layers.append(
+            LayerWeights(
+                norm1=p.norm(f"{at}.input_layernorm", *norm),
+                attn=p.attention(
+                    f"{at}.self_attn", head_dim, norm, window if kinds[i] == "sliding_attention" else None
+                ),
+                norm2=p.norm(f"{at}.post_attention_layernorm", *norm),
+                mlp=p.mlp(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", f"{at}.mlp.down_proj", "silu"),
+            )
+        )
+    return Spec(
+        W_E=p["model.embed_tokens.weight"],
+        W_pos=None,
+        layers=tuple(layers),
+        norm=p.norm("model.norm", *norm),
+        W_U=p["lm_head.weight"],
+        rotary_base=config.rope_parameters["rope_theta"],
+        angle_dtype=torch.float32,  # transformers computes angles in float32 whatever the model is in
+    )
+
+
+def read_small(model: nn.Module) -> Spec:
+    """The project's own `Transformer`, all its options."""
+    config, p = model.config, Parameters(model)
+    norm = (config.norm_eps, config.norm == "layernorm")
+    layers = []
+    for i in range(config.n_layers):
+        at = f"blocks.{i}"
+        mlp = None
+        if config.d_mlp is not None:
+            mlp = p.mlp(f"{at}.mlp.gate", f"{at}.mlp.up", f"{at}.mlp.down", config.activation)
+        attn = p.attention(f"{at}.attn", config.d_head, norm, window=None)
+        layers.append(LayerWeights(p.norm(f"{at}.ln1", *norm), attn, p.norm(f"{at}.ln2", *norm), mlp))
+    return Spec(
+        W_E=p["embed.weight"],
+        W_pos=p["pos_embed.weight"] if config.positions == "learned" else None,
+        layers=tuple(layers),
+        norm=p.norm("ln_final", *norm),
+        W_U=p["unembed.weight"],
+        rotary_base=config.rotary_base if config.positions == "rotary" else None,
+        angle_dtype=torch.promote_types(p["embed.weight"].dtype, torch.float32),
+    )
+
+
+READERS: dict[str, Callable[[nn.Module], Spec]] = {
+    "GPT2LMHeadModel": read_gpt2,
+    "LlamaForCausalLM": read_llama,
+    "MistralForCausalLM": read_llama,
+    "Qwen2ForCausalLM": read_llama,
+    "Qwen3ForCausalLM": read_llama,
+    "Transformer": read_small,
+}
+
+
+def read(model: nn.Module) -> Spec:
+    """Return the weights and numbers of a model of a known family."""
+    return READERS[type(model).__name__](model)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Return the position ids [B,T] that padding asks for: real tokens so far - 1, and 0 before the first."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def rotate(x: Tensor, position: Tensor, base: float, dtype: torch.dtype) -> Tensor:
+    """Turn dimension i of x [B,T,heads,D] against dimension i + D/2 by the angle position * base^(-2i/D)."""
+    D = x.shape[-1]
+    frequency = 1.0 / (base ** (torch.arange(0, D, 2, dtype=dtype, device=x.device) / D))
+    angle = position[:, :, None, None].to(dtype) * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., : D // 2], x[..., D // 2 :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over keys in which a query whose every score is -inf gets zeros, in the value and in the gradient."""
+    closed = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(closed, 0.0), dim=-1).masked_fill(closed, 0.0)
+
+
+def forward(
+    model: nn.Module, ids: Tensor, mask: Tensor, edits: Mapping[Key, Edit] | None = None
+) -> tuple[Tensor, dict[Key, Tensor]]:
+    """Run a model by hand.
+
+    Args:
+        model: a model of a family in `READERS`; only its parameters and config are read.
+        ids: token ids [B,T].
+        mask: bool [B,T], True at real tokens. Masks keys alone, as the models do: a padded query before the first real
+            token attends to nothing (its pattern is zero), one after the last still sees the real tokens before it.
+        edits: (site, layer or None) -> function from the site's whole tensor to a new one of the same shape, applied in
+            execution order. An edit of `resid_post` comes before one of the next layer's `resid_pre`.
+
+    Returns:
+        The logits [B,T,V], and every site's value after editing by (site, layer or None).
+
+    Raises:
+        ValueError: an edit of a site that the model does not have, or one that changes the shape.
+    """
+    spec = read(model)
+    pending = dict(edits or {})
+    cache: dict[Key, Tensor] = {}
+
+    def at(name: str, layer: int | None, x: Tensor) -> Tensor:
+        edit = pending.pop((name, layer), None)
+        if edit is not None:
+            new = edit(x)
+            if new.shape != x.shape:
+                raise ValueError(f"the edit of {name} in layer {layer} made {list(new.shape)} of {list(x.shape)}")
+            x = new
+        cache[name, layer] = x
+        return x
+
+    T = ids.shape[1]
+    position = positions(mask)
+    query, key = torch.arange(T, device=ids.device)[:, None], torch.arange(T, device=ids.device)[None, :]
+
+    resid = at("embed", None, spec.W_E[ids])
+    if spec.W_pos is not None:
+        resid = resid + at("pos_embed", None, spec.W_pos[position])
+
+    for layer, w in enumerate(spec.layers):
+        resid = at("resid_pre", layer, resid)
+        if layer > 0:
+            cache["resid_post", layer - 1] = resid  # two names, one tensor
+
+        a = w.attn
+        H, K, D = a.W_Q.shape[0], a.W_K.shape[0], a.W_Q.shape[1]
+        attn_in = at("attn_in", layer, resid)
+        q_input = at("q_input", layer, attn_in[:, :, None, :].expand(-1, -1, H, -1))
+        k_input = at("k_input", layer, attn_in[:, :, None, :].expand(-1, -1, K, -1))
+        v_input = at("v_input", layer, attn_in[:, :, None, :].expand(-1, -1, K, -1))
+        q = at("q", layer, torch.einsum("bthm,hdm->bthd", w.norm1(q_input), a.W_Q) + a.b_Q)
+        k = at("k", layer, torch.einsum("bskm,kdm->bskd", w.norm1(k_input), a.W_K) + a.b_K)
+        v = at("v", layer, torch.einsum("bskm,kdm->bskd", w.norm1(v_input), a.W_V) + a.b_V)
+        if a.q_norm is not None and a.k_norm is not None:
+            q, k = a.q_norm(q), a.k_norm(k)
+        if spec.rotary_base is not None:
+            q = at("rot_q", layer, rotate(q, position, spec.rotary_base, spec.angle_dtype))
+            k = at("rot_k", layer, rotate(k, position, spec.rotary_base, spec.angle_dtype))
+
+        allowed = (key <= query) & mask[:, None, None, :]
+        if a.window is not None:
+            allowed = allowed & (key > query - a.window)
+        group = torch.arange(H, device=ids.device) // (H // K)  # the key/value head that each query head reads
+        scores = torch.einsum("bthd,bshd->bhts", q, k[:, :, group]) / math.sqrt(D)
+        scores = at("scores", layer, scores.masked_fill(~allowed, -torch.inf)).masked_fill(~allowed, -torch.inf)
+        pattern = at("pattern", layer, softmax(scores)).masked_fill(~allowed, 0.0)
+        cache["scores", layer], cache["pattern", layer] = scores, pattern  # an edit never opens a forbidden edge
+        z = at("z", layer, torch.einsum("bhts,bshd->bthd", pattern, v[:, :, group]))
+        result = at("result", layer, torch.einsum("bthd,hdm->bthm", z, a.W_O))
+        attn_out = at("attn_out", layer, result.sum(dim=2) + a.b_O)
+
+        if w.mlp is None or w.norm2 is None:
+            resid = at("resid_post", layer, resid + attn_out)
+            continue
+        resid = at("resid_mid", layer, resid + attn_out)
+        m = w.mlp
+        normed = w.norm2(at("mlp_in", layer, resid))
+        up = torch.einsum("btm,fm->btf", normed, m.W_up) + m.b_up
+        if m.W_gate is None or m.b_gate is None:
+            hidden = m.act(at("mlp_pre", layer, up))
+        else:
+            hidden = m.act(at("mlp_pre", layer, torch.einsum("btm,fm->btf", normed, m.W_gate) + m.b_gate)) * up
+        hidden = at("mlp_post", layer, hidden)
+        mlp_out = at("mlp_out", layer, torch.einsum("btf,mf->btm", hidden, m.W_down) + m.b_down)
+        resid = at("resid_post", layer, resid + mlp_out)
+
+    final = at("ln_final", None, spec.norm(resid))
+    logits = at("logits", None, torch.einsum("btm,vm->btv", final, spec.W_U))
+    if pending:
+        raise ValueError(f"{type(model).__name__} has no sites {sorted(pending, key=str)}")
+    return logits, cache
