@@ -80,7 +80,12 @@ class Edits:
         reads = [self._read(read, item, region, x) for read in item.reads]
         ctx = with_reads(ctx, tuple(valid for _, valid in reads))
         new = item.op(part, *(value for value, _ in reads), ctx=ctx)
-        if not isinstance(new, Tensor) or new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
+        if (
+            not isinstance(new, Tensor)
+            or new.shape != part.shape
+            or new.dtype != part.dtype
+            or new.device != part.device
+        ):
             got = f"{new.dtype} {list(new.shape)} on {new.device}" if isinstance(new, Tensor) else type(new).__name__
             raise ShapeError(
                 f"{item}: the function returned {got}; expected {part.dtype} {list(part.shape)} on {part.device}"

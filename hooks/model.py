@@ -99,7 +99,9 @@ class Model:
     def __repr__(self) -> str:
         arch, block = self.architecture, self.architecture.blocks[0]
         heads = f"{block.q.heads} heads" + (f" ({block.k.heads} key/value)" if block.k.heads != block.q.heads else "")
-        return f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, vocabulary {arch.vocabulary})"
+        return (
+            f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, vocabulary {arch.vocabulary})"
+        )
 
     def sites(self) -> SiteTable:
         """Every site that the model offers, with its shape; all are readable and writable."""
@@ -402,7 +404,9 @@ def _inputs_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """The inputs of a call of the user's, as far as positions and rows go."""
     cache = kwargs.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
-        raise PlanError("this call continues from a key/value cache, which plans do not support yet; pass the whole text")
+        raise PlanError(
+            "this call continues from a key/value cache, which plans do not support yet; pass the whole text"
+        )
     ids = kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(ids, Tensor):
         embeds = kwargs.get("inputs_embeds")
@@ -466,6 +470,8 @@ def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) 
     heads, groups = arch.blocks[0].q.heads, arch.blocks[0].k.heads
     text = f"{where}: there is no head {index}, the site has {size} (0 .. {size - 1})"
     if size == groups < heads and index < heads:
-        text += f"; this model has {heads} query heads but {groups} key/value heads, and {where.name} is per key/value head"
+        text += (
+            f"; this model has {heads} query heads but {groups} key/value heads, and {where.name} is per key/value head"
+        )
         text += f": query head {index} reads key/value head {index * groups // heads}"
     return text

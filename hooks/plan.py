@@ -48,7 +48,9 @@ class Op:
     def __str__(self) -> str:
         parts = []
         for name, value in self.parameters().items():
-            text = f"{value.dtype}{list(value.shape)}".removeprefix("torch.") if isinstance(value, Tensor) else repr(value)
+            text = (
+                f"{value.dtype}{list(value.shape)}".removeprefix("torch.") if isinstance(value, Tensor) else repr(value)
+            )
             parts.append(f"{name}={text}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 

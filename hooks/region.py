@@ -159,9 +159,7 @@ def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int 
     return len(listed), [(axes.index(axis), torch.tensor(listed))]
 
 
-def _columns(
-    axis: str, index: Index, inputs: Inputs, where: Tensor | None, site: Site
-) -> tuple[Tensor, Tensor | None]:
+def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
     """Columns [B, n] of the positions meant, and which of them count (None: all)."""
     rows, width = inputs.mask.shape
     lengths = inputs.lengths[:, None]

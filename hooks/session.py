@@ -84,7 +84,9 @@ class Session:
                 # go on to change their residual in place.
                 x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
                 parts = [x] if len(self.worlds) == 1 else list(x.chunk(len(self.worlds)))
-                self.kept[world][index] = parts[world] if not place.restricted else self._part(world, place, parts[world])
+                self.kept[world][index] = (
+                    parts[world] if not place.restricted else self._part(world, place, parts[world])
+                )
             else:
                 part = self._part(world, place, parts[world]).detach()
                 self.kept[world][index] = part.clone() if part.data_ptr() == parts[world].data_ptr() else part

@@ -147,8 +147,11 @@ class Chunk:
             x = Packed(x.dirty, x.values + pos.values, self.rows)
         x = self.visit(("resid_pre", 0, None), x, self.entering(0))
         depth = len(self.arch.blocks)
+        used = {key[1] for keys in [*self.touched, self.captured] for key in keys}
         for layer in range(min(depth, self.run_.stop + 1)):
-            x = self.block(layer, x)
+            # No world has left the base yet, and none does in this layer.
+            if len(x.values) or layer in used:
+                x = self.block(layer, x)
         self.mark_pruned()
         return self.read_out(x) if self.run_.stop == depth else self.collect([])
 
@@ -203,7 +206,9 @@ class Chunk:
         changes = torch.stack(masks).cpu()
         return self.adopt([key], x, needed, dict(zip(edited, zip(results, changes, strict=True), strict=True)))
 
-    def adopt(self, keys: Sequence[Key], x: Packed, needed: Tensor, results: dict[int, tuple[Tensor, Tensor]]) -> Packed:
+    def adopt(
+        self, keys: Sequence[Key], x: Packed, needed: Tensor, results: dict[int, tuple[Tensor, Tensor]]
+    ) -> Packed:
         """Take over worlds' new values [b, T, ...], given the tokens bool [b, T] that the edits at `keys` changed."""
         updates = {}
         for w, (new, change) in results.items():
@@ -407,7 +412,11 @@ class Chunk:
             mine, most = out[group], int(counts[group].max())
             cols = torch.argsort((~mine).byte(), dim=1, stable=True)[:, :most]
             full = bool((counts[group] == most).all())
-            slots = None if full else (torch.arange(most) < counts[group][:, None]).flatten().nonzero().squeeze(1).to(device)
+            slots = (
+                None
+                if full
+                else (torch.arange(most) < counts[group][:, None]).flatten().nonzero().squeeze(1).to(device)
+            )
             asked = q.values[span["q"]]
             if slots is not None:
                 asked = asked.new_zeros((len(group) * most, *asked.shape[1:])).index_copy_(0, slots, asked)

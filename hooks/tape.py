@@ -42,7 +42,9 @@ class Tape:
         if whole is not None:
             return resolve(wanted, self.inputs, self.sizes[wanted.key]).get(whole)
         kept = [str(s) for s, _ in self.values]
-        raise SiteError(f"{wanted} was not kept{nearest(str(wanted), kept)}; the tape has {', '.join(kept) or 'nothing'}")
+        raise SiteError(
+            f"{wanted} was not kept{nearest(str(wanted), kept)}; the tape has {', '.join(kept) or 'nothing'}"
+        )
 
     def whole(self, where: Site) -> Tensor | None:
         """The whole activation, or None where it was not kept or only a part of it was."""
@@ -50,6 +52,12 @@ class Tape:
             if kept.key == where.key and not kept.restricted:
                 return value
         return None
+
+    @property
+    def size_table(self) -> tuple:
+        """`sizes` of the sites that are kept, as tuples."""
+        kept = {site.key for site in self}
+        return tuple((key, tuple(sorted(self.sizes[key].items()))) for key in sorted(kept, key=str))
 
     def __contains__(self, where: Site | str) -> bool:
         wanted = site(where)

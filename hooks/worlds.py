@@ -72,13 +72,19 @@ def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Cho
         ModelError: the executor's name is unknown.
     """
     if executor not in EXECUTORS:
-        raise ModelError(f"unknown executor {executor!r}{nearest(executor, EXECUTORS)}; there are {', '.join(EXECUTORS)}")
+        raise ModelError(
+            f"unknown executor {executor!r}{nearest(executor, EXECUTORS)}; there are {', '.join(EXECUTORS)}"
+        )
     if executor in ("sequential", "batched"):
         return Choice(executor)
     reason = model.unshareable()
     if not reason:
         mixing = [str(i) for w in worlds for i in w.plan if i.op.mixes]
-        reason = f"{mixing[0]} mixes {', '.join(sorted(next(i.op.mixes for w in worlds for i in w.plan if i.op.mixes)))}s" if mixing else ""
+        reason = (
+            f"{mixing[0]} mixes {', '.join(sorted(next(i.op.mixes for w in worlds for i in w.plan if i.op.mixes)))}s"
+            if mixing
+            else ""
+        )
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
 
 
@@ -138,7 +144,11 @@ def default_budget(device: torch.device) -> int:
 
 
 def hooked_pass(
-    model: Model, edits: Sequence[Edits], captures: Sequence[Sequence[Site]], expose: frozenset[int], graph: bool = False
+    model: Model,
+    edits: Sequence[Edits],
+    captures: Sequence[Sequence[Site]],
+    expose: frozenset[int],
+    graph: bool = False,
 ) -> tuple[Session, Tensor]:
     """One forward pass of the user's model, with worlds of equally many rows and columns along its batch."""
     session = Session(edits, captures, graph)
@@ -154,7 +164,12 @@ def hooked_pass(
 
 
 def read_tapes(
-    model: Model, worlds: Sequence[World], seed: int, expose: frozenset[int], limit: int | None = None, aligned: bool | None = None
+    model: Model,
+    worlds: Sequence[World],
+    seed: int,
+    expose: frozenset[int],
+    limit: int | None = None,
+    aligned: bool | None = None,
 ) -> dict[Any, Tape]:
     """Run the worlds that plans read, and those that their plans read, each once.
 
@@ -176,7 +191,7 @@ def read_tapes(
             model.require(site)
         deeper = read_tapes(model, [source], seed, expose, limit)
         pieces: list[list[Tensor]] = []
-        step = _rows_per_pass(model, source.inputs, limit, 1)
+        step = rows_per_pass(model, source.inputs, limit)
         for start in range(0, len(source.inputs), step):
             window = slice(start, min(start + step, len(source.inputs)))
             session, _ = hooked_pass(model, [Edits(source, model.sizes, deeper, seed, window)], [sites], expose)
@@ -186,14 +201,21 @@ def read_tapes(
     return tapes
 
 
-def _rows_per_pass(model: Model, inputs: Inputs, limit: int | None, worlds: int) -> int:
+def rows_per_pass(model: Model, inputs: Inputs, limit: int | None) -> int:
+    """How many rows of inputs one forward pass may take within a budget of bytes; all without one."""
     if limit is None:
         return len(inputs)
     return max(1, min(len(inputs), int(limit // (model.bytes_per_token() * inputs.width))))
 
 
 def _run_hooked(
-    model: Model, worlds: Sequence[World], reads: Sequence[Site], limit: int, seed: int, expose: frozenset[int], batch: bool
+    model: Model,
+    worlds: Sequence[World],
+    reads: Sequence[Site],
+    limit: int,
+    seed: int,
+    expose: frozenset[int],
+    batch: bool,
 ) -> Iterator[Outcome]:
     tapes = read_tapes(model, worlds, seed, expose, limit)
     inside = frozenset(
@@ -205,7 +227,7 @@ def _run_hooked(
         groups.setdefault((world.inputs.ids.shape if batch else index), []).append(index)
     for members in groups.values():
         first = worlds[members[0]].inputs
-        fit = _rows_per_pass(model, first, limit, 1)
+        fit = rows_per_pass(model, first, limit)
         if any(i.op.mixes for index in members for i in worlds[index].plan):
             fit = max(fit, len(first))
         step = min(fit, len(first))
@@ -237,14 +259,14 @@ def _run_shared(
                 if key not in fixed:
                     _, known = sources.setdefault(key, (source, []))
                     known += [site for site in sites if site not in known]
-        for key, (source, _) in list(sources.items()):
-            if not _shares_base(source, inputs):
-                fixed.update(read_tapes(model, mine, seed, expose, limit))
-                sources = {}
-                break
+        if not all(_shares_base(source, inputs) for source, _ in sources.values()):
+            fixed.update(read_tapes(model, mine, seed, expose, limit))
+            sources = {}
         order = sorted(range(len(mine)), key=lambda i: _first_column(mine[i], model, inputs))
         keys = {item.site.key for world in mine for item in world.plan}
-        keys |= {r.site.key for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE and r.site is not None}
+        keys |= {
+            r.site.key for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE and r.site is not None
+        }
         keys |= {site.key for _, sites in sources.values() for site in sites} | {r.key for r in reads}
         trim = not any(r.source is Origin.HERE for w in mine for i in w.plan for r in i.reads)
         step = max(1, min(len(inputs), int(limit // 2 // (model.bytes_per_token() * inputs.width * model.n_layers))))

@@ -1,0 +1,130 @@
+"""Causal analysis of transformers: state an intervention, run worlds, measure effects.
+
+import interp as ip
+
+model = ip.wrap(hf_model, tokenizer)
+clean, corrupt = model.inputs(clean_prompts), model.inputs(corrupt_prompts)
+metric = ip.logit_diff("she", "he")
+result = ip.sweep(model, clean, corrupt, ip.grid("resid_pre", layer="all", pos="all"), metric=metric)
+"""
+
+try:
+    from hooks import (
+        Audit,
+        Context,
+        Inputs,
+        InterpError,
+        Intervention,
+        Model,
+        Plan,
+        Read,
+        Run,
+        Site,
+        Span,
+        Tape,
+        World,
+        align,
+        clamp,
+        freeze,
+        here,
+        interchange,
+        intervene,
+        knockout,
+        mean,
+        noise,
+        patch,
+        project_out,
+        recompute,
+        resample,
+        run_worlds,
+        scale,
+        site,
+        steer,
+        wrap,
+        zero,
+    )
+except ImportError as error:  # a file of the user's that is called hooks.py hides the package that ships with interp
+    import hooks as _found
+
+    if getattr(_found, "run_worlds", None) is None:
+        raise ImportError(
+            f"interp needs the package 'hooks' that ships with it, but Python found {_found.__file__}; "
+            "rename that file, or start Python elsewhere"
+        ) from error
+    raise
+
+from interp.attribution import attribution
+from interp.grids import Grid, grid
+from interp.lens import LogitLens, direct_logit_attribution, logit_lens
+from interp.loading import load
+from interp.metrics import (
+    Metric,
+    accuracy,
+    cross_entropy,
+    evaluate,
+    kl,
+    log_prob,
+    logit,
+    logit_diff,
+    metric,
+    prob,
+    rank,
+)
+from interp.results import Axis, Result
+from interp.sweeps import sweep
+
+__all__ = [
+    "Audit",
+    "Axis",
+    "Context",
+    "Grid",
+    "Inputs",
+    "InterpError",
+    "Intervention",
+    "LogitLens",
+    "Metric",
+    "Model",
+    "Plan",
+    "Read",
+    "Result",
+    "Run",
+    "Site",
+    "Span",
+    "Tape",
+    "World",
+    "accuracy",
+    "align",
+    "attribution",
+    "clamp",
+    "cross_entropy",
+    "direct_logit_attribution",
+    "evaluate",
+    "freeze",
+    "grid",
+    "here",
+    "interchange",
+    "intervene",
+    "kl",
+    "knockout",
+    "load",
+    "log_prob",
+    "logit",
+    "logit_diff",
+    "logit_lens",
+    "mean",
+    "metric",
+    "noise",
+    "patch",
+    "prob",
+    "project_out",
+    "rank",
+    "recompute",
+    "resample",
+    "run_worlds",
+    "scale",
+    "site",
+    "steer",
+    "sweep",
+    "wrap",
+    "zero",
+]

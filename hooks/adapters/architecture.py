@@ -131,7 +131,9 @@ def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
         return weight.T, bias
-    raise ModelError(f"a plain linear layer is needed here, to address its heads; {type(module).__name__} is something else")
+    raise ModelError(
+        f"a plain linear layer is needed here, to address its heads; {type(module).__name__} is something else"
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def describe(model: nn.Module) -> Architecture:
     def rotary(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         like = torch.empty((), dtype=dtype, device=positions.device)
         cos, sin = rotary_module(like, positions.reshape(1, -1))  # type: ignore[operator]
-        return cos.reshape(*positions.shape, -1), sin.reshape(*positions.shape, -1)
+        shape = (*positions.shape, cos.shape[-1])
+        return cos.reshape(shape), sin.reshape(shape)
 
     return Architecture(
         family=config.model_type,  # type: ignore[union-attr,arg-type]

@@ -1,0 +1,190 @@
+"""Grids: which parts of a model a sweep goes through, one cell at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks import KINDS, Inputs, Intervention, Model, Plan, Site, Span
+from hooks.errors import SiteError, nearest
+from hooks.sites import DIM, HEAD, KEY, POS
+from interp.results import Axis
+
+Factory = Callable[[Site], Intervention]
+"""From a site to what is done there: ``ip.zero``, or ``lambda site: ip.steer(site, v)``."""
+
+AXES = ("layer", HEAD, POS, KEY, DIM)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its coordinates, the sites that it edits, and the rows that have them.
+
+    Attributes:
+        index: place along each axis of the grid.
+        sites: what is edited, all at once.
+        present: bool [B], False for rows without such a position; None where every row has it.
+    """
+
+    index: tuple[int, ...]
+    sites: tuple[Site, ...]
+    present: Tensor | None = None
+
+    def plan(self, factory: Factory) -> Plan:
+        """What is done in this cell."""
+        return Plan(tuple(factory(place) for place in self.sites))
+
+
+@dataclass(frozen=True, repr=False)
+class Grid:
+    """Kinds of sites, and the axes along which they are taken apart; see `grid`."""
+
+    names: tuple[str, ...]
+    axes: tuple[tuple[str, Any], ...]
+    several: bool
+
+    def __repr__(self) -> str:
+        over = ", ".join(axis for axis, _ in self.axes) or "everything at once"
+        return f"Grid({' + '.join(self.names)} over {over})"
+
+    def cells(self, model: Model, inputs: Inputs) -> tuple[tuple[Axis, ...], list[Cell]]:
+        """The axes with their values on a model and inputs, and every cell, the last axis fastest.
+
+        Raises:
+            SiteError: the model lacks a site, layer, head or position.
+        """
+        fixed: dict[str, Any] = {}
+        axes: list[Axis] = [Axis("site", self.names)] if self.several else []
+        for name, value in self.axes:
+            if isinstance(value, (int, Span)) or (isinstance(value, Tensor) and name in (POS, KEY)):
+                fixed[name] = value
+            else:
+                axes.append(self._axis(name, value, model, inputs))
+        cells = []
+        for index in itertools.product(*(range(len(axis)) for axis in axes)):
+            chosen = fixed | {axis.name: axis.values[i] for axis, i in zip(axes, index, strict=True)}
+            cells.append(self._cell(index, chosen, model, inputs))
+        return tuple(axes), cells
+
+    def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> Axis:
+        sizes = {self._size(name, kind, model, inputs) for kind in self.names}
+        if value == "all":
+            if len(sizes) > 1:
+                raise SiteError(f"{', '.join(self.names)} have different numbers of {name}s {sorted(sizes)}: list them")
+            value = range(sizes.pop())
+        labels: tuple[str, ...] = ()
+        if isinstance(value, Mapping):
+            labels, value = tuple(map(str, value)), list(value.values())
+        values = tuple(tuple(v) if isinstance(v, (list, range, tuple)) else v for v in value)
+        if not values:
+            raise SiteError(f"the axis {name!r} of the grid is empty")
+        if name in (POS, KEY) and not labels:
+            labels = _token_labels(values, inputs)
+        return Axis(name, values, labels)
+
+    @staticmethod
+    def _size(name: str, kind: str, model: Model, inputs: Inputs) -> int:
+        if name == "layer":
+            return model.n_layers
+        if name in (POS, KEY):
+            return int(inputs.lengths.max())
+        layer = 0 if KINDS[kind].per_layer else None
+        model.require(Site(kind, layer))
+        return model.sizes[Site(kind, layer).key][name]
+
+    def _cell(self, index: tuple[int, ...], chosen: dict[str, Any], model: Model, inputs: Inputs) -> Cell:
+        names = (chosen.pop("site"),) if "site" in chosen else self.names
+        layers = chosen.pop("layer", None)
+        present = None
+        parts: dict[str, Any] = {}
+        for axis, value in chosen.items():
+            if axis in (POS, KEY):
+                value, rows = _positions(value, inputs)
+                if rows is not None:
+                    present = rows if present is None else present & rows
+            parts[axis] = value
+        sites = []
+        for name in names:
+            if not KINDS[name].per_layer:
+                sites.append(Site(name, **parts))
+                continue
+            listed = range(model.n_layers) if layers is None else layers if isinstance(layers, tuple) else (layers,)
+            sites += [Site(name, layer + model.n_layers if layer < 0 else layer, **parts) for layer in listed]
+        for place in sites:
+            model.require(place)
+        return Cell(index, tuple(sites), present)
+
+
+def grid(names: str | Sequence[str], **axes: Any) -> Grid:
+    """State what a sweep goes through.
+
+    Args:
+        names: a kind of site (``"resid_pre"``), or several, which make a first axis ``"site"``.
+        **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a sequence whose
+            entries are single values or groups edited together (tuples), a dict of named groups, or one value (an int, a
+            `Span`, for positions also a mask), which restricts every cell and makes no axis. What is not named is edited
+            whole: all positions, all heads, all layers.
+
+    Raises:
+        SiteError: an unknown site or axis, or one that the sites lack.
+
+    >>> grid("z", layer="all", head="all")
+    Grid(z over layer, head)
+    """
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    if not listed or len(set(listed)) != len(listed):
+        raise SiteError(f"a grid names one or more different kinds of sites, got {listed}")
+    for name in listed:
+        if name not in KINDS:
+            raise SiteError(f"unknown site {name!r}{nearest(name, KINDS)}; the sites are {', '.join(KINDS)}")
+    for axis, value in axes.items():
+        if axis not in AXES:
+            raise SiteError(f"a grid has axes {', '.join(AXES)}, not {axis!r}{nearest(axis, AXES)}")
+        if isinstance(value, str) and value != "all":
+            raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value{nearest(value, ['all'])}")
+        lacking = [n for n in listed if (not KINDS[n].per_layer if axis == "layer" else axis not in KINDS[n].axes)]
+        if lacking:
+            raise SiteError(f"site {lacking[0]!r} has no axis {axis!r}; it has {KINDS[lacking[0]].axes}")
+    frozen = tuple((axis, _freeze(value)) for axis, value in axes.items())
+    return Grid(listed, frozen, not isinstance(names, str))
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, slice):
+        return Span(value.start, value.stop)
+    return tuple(value) if isinstance(value, (list, range)) else value
+
+
+def _positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
+    """A position or group as a site takes it, and which rows have it (None: all)."""
+    if not isinstance(value, (int, tuple)):
+        return value, None
+    listed = torch.tensor(value if isinstance(value, tuple) else (value,))
+    lengths = inputs.lengths[:, None]
+    has = ((listed < lengths) & (listed >= -lengths)).all(1)
+    if bool(has.all()):
+        return value, None
+    if not bool(has.any()):
+        raise SiteError(f"no row has position {value}: the longest has {int(lengths.max())} tokens")
+    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, inputs.width - 1)
+    cols = inputs.order.gather(1, at)
+    return torch.zeros_like(inputs.mask).scatter(1, cols, True) & has[:, None], has
+
+
+def _token_labels(values: tuple, inputs: Inputs) -> tuple[str, ...]:
+    """The token at each position, where all rows agree on it; else the position's number."""
+    rows = [inputs.labels(row) for row in range(len(inputs))] if inputs.tokens is not None else []
+    labels = []
+    for value in values:
+        text = str(value)
+        if rows and isinstance(value, int) and all(-len(r) <= value < len(r) for r in rows):
+            here = {r[value] for r in rows}
+            if len(here) == 1:
+                text = here.pop()
+        labels.append(text)
+    return tuple(labels)

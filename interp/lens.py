@@ -1,0 +1,173 @@
+"""Where everyone starts: the logit lens, and direct logit attribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hooks import Inputs, Model, Site
+from hooks.adapters.architecture import linear_weight
+from hooks.errors import MetricError, ModelError
+from interp.metrics import Metric, Tokens, call, token_ids
+from interp.results import Axis, Result
+from interp.sweeps import assemble, describe_run
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLens:
+    """What each layer's residual stream would say, read out by the final norm and the unembedding (nostalgebraist 2020).
+
+    Attributes:
+        logits: [P, B, T, V], one entry for each point, on the CPU.
+        points: what was read out: ``"embed"`` (the residual before the first block), then the number of each block.
+        inputs: the prompts.
+    """
+
+    logits: Tensor
+    points: tuple[str, ...]
+    inputs: Inputs
+
+    def top(self, model: Model, k: int = 3, row: int = 0, pos: int = -1) -> list[list[tuple[str, float]]]:
+        """The k likeliest next tokens at each point, with their probabilities, for one row and position."""
+        column = int(self.inputs.order[row, pos if pos >= 0 else pos + int(self.inputs.lengths[row])])
+        chances, ids = self.logits[:, row, column].float().softmax(-1).topk(k, dim=-1)
+        name = model.decode if model.tokenizer is not None else (lambda i: str(i[0]))
+        return [
+            [(name([i]), p) for i, p in zip(a, b, strict=True)]
+            for a, b in zip(ids.tolist(), chances.tolist(), strict=True)
+        ]
+
+
+def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> LogitLens | Result:
+    """Read every layer's residual stream out as if it were the last.
+
+    Args:
+        model: a wrapped model.
+        inputs: the prompts.
+        metric: measure this on each point's logits instead of returning them; it may read logits only.
+
+    Returns:
+        A `LogitLens`, or with a metric a `Result` with an axis ``layer`` (``"embed"`` first), whose effects are the metric's
+        values: what the lens reads, against a base of 0.
+    """
+    sites = [Site("resid_pre", 0), *(Site("resid_post", layer) for layer in range(model.n_layers))]
+    run = model.run(inputs, capture=sites)
+    arch = model.architecture
+    points = ("embed", *(str(layer) for layer in range(model.n_layers)))
+    if metric is None:
+        with torch.no_grad():
+            logits = torch.stack([arch.unembed(arch.norm(run.tape[place])).cpu() for place in sites])
+        return LogitLens(logits, points, inputs)
+    bound = metric.bind(model, inputs)
+    if metric.reference is not None or any(r.name != "logits" for r in bound.reads):
+        raise MetricError(f"the logit lens measures metrics of the logits alone, and {metric.name!r} reads more")
+    from hooks.region import resolve
+
+    values = np.zeros((1, len(sites) + 2, len(inputs)))
+    with torch.no_grad():
+        for i, place in enumerate(sites):
+            logits = arch.unembed(arch.norm(run.tape[place]))
+            parts = [resolve(r, inputs, model.sizes[r.key]).get(logits) for r in bound.reads]
+            values[0, i + 2] = call(bound, metric.name, slice(0, len(inputs)), parts).to("cpu", torch.float64).numpy()
+    return _as_result(values, Axis("layer", points), metric.name, inputs, model, "logit lens")
+
+
+def direct_logit_attribution(
+    model: Model, inputs: Inputs, answer: Tokens, foil: Tokens | None = None, *, pos: int = -1, heads: bool = True
+) -> Result:
+    """Split the logit of the answer (minus the foil's) into what each component writes to the residual stream.
+
+    The final norm's scale is held at its value, which makes the logits linear in the residual stream; the parts then add up to
+    the whole, which is checked (Elhage et al. 2021; Wang et al. 2022).
+
+    Args:
+        model: a wrapped model.
+        inputs: the prompts.
+        answer, foil: as in `logit_diff`; without a foil, the logit of the answer.
+        pos: the position read.
+        heads: split attention into its heads (and its output bias); else one part a layer.
+
+    Returns:
+        A `Result` with one axis ``component`` ("embed", "0.h3", "0.attn_bias", "0.mlp", ..., "norm_bias"), in nats.
+
+    Raises:
+        ModelError: the parts do not add up, so the model is not what this describes.
+    """
+    arch = model.architecture
+    good = token_ids(model, answer, len(inputs))
+    direction = _columns(arch.unembed, good)
+    if foil is not None:
+        direction = direction - _columns(arch.unembed, token_ids(model, foil, len(inputs)))
+    last = Site("resid_post", model.n_layers - 1, pos=pos)
+    wanted = [Site("resid_pre", 0, pos=pos), last]
+    for layer, block in enumerate(arch.blocks):
+        wanted += [Site("attn_out", layer, pos=pos)] + ([Site("z", layer, pos=pos)] if heads else [])
+        wanted += [Site("mlp_out", layer, pos=pos)] if block.mlp is not None else []
+    tape = model.run(inputs, capture=wanted).tape
+    with torch.no_grad():
+        final = tape[last][:, 0]
+        onto = _frozen_norm(arch.norm, final, direction.to(final.device))
+        names, parts = ["embed"], [onto(tape[wanted[0]][:, 0])]
+        for layer, block in enumerate(arch.blocks):
+            out = tape[Site("attn_out", layer, pos=pos)][:, 0]
+            if heads:
+                weight, bias = linear_weight(block.out)
+                z = tape[Site("z", layer, pos=pos)][:, 0]
+                each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.q.heads, block.q.width)))
+                names += [f"{layer}.h{h}" for h in range(block.q.heads)]
+                parts += [onto(each[:, h]) for h in range(block.q.heads)]
+                if bias is not None:
+                    names.append(f"{layer}.attn_bias")
+                    parts.append(onto(bias.expand_as(out)))
+            else:
+                names.append(f"{layer}.attn")
+                parts.append(onto(out))
+            if block.mlp is not None:
+                names.append(f"{layer}.mlp")
+                parts.append(onto(tape[Site("mlp_out", layer, pos=pos)][:, 0]))
+        whole = (arch.norm(final) * direction.to(final.device)).sum(-1)
+        constant = whole - onto(final)
+        if bool((constant.abs() > 0).any()):
+            names.append("norm_bias")
+            parts.append(constant)
+        stacked = torch.stack(parts)
+        gap = float((stacked.sum(0) - whole).abs().max())
+        scale = float(stacked.abs().sum(0).max())
+        if gap > 1e-3 * scale:
+            raise ModelError(
+                f"the components add up to another logit, {gap:.3g} off: this model is not described by them"
+            )
+    values = np.zeros((1, len(names) + 2, len(inputs)))
+    values[0, 2:] = stacked.to("cpu", torch.float64).numpy()
+    name = "logit" if foil is None else "logit_diff"
+    return _as_result(values, Axis("component", tuple(names)), name, inputs, model, "direct logit attribution")
+
+
+def _columns(unembed: nn.Module, tokens: Tensor) -> Tensor:
+    """The mean unembedding direction [B, M] of each row's tokens [B, n]."""
+    weight, _ = linear_weight(unembed)
+    return weight.detach()[tokens.to(weight.device)].mean(1)
+
+
+def _frozen_norm(norm: nn.Module, x: Tensor, direction: Tensor):
+    """From a part [B, M] of the residual x [B, M] to its share of <norm(x), direction>, the scale being that of x."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"the final norm, {type(norm).__name__}, is not a LayerNorm or an RMSNorm with a weight")
+    eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if getattr(norm, n, None) is not None), 0.0)
+    if isinstance(norm, nn.LayerNorm):
+        scale = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        return lambda part: ((part - part.mean(-1, keepdim=True)) / scale * weight * direction).sum(-1)
+    scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return lambda part: (part / scale * weight * direction).sum(-1)
+
+
+def _as_result(values: np.ndarray, axis: Axis, name: str, inputs: Inputs, model: Model, what: str) -> Result:
+    measured = Metric(name, lambda model, inputs: None)  # type: ignore[arg-type, return-value]
+    status = np.zeros(values.shape[1:], np.int8)
+    result = assemble(values, status, (axis,), [None] * len(axis), [measured], False, None, inputs, model)
+    result.config.update(describe_run(model, what, None, None, "", 0))
+    return result

@@ -1,0 +1,108 @@
+"""A sweep's effects on disk while it runs, so that an interrupted sweep goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hooks import Model
+from hooks.errors import ResultError
+
+VERSION = 1
+
+
+class Stream:
+    """Values of a metric by cell and row, kept in memory and, where a path is given, in a file beside it.
+
+    Attributes:
+        values: float64 [metric, cell, row], nan where not yet known.
+        status: int8 [cell, row].
+        done: bool [cell, row].
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, shape: tuple[int, int, int], identity: dict[str, str]
+    ) -> None:
+        """Open a stream, going on from the file at `path` if there is one.
+
+        Args:
+            path: where the finished result will be; the stream is a folder ``path.partial`` beside it.
+            shape: numbers of metrics, cells and rows.
+            identity: digests of what the numbers depend on (weights, inputs, plans, metrics), by name.
+
+        Raises:
+            ResultError: the file belongs to another sweep; the message says in what.
+        """
+        metrics, cells, rows = shape
+        self.folder = None
+        if path is None:
+            self.values = np.full(shape, np.nan)
+            self.status, self.done = np.zeros(shape[1:], np.int8), np.zeros(shape[1:], bool)
+            return
+        target = Path(path)
+        self.folder = target.with_name(target.name.removesuffix(".json") + ".partial")
+        header = {"version": VERSION, "shape": [metrics, cells, rows], "identity": identity}
+        mode = "r+" if self._continues(header) else "w+"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        open_ = np.lib.format.open_memmap
+        self.values = open_(self.folder / "values.npy", mode, np.float64, shape)
+        self.status = open_(self.folder / "status.npy", mode, np.int8, shape[1:])
+        self.done = open_(self.folder / "done.npy", mode, np.bool_, shape[1:])
+        if mode == "w+":
+            self.values[:], self.status[:], self.done[:] = np.nan, 0, False
+            # The header comes last: a folder without one was interrupted while it was made, and is made again.
+            (self.folder / "header.json").write_text(json.dumps(header, indent=1))
+
+    def _continues(self, header: dict) -> bool:
+        assert self.folder is not None
+        known = self.folder / "header.json"
+        if not known.exists():
+            return False
+        found = json.loads(known.read_text())
+        if found == header:
+            return True
+        different = [k for k in header["identity"] if found.get("identity", {}).get(k) != header["identity"][k]]
+        what = ", ".join(different) or "shape"
+        raise ResultError(
+            f"{self.folder} belongs to another sweep: it differs in {what}. Delete it, or give another path."
+        )
+
+    def write(self, metric_values: np.ndarray, cell: int, rows: slice, status: int) -> None:
+        """Note the metrics [metric, b] of a cell on some rows."""
+        self.values[:, cell, rows] = metric_values
+        self.status[cell, rows] = status
+        # Last, so that a sweep killed in between computes the cell again. The pages outlive the process without a flush.
+        self.done[cell, rows] = True
+
+    def remaining(self) -> list[int]:
+        """The cells of which some row is missing."""
+        return np.flatnonzero(~self.done.all(1)).tolist()
+
+    def close(self) -> None:
+        """Remove the folder, once the result itself is saved."""
+        if self.folder is None:
+            return
+        self.values, self.status, self.done = np.array(self.values), np.array(self.status), np.array(self.done)
+        for name in ("header.json", "values.npy", "status.npy", "done.npy"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
+
+
+def weights_digest(model: Model) -> str:
+    """A digest of every parameter and buffer of a model, by name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in _named(model):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _named(model: Model) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from model.module.named_parameters()
+    yield from model.module.named_buffers()

@@ -1,0 +1,336 @@
+"""Activation patching and ablation over grids: the effect of an intervention in every cell, for every row, on every metric."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import Inputs, Model, Plan, Site, World, align, patch, recompute, run_worlds
+from hooks.audit import PRUNED
+from hooks.errors import InputsError, MetricError, ModelError, UnfiredError, nearest
+from hooks.saving import fingerprint
+from hooks.worlds import choose
+from interp.grids import Cell, Factory, Grid
+from interp.metrics import Bound, Metric, call, read_world
+from interp.results import STATUS, Axis, Result
+from interp.streaming import Stream, weights_digest
+
+DIRECTIONS = ("denoising", "noising")
+
+
+def sweep(
+    model: Model,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    grid: Grid,
+    *,
+    metric: Metric | Sequence[Metric],
+    intervention: Factory | None = None,
+    direction: str = "denoising",
+    executor: str = "auto",
+    budget: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    seed: int = 0,
+) -> Result:
+    """Intervene in every cell of a grid and measure the effect, metric(edited) - metric(the same world unedited).
+
+    Args:
+        model: a wrapped model, in evaluation mode.
+        clean: the prompts that show the behaviour.
+        corrupt: the prompts that do not, row by row of the same lengths; None where `intervention` needs no other prompts,
+            which then is applied to `clean`.
+        grid: the cells; see `interp.grid`.
+        metric: what is measured; a sequence adds a first axis to the result.
+        intervention: from a site to what is done there, in place of patching from the other prompts: ``ip.zero``,
+            ``functools.partial(ip.mean, source=reference)``, ``lambda site: ip.steer(site, v)``.
+        direction: ``"denoising"`` edits the corrupt run (with clean values, when patching), ``"noising"`` the clean run (Heimersheim
+            & Nanda 2024).
+        executor: see `hooks.run_worlds`; the result says which was used, and why.
+        budget: bytes that the activations of a chunk may take.
+        path: save the result there, stream to it while running, and resume from it after an interruption.
+        progress: show a bar; by default where the output is a terminal or a notebook.
+        seed: seed of random interventions.
+
+    Returns:
+        A `Result` with axes [metric if several, *the grid's, row].
+
+    Raises:
+        InputsError: clean and corrupt of different lengths, with the tokens that differ.
+        ModelError: the model is in training mode.
+        UnfiredError: no cell changed anything (clean equals corrupt, say).
+    """
+    check_model(model, direction)
+    metrics, several = ([metric], False) if isinstance(metric, Metric) else (list(metric), True)
+    _check_metrics(metrics)
+    base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
+    axes, cells = grid.cells(model, base_inputs)
+    worlds = _cell_worlds(model, cells, factory, base_inputs)
+    bound = [m.bind(model, base_inputs) for m in metrics]
+    compared = references(model, metrics, bound, source)
+
+    identity: dict[str, str] = {}
+    if path is not None:
+        identity = _identity(model, base_inputs, source, worlds, metrics, bound, seed, executor)
+    rows = len(base_inputs)
+    stream = Stream(path, (len(metrics), len(worlds), rows), identity)
+    # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.
+    todo = stream.remaining()
+    reads, spans = _all_reads(bound)
+    choice = choose(model, [worlds[i] for i in todo], executor)
+    bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
+    with bar:
+        bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
+        for outcome in run_worlds(model, [worlds[i] for i in todo], reads, executor=executor, budget=budget, seed=seed):
+            measured = []
+            for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
+                values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
+                measured.append(call(b, m.name, outcome.rows, values))
+            numbers = torch.stack(measured).to("cpu", torch.float64).numpy()
+            stream.write(numbers, todo[outcome.index], outcome.rows, STATUS.index(outcome.status))
+            bar.update(outcome.rows.stop - outcome.rows.start)
+
+    source_values = None if source is None else source_metrics(model, metrics, source, compared, budget)
+    values, status = np.array(stream.values), np.array(stream.status)
+    result = assemble(values, status, axes, cells, metrics, several, source_values, base_inputs, model)
+    result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))
+    result.config.update(executor=choice.executor, executor_reason=choice.reason, identity=identity)
+    _require_effect(result, cells)
+    if path is not None:
+        result.save(path)
+        stream.close()
+    return result
+
+
+def check_model(model: Model, direction: str) -> None:
+    if not isinstance(model, Model):
+        raise ModelError(f"a sweep takes a wrapped model: ip.wrap(model), not {type(model).__name__}")
+    if model.module.training:
+        raise ModelError(
+            "the model is in training mode, where dropout would be taken for an effect; call .eval() first"
+        )
+    if direction not in DIRECTIONS:
+        raise InputsError(
+            f"direction is {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}{nearest(direction, DIRECTIONS)}"
+        )
+
+
+def _check_metrics(metrics: Sequence[Metric]) -> None:
+    if not metrics:
+        raise MetricError("a sweep measures something: name a metric")
+    for m in metrics:
+        if not isinstance(m, Metric):
+            raise MetricError(f"{m!r} is not a metric; wrap a function of yours with ip.metric(fn, reads=...)")
+    names = [m.name for m in metrics]
+    if len(set(names)) != len(names):
+        raise MetricError(f"metrics have different names, got {names}")
+
+
+def source_of(
+    clean: Inputs, corrupt: Inputs | None, direction: str, intervention: Factory | None
+) -> tuple[Inputs, World | None, Factory]:
+    """The inputs that are edited, the world that values are taken from, and what is done at a site.
+
+    Raises:
+        InputsError: prompts that are not Inputs, are missing, or do not correspond.
+    """
+    for name, inputs in (("clean", clean), ("corrupt", corrupt)):
+        if inputs is not None and not isinstance(inputs, Inputs):
+            raise InputsError(f"{name} is {type(inputs).__name__}: prepare prompts with model.inputs(...)")
+    if corrupt is None:
+        if intervention is None:
+            raise InputsError("patching takes values from another run: give corrupt prompts, or an intervention=")
+        return clean, None, intervention
+    align(clean, corrupt)
+    base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
+    source = World(other)
+    return base, source, intervention or partial(patch, source=source)
+
+
+def _cell_worlds(model: Model, cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:
+    """The base, the base recomputed, and one world for each cell."""
+    first = Site("embed")
+    worlds = [World(inputs), World(inputs, Plan((recompute(first),)))]
+    return worlds + [World(inputs, cell.plan(factory)) for cell in cells]
+
+
+def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:
+    reads: list[Site] = []
+    spans = []
+    for b in bound:
+        spans.append(slice(len(reads), len(reads) + len(b.reads)))
+        reads += b.reads
+    return reads, spans
+
+
+def references(
+    model: Model, metrics: Sequence[Metric], bound: Sequence[Bound], source: World | None
+) -> list[list[Tensor]]:
+    """For each metric, the values that it compares with, on all rows."""
+    out = []
+    for m, b in zip(metrics, bound, strict=True):
+        if m.reference is None:
+            out.append([])
+            continue
+        world = source if m.reference == "source" else m.reference
+        if not isinstance(world, World):
+            raise MetricError(f"{m.name} compares with the source of a sweep, and this sweep patches from nothing")
+        out.append(read_world(model, world, b.reads))
+    return out
+
+
+def source_metrics(
+    model: Model, metrics: Sequence[Metric], source: World, compared: Sequence[Sequence[Tensor]], budget: int | None
+) -> np.ndarray:
+    """The metrics of the source world itself, [metric, row]."""
+    bound = [m.bind(model, source.inputs) for m in metrics]
+    reads, spans = _all_reads(bound)
+    out = np.full((len(metrics), len(source.inputs)), np.nan)
+    for outcome in run_worlds(model, [source], reads, budget=budget):
+        for i, (m, b, span, other) in enumerate(zip(metrics, bound, spans, compared, strict=True)):
+            values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
+            out[i, outcome.rows] = call(b, m.name, outcome.rows, values).to("cpu", torch.float64).numpy()
+    return out
+
+
+def assemble(
+    values: np.ndarray,
+    status: np.ndarray,
+    axes: tuple[Axis, ...],
+    cells: Sequence[Cell | None],
+    metrics: Sequence[Metric],
+    several: bool,
+    source: np.ndarray | None,
+    inputs: Inputs,
+    model: Model,
+) -> Result:
+    """Make a result of measured values.
+
+    Args:
+        values: float64 [metric, 2 + cells, row]: the base, the base computed again, and every cell.
+        status: int8 [2 + cells, row], indices into `STATUS`.
+        cells: what says which rows have each cell; None where all do.
+        source: [metric, row], or None.
+    """
+    base, effect = values[:, 0], values[:, 2:] - values[:, :1]
+    status = status[2:]
+    # A cell fired if it did on any row; one that is inert on some and pruned on the rest is inert.
+    merged = np.where((status == 0).any(1), 0, np.where((status == 2).all(1), 2, 1)).astype(np.int8)
+    for i, cell in enumerate(cells):
+        if cell is not None and cell.present is not None:
+            effect[:, i, ~cell.present.numpy()] = np.nan
+    shape = tuple(len(axis) for axis in axes)
+    effect = effect.reshape(len(metrics), *shape, len(inputs))
+    rounding = np.finfo(np.float64).eps if model.dtype == torch.float64 else torch.finfo(model.dtype).eps
+    floor = np.maximum(np.abs(values[:, 1] - base).max(1), rounding * np.abs(base).max(1))
+    pick = (lambda a: a) if several else (lambda a: a[0])
+    labels = tuple("".join(inputs.labels(r)) if inputs.tokens else f"row {r}" for r in range(len(inputs)))
+    return Result(
+        effect=pick(effect),
+        axes=axes,
+        metrics=tuple(m.name for m in metrics),
+        several=several,
+        base=pick(base),
+        source=None if source is None else pick(source),
+        status=merged.reshape(shape),
+        noise_floor=np.asarray(pick(floor)),
+        rows=labels,
+        config={},
+    )
+
+
+def _require_effect(result: Result, cells: Sequence[Cell]) -> None:
+    if (result.status == 0).any():
+        return
+    pruned = bool((result.status == STATUS.index(PRUNED)).all())
+    why = "nothing that is read depends on any of them" if pruned else "every value that was set equals the value there"
+    raise UnfiredError(f"none of the {len(cells)} cells changed anything: {why}")
+
+
+def _identity(
+    model: Model,
+    base: Inputs,
+    source: World | None,
+    worlds: Sequence[World],
+    metrics: Sequence[Metric],
+    bound: Sequence[Bound],
+    seed: int,
+    executor: str,
+) -> dict[str, str]:
+    """Digests of everything that a sweep's numbers depend on."""
+    plans = fingerprint(tuple(fingerprint(_local(w.plan, source)) for w in worlds))
+    reads = fingerprint(tuple((m.name, *b.reads) for m, b in zip(metrics, bound, strict=True)))
+    return {
+        "weights": weights_digest(model),
+        "inputs": fingerprint(base),
+        "source": "" if source is None else fingerprint(source),
+        "plan": plans,
+        "metrics": reads,
+        "seed": str(seed),
+        "executor": executor,
+    }
+
+
+def _local(plan: Plan, source: World | None) -> Plan:
+    """The plan with the sweep's own source left out: it is known by its own digest, once instead of in every cell."""
+    out = []
+    for item in plan:
+        reads = tuple(
+            replace(r, source=torch.zeros(0)) if source is not None and r.source is source else r for r in item.reads
+        )
+        out.append(replace(item, reads=reads))
+    return Plan(tuple(out))
+
+
+def describe_run(
+    model: Model, grid: Any, intervention: Factory | None, corrupt: Inputs | None, direction: str, seed: int
+) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    return {
+        "model": repr(model),
+        "grid": str(grid),
+        "intervention": "patch" if intervention is None else _name(intervention),
+        "direction": direction if corrupt is not None else "ablation",
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "versions": versions(),
+    }
+
+
+def _name(factory: Any) -> str:
+    inner = getattr(factory, "func", factory)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers were computed with, and the commit of the working directory where there is one."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+        if answer.returncode == 0:
+            found["commit"] = answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
