@@ -26,8 +26,8 @@ def exposed_attention(
         q: [B, H, T, D]; k and v: [B, K, S, D], with K a divisor of H.
         allowed: bool, broadcastable to [B, H, T, S], True where a query may attend to a key; None: everywhere.
         scaling: factor of q k.
-        visit: called with ("scores", x) and ("pattern", x), x [B, H, T, S]; returns the value to go on with. What `allowed`
-            forbids is forbidden again afterwards.
+        visit: called with ("scores", x) and ("pattern", x), x [B, H, T, S]; returns the value to go on with. What
+            `allowed` forbids is forbidden again afterwards.
         bias: added to the scores.
         dropout: probability with which pattern entries are dropped.
 

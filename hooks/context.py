@@ -1,4 +1,4 @@
-"""What an intervention's function is told besides the values: where it is, for whom, and how its parameters fit there."""
+"""What an intervention's function is told besides the values: where it is, and how its parameters fit there."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class Context:
     Attributes:
         site: name of the site, and `layer` its block (None outside the blocks).
         axes: names of the axes of `x`, in order.
-        single: for each axis, whether the site selected it with one int (such an axis has size 1 in `x`, and a value given
-            for it may leave it out).
+        single: for each axis, whether the site selected it with one int (such an axis has size 1 in `x`, and a value
+            given for it may leave it out).
         row: int64 [B], ids of the rows.
         pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
         head: the heads of `x`'s head axis, or None where the site has none.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`.
-        read_valid: for each read that is a reference set, bool [R, n]: which of its entries are real. None for the others.
+        read_valid: for each read that is a reference set, bool [R, n]: which of its entries are real. None for the
+            others.
     """
 
     site: str
@@ -68,7 +69,7 @@ def context(region: Region, inputs: Inputs, seed: int, window: slice, device: to
             start = head.start or 0
             heads = tuple(start + i for i in every) if start >= 0 else every
         else:
-            heads = every if head is None else head if isinstance(head, tuple) else (head,)  # type: ignore[assignment]
+            heads = (head,) if isinstance(head, int) else head if isinstance(head, tuple) else every
     positions = inputs.positions
     key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols)[window].to(device)
     return Context(
@@ -94,9 +95,9 @@ def with_reads(ctx: Context, valid: tuple[Tensor | None, ...]) -> Context:
 def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> Tensor | float:
     """Shape a parameter to broadcast against `x`, refusing what would broadcast by accident.
 
-    A number fits everywhere. A tensor must have exactly the sizes of the last axes of `x` (a direction [M], one for each
-    head [H, M], one for each position [n, M], everything [B, n, M]); axes that the site selects with one int may be left
-    out. Size 1 is not a wild card.
+    A number fits everywhere. A tensor must have exactly the sizes of the last axes of `x` (a direction [M], one for
+    each head [H, M], one for each position [n, M], everything [B, n, M]); axes that the site selects with one int may
+    be left out. Size 1 is not a wild card.
 
     Args:
         value: a number or a tensor of `x`'s dtype on its device.

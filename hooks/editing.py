@@ -210,7 +210,7 @@ def _check_positions(there: Region, region: Region, item: Intervention, inputs: 
     if there.site.pos is None and item.site.pos is None and bool(unequal.any()):
         row = int(unequal.nonzero()[0])
         raise ShapeError(
-            f"{item}: row {row} has {int(source.lengths[row])} tokens in the source and {int(inputs.lengths[row])} here; "
+            f"{item}: row {row} has {int(source.lengths[row])} tokens in the source, {int(inputs.lengths[row])} here; "
             "clean and corrupt of different lengths do not correspond"
         )
     for axis in (POS, KEY):

@@ -19,8 +19,8 @@ class Inputs:
     Attributes:
         ids: int64 [B, T] token ids; padding holds any valid id.
         mask: bool [B, T], True at real tokens.
-        row_ids: int64 [B], the identity of each row: what random interventions are a function of, so that a row draws the
-            same numbers in whatever batch it stands.
+        row_ids: int64 [B], the identity of each row: what random interventions are a function of, so that a row draws
+            the same numbers in whatever batch it stands.
         tokens: the text of each real token, one tuple a row, or None without a tokenizer.
     """
 

@@ -1,8 +1,8 @@
 """What is done at a site: pure functions ``f(x, *reads, ctx)`` of the value there and of values read elsewhere.
 
-Each returns a new tensor of the shape, dtype and device of `x`, reads nothing on the host, and acts on every row and position
-by itself, unless it says that it mixes them. The functions are frozen dataclasses, so that a plan can be printed, compared
-and saved; the builders at the end (`patch`, `steer`, ...) are what users write.
+Each returns a new tensor of the shape, dtype and device of `x`, reads nothing on the host, and acts on every row and
+position by itself, unless it says that it mixes them. The functions are frozen dataclasses, so that a plan can be
+printed, compared and saved; the builders at the end (`patch`, `steer`, ...) are what users write.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .context import Context, fit
 from .errors import PlanError, ShapeError, SiteError
-from .plan import Intervention, Op, Origin, Read, Source
+from .plan import Intervention, Op, Origin, Read, Source, World
 from .random import choice, normal
 from .sites import Site, site
+from .tape import Tape
 
 Value = Tensor | float
 
@@ -143,8 +144,8 @@ def _orthonormal(directions: Tensor, x: Tensor) -> Tensor:
     """Rows of an orthonormal basis [k, D] of the span of `directions` [D] or [k, D], in x's dtype; differentiable."""
     if directions.device != x.device or directions.shape[-1] != x.shape[-1] or directions.ndim > 2:
         raise ShapeError(
-            f"directions of shape {list(directions.shape)} on {directions.device} for an activation whose last axis has "
-            f"{x.shape[-1]} entries on {x.device}; expected [{x.shape[-1]}] or [k, {x.shape[-1]}]"
+            f"directions of shape {list(directions.shape)} on {directions.device} for an activation on {x.device} "
+            f"whose last axis has {x.shape[-1]} entries; expected [{x.shape[-1]}] or [k, {x.shape[-1]}]"
         )
     wide = directions if directions.dtype == torch.float64 else directions.float()
     if wide.ndim == 1:
@@ -189,7 +190,7 @@ class Knockout(Op):
 
 @dataclass(frozen=True, eq=False)
 class Recompute(Op):
-    """x itself, but everything after it is computed again: what it changes is rounding, the noise floor of an effect."""
+    """x itself, but all that follows is computed again: what that changes is rounding, the noise floor of an effect."""
 
     name: ClassVar[str] = "recompute"
     always: ClassVar[bool] = True
@@ -234,8 +235,7 @@ def patch(where: Site | str, source: Source, *, source_site: Site | str | None =
         source: a `World`, a `Tape` of a run, or a tensor with the part's shape (or the whole activation's).
         source_site: read another site or other positions of the source instead; as many positions as `where` selects.
     """
-    _need_source("patch", source)
-    return Intervention(site(where), Patch(), (_read(source, source_site),))
+    return Intervention(site(where), Patch(), (_read("patch", source, source_site),))
 
 
 def clamp(where: Site | str, value: Value) -> Intervention:
@@ -253,15 +253,14 @@ def mean(where: Site | str, source: Source | None = None, *, pooled: bool = Fals
 
     Args:
         where: the site.
-        source: the reference set: a `World`, a `Tape`, or a tensor of the whole activation [R, T, ...], with any number of
-            rows.
+        source: the reference set: a `World`, a `Tape`, or a tensor of the whole activation [R, T, ...], with any number
+            of rows.
         pooled: average over the positions too, instead of each position by itself.
 
     Raises:
         PlanError: no reference set is given.
     """
-    _need_source("mean", source)
-    return Intervention(site(where), Mean(pooled), (Read(source, None, aligned=False),))
+    return Intervention(site(where), Mean(pooled), (_read("mean", source, aligned=False),))
 
 
 def resample(where: Site | str, source: Source | None = None, *, seed: int = 0) -> Intervention:
@@ -269,8 +268,7 @@ def resample(where: Site | str, source: Source | None = None, *, seed: int = 0) 
 
     The row drawn depends on the seeds and the id of the row alone, so all sites of one seed draw the same donor.
     """
-    _need_source("resample", source)
-    return Intervention(site(where), Resample(seed), (Read(source, None, aligned=False),))
+    return Intervention(site(where), Resample(seed), (_read("resample", source, aligned=False),))
 
 
 def noise(where: Site | str, std: Value, *, seed: int = 0) -> Intervention:
@@ -299,8 +297,7 @@ def interchange(
     where: Site | str, directions: Tensor, source: Source, *, source_site: Site | str | None = None
 ) -> Intervention:
     """Replace the component in the span of `directions` ([D] or [k, D]) by the one that the source has; see `patch`."""
-    _need_source("interchange", source)
-    return Intervention(site(where), Interchange(directions), (_read(source, source_site),))
+    return Intervention(site(where), Interchange(directions), (_read("interchange", source, source_site),))
 
 
 def knockout(where: Site | str) -> Intervention:
@@ -344,10 +341,9 @@ def here(where: Site | str) -> Read:
     return Read(Origin.HERE, site(where))
 
 
-def _read(source: Source, source_site: Site | str | None) -> Read:
-    return Read(source, None if source_site is None else site(source_site))
-
-
-def _need_source(what: str, source: Any) -> None:
-    if source is None:
-        raise PlanError(f"{what} needs source=: a World, a Tape or a tensor to take values from")
+def _read(what: str, source: Any, where: Site | str | None = None, aligned: bool = True) -> Read:
+    """A read of what a user gave as a source."""
+    if not isinstance(source, (World, Tape, Tensor)):
+        given = "nothing" if source is None else type(source).__name__
+        raise PlanError(f"{what} takes values from a World, a Tape or a tensor (source=), not {given}")
+    return Read(source, None if where is None else site(where), aligned)

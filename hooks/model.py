@@ -43,7 +43,9 @@ class Run:
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """A site that a model offers, in one layer or all: its shape in letters and in numbers, and whether it can be edited."""
+    """A site that a model offers, in one layer or all: its shape in letters and in numbers, and whether it can be
+    edited.
+    """
 
     name: str
     hook: str
@@ -170,9 +172,9 @@ class Model:
         elif isinstance(where.dim, Span) and last is not None:
             last = len(range(*slice(where.dim.start, where.dim.stop).indices(last)))
         for name, value in item.op.parameters().items():
-            if isinstance(value, Tensor) and value.ndim and last is not None and not isinstance(where.dim, int):
-                if value.shape[-1] != last:
-                    raise ShapeError(f"{item}: {name} ends in {value.shape[-1]} entries, the site in {last}")
+            checkable = isinstance(value, Tensor) and value.ndim and last is not None and not isinstance(where.dim, int)
+            if checkable and value.shape[-1] != last:
+                raise ShapeError(f"{item}: {name} ends in {value.shape[-1]} entries, the site in {last}")
 
     def inputs(
         self,
@@ -185,8 +187,8 @@ class Model:
         """Prepare prompts.
 
         Args:
-            prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself; lists of
-                token ids of any lengths; or a tensor of ids [B, T].
+            prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself;
+                lists of token ids of any lengths; or a tensor of ids [B, T].
             mask: [B, T], nonzero at real tokens, with a tensor of ids.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.

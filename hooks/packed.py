@@ -1,4 +1,6 @@
-"""Copy-on-write tensors: what worlds share with the base is kept once, and what they changed lies in one long row of tokens."""
+"""Copy-on-write tensors: what worlds share with the base is kept once, and what they changed lies in one long row of
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ class Packed:
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
-    """Apply a function of each token to [N, ...], `tile` tokens at a time, so that what lies in between stays in cache."""
+    """Apply a function of each token to [N, ...], `tile` tokens at a time: what lies in between stays in cache."""
     if len(x) <= tile:
         return function(x)
     first = function(x[:tile])

@@ -1,4 +1,4 @@
-"""Interventions and plans: immutable statements of what to do where, that compose, restrict, compare, print and save."""
+"""Interventions and plans: immutable statements of what to do where, to compose, restrict, compare, print and save."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Intervention:
         return replace(self, site=self.site.at(**restrictions))
 
     def where(self, mask: Tensor) -> Intervention:
-        """The same intervention on the rows (bool [B]) or tokens (bool [B, T]) of a mask, besides earlier restrictions."""
+        """The same intervention on the rows (bool [B]) or tokens (bool [B, T]) of a mask, besides earlier masks."""
         mask = torch.as_tensor(mask)
         if mask.dtype != torch.bool or mask.ndim not in (1, 2):
             raise ShapeError(f"where() takes a bool mask [B] or [B, T], got {mask.dtype} of shape {list(mask.shape)}")
@@ -195,8 +195,8 @@ class Intervention:
         if self.reads:
             text += " from " + ", ".join(map(str, self.reads))
         if isinstance(self.weight, Tensor) or self.weight != 1.0:
-            weight = self.weight
-            text += f", strength {f'[{len(weight)}]' if isinstance(weight, Tensor) and weight.ndim else f'{float(weight):g}'}"
+            weight = torch.as_tensor(self.weight)
+            text += f", strength {list(weight.shape)}" if weight.ndim else f", strength {weight.item():g}"
         return text if self.only is None else f"{text}, where {describe_index(self.only)}"
 
     __repr__ = __str__

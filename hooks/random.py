@@ -1,8 +1,8 @@
 """Random numbers that are a function of what they are for, so that a draw is the same alone, batched, padded or cached.
 
-A stateful generator would give a row other numbers in a batch of two than alone. Here every draw is a hash of counters: the
-seed, and integers that say where it is used (layer, row, absolute position, head). After Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3" (2011); the mixing function is the finaliser of splitmix64.
+A stateful generator would give a row other numbers in a batch of two than alone. Here every draw is a hash of counters:
+the seed, and integers that say where it is used (layer, row, absolute position, head). After Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3" (2011); the mixing function is the finaliser of splitmix64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A site resolved on a batch: which entries of the activation are meant, to be taken out and put back without in-place writes."""
+"""A site resolved on a batch: which entries of the activation are meant, to be taken out and put back without in-place
+writes.
+"""
 
 from __future__ import annotations
 

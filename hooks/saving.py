@@ -1,7 +1,7 @@
 """Plans as files: JSON for what they say, safetensors for their tensors. Nothing in either is ever run.
 
-Every value is written as data that names its own type; loading knows the types below and refuses anything else. A plan with a
-function of the user's cannot be saved, because loading it would mean running code from a file.
+Every value is written as data that names its own type; loading knows the types below and refuses anything else. A plan
+with a function of the user's cannot be saved, because loading it would mean running code from a file.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def encode(value: Any, functions: bool = False) -> tuple[Any, dict[str, Tensor]]
             return {"type": "op", "name": value.name} | {"fields": {k: put(v) for k, v in value.parameters().items()}}
         if isinstance(value, Origin):
             return {"type": "origin", "name": value.name}
-        for name, (kind, fields) in _RECORDS.items():
+        for name, (kind, _, fields) in _RECORDS.items():
             if isinstance(value, kind):
                 return {"type": name} | {field: put(getattr(value, field)) for field in fields}
         raise PlanError(f"a {type(value).__name__} cannot be saved")
@@ -156,28 +156,29 @@ def decode(data: Any, tensors: dict[str, Tensor]) -> Any:
             raise PlanError(f"unknown intervention {data['name']!r}{nearest(data['name'], OPS)}")
         return OPS[data["name"]](**{k: decode(v, tensors) for k, v in data["fields"].items()})
     if kind in _RECORDS:
-        cls, fields = _RECORDS[kind]
+        _, build, fields = _RECORDS[kind]
         if set(data) != {"type", *fields}:
             raise PlanError(f"a saved {kind} has fields {sorted(fields)}, this one {sorted(set(data) - {'type'})}")
         values = {name: decode(data[name], tensors) for name in fields}
-        return _BUILD.get(kind, cls)(**values)
+        return build(**values)
     raise PlanError(f"a saved plan cannot hold a {kind!r}{nearest(kind, _RECORDS)}")
 
 
-_RECORDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "plan": (Plan, ("interventions",)),
-    "intervention": (Intervention, ("site", "op", "reads", "weight", "only")),
-    "read": (Read, ("source", "site", "aligned")),
-    "site": (Site, ("name", "layer", "stack", "head", "pos", "key_pos", "dim")),
-    "span": (Span, ("start", "stop")),
-    "world": (World, ("inputs", "plan")),
-    "inputs": (Inputs, ("ids", "mask", "row_ids", "tokens")),
-    "tape": (Tape, ("inputs", "values", "size_table")),
+_RECORDS: dict[str, tuple[type, Callable[..., Any], tuple[str, ...]]] = {
+    "plan": (Plan, Plan, ("interventions",)),
+    "intervention": (Intervention, Intervention, ("site", "op", "reads", "weight", "only")),
+    "read": (Read, Read, ("source", "site", "aligned")),
+    "site": (Site, Site, ("name", "layer", "stack", "head", "pos", "key_pos", "dim")),
+    "span": (Span, Span, ("start", "stop")),
+    "world": (World, World, ("inputs", "plan")),
+    "inputs": (Inputs, Inputs.of, ("ids", "mask", "row_ids", "tokens")),
+    "tape": (
+        Tape,
+        lambda inputs, values, size_table: Tape(inputs, values, {key: dict(sizes) for key, sizes in size_table}),
+        ("inputs", "values", "size_table"),
+    ),
 }
-_BUILD: dict[str, Callable[..., Any]] = {
-    "inputs": Inputs.of,
-    "tape": lambda inputs, values, size_table: Tape(inputs, values, {k: dict(v) for k, v in size_table}),
-}
+"""What may stand in a file: the type, what makes one of its fields, and the fields."""
 
 
 def _code_digest(fn: Callable[..., Any]) -> str:

@@ -1,7 +1,8 @@
 """Running the user's own model with interventions: forward hooks, present only while they are needed.
 
-Sites at module boundaries are hooks on those modules. Sites inside attention are reached by swapping the attention function,
-in the layers that need it and in no other. Several worlds may stand in one batch, one after another along the rows.
+Sites at module boundaries are hooks on those modules. Sites inside attention are reached by swapping the attention
+function, in the layers that need it and in no other. Several worlds may stand in one batch, one after another along the
+rows.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Session:
         return keys
 
     def visit(self, key: Key, x: Tensor) -> Tensor:
-        """Edit and keep the value of a site, all worlds of the batch at once; returns `x` itself if nothing is edited."""
+        """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
         edited = [key in world.by_key or key in world.needs_here for world in self.worlds]
         if len(self.worlds) == 1:
             parts = [self.worlds[0].visit(key, x) if edited[0] else x]
@@ -80,8 +81,8 @@ class Session:
         for world, index in self._captured.get(key, ()):
             place = self.captures[world][index]
             if self.graph:
-                # Downstream must use the very tensor that is kept, or no gradient reaches it. Cloned, because some models
-                # go on to change their residual in place.
+                # Downstream must use the very tensor that is kept, or no gradient reaches it. Cloned, because some
+                # models go on to change their residual in place.
                 x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
                 parts = [x] if len(self.worlds) == 1 else list(x.chunk(len(self.worlds)))
                 self.kept[world][index] = (

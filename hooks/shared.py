@@ -1,9 +1,9 @@
 """The copy-on-write executor: worlds on one input are computed together, and only where they differ from the base.
 
-A world joins at the layer and at the positions where its plan first changes a value. From then on it carries the tokens that
-differ (`Packed`); every step of a block that works token by token runs on one long row of them, and attention alone fills in
-the rest of a world's keys and values from the base. Tokens that nothing read depends on are dropped, so the last layer is
-computed only at the positions that are read.
+A world joins at the layer and at the positions where its plan first changes a value. From then on it carries the tokens
+that differ (`Packed`); every step of a block that works token by token runs on one long row of them, and attention
+alone fills in the rest of a world's keys and values from the base. Tokens that nothing read depends on are dropped, so
+the last layer is computed only at the positions that are read.
 
 The base is the same program, run for one world in which every token differs.
 """
@@ -367,7 +367,7 @@ class Chunk:
         return self.adopt([key], attn, needed, results) if results else attn
 
     def allowed(self, rows: Tensor, cols: Tensor, block: Block) -> Tensor:
-        """bool [g, 1, n, T]: which keys the queries at `cols` [g, n] of base rows `rows` [g] may attend to; on the CPU."""
+        """bool [g, 1, n, T] on the CPU: which keys the queries at `cols` [g, n] of base rows [g] may attend to."""
         keys = torch.arange(self.run_.inputs.width)
         mask = (keys <= cols[..., None]) & self.run_.inputs.mask[rows][:, None, :]
         if block.window is not None:
@@ -399,13 +399,10 @@ class Chunk:
             first, last = int(group[0]), int(group[-1])
             span = {name: slice(int(e[first - 1]) if first else 0, int(e[last])) for name, e in ends.items()}
             rows = group % self.rows
-            filled = []
+            filled: list[Tensor] = []
             for name, stream, base in (("k", k, base_k), ("v", v, base_v)):
                 shape = (len(group), width, *stream.values.shape[1:])
-                if base is None:
-                    whole = stream.values.new_zeros(shape)
-                else:
-                    whole = base.index_select(0, rows.to(device))
+                whole = stream.values.new_zeros(shape) if base is None else base.index_select(0, rows.to(device))
                 at = stream.dirty[group].flatten().nonzero().squeeze(1).to(device)
                 whole.flatten(0, 1).index_copy_(0, at, stream.values[span[name]])
                 filled.append(whole.transpose(1, 2))
@@ -423,10 +420,15 @@ class Chunk:
             asked = asked.unflatten(0, (len(group), most)).transpose(1, 2)
             allowed = self.allowed(rows, cols, block).to(device)
             if layer in self.run_.exposed:
-                mixed = exposed_attention(asked, *filled, allowed, block.scaling, lambda _, s: s)
+                mixed = exposed_attention(asked, filled[0], filled[1], allowed, block.scaling, lambda _, s: s)
             else:
                 mixed = torch.nn.functional.scaled_dot_product_attention(
-                    asked, *filled, attn_mask=allowed, scale=block.scaling, enable_gqa=block.k.heads < block.q.heads
+                    asked,
+                    filled[0],
+                    filled[1],
+                    attn_mask=allowed,
+                    scale=block.scaling,
+                    enable_gqa=block.k.heads < block.q.heads,
                 ).transpose(1, 2)
             mixed = mixed.flatten(0, 1)
             z[span["q"]] = mixed if slots is None else mixed.index_select(0, slots)
@@ -463,14 +465,14 @@ class Chunk:
         streams = [(s, s.offsets(), self.base((n, layer, None))) for s, n in ((q, "rot_q"), (k, "rot_k"), (v, "v"))]
         z_base, results = self.base(("z", layer, None)), {}
         for w in inside:
-            parts = [s.world(w, base, o[w], o[w + 1]).transpose(1, 2) for s, o, base in streams]
+            asking, keys, values = (s.world(w, base, o[w], o[w + 1]).transpose(1, 2) for s, o, base in streams)
 
             def look(name: str, x: Tensor, w: int = w) -> Tensor:
                 x = self.worlds[w].visit((name, layer, None), x)
                 self.keep((name, layer, None), w, x)
                 return x
 
-            mixed = exposed_attention(*parts, allowed, block.scaling, look)
+            mixed = exposed_attention(asking, keys, values, allowed, block.scaling, look)
             here = slice(w * self.rows, (w + 1) * self.rows)
             change = out[here]
             if z_base is not None:

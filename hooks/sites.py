@@ -1,7 +1,7 @@
 """Where: named activations of a transformer, and the part of one that an intervention or a capture means.
 
-The legend of letters used in every shape of this package: B rows, T query positions, S key positions, H heads, K key/value
-heads, D head width, M model width, F MLP width, V vocabulary, L layers, W worlds.
+The legend of letters used in every shape of this package: B rows, T query positions, S key positions, H heads, K
+key/value heads, D head width, M model width, F MLP width, V vocabulary, L layers, W worlds.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class Site:
         layer: the block, from 0; None for the sites outside the blocks.
         stack: which stack of layers, in a model that has several (encoder, decoder, vision); None in a model with one.
         head: an int, ints, or None for all. Key/value heads where the site has those.
-        pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs, or
-            ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative positions
-            count from the row's last real token.
+        pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
+            or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
+            positions count from the row's last real token.
         key_pos: key positions of ``scores`` and ``pattern``, in the same forms.
         dim: entries of the last axis; for ``logits`` these are tokens, and may be ints [B, n], a list for each row.
     """
@@ -153,7 +153,7 @@ class Site:
         return any(getattr(self, axis) is not None for axis in (HEAD, POS, KEY, DIM))
 
     def at(self, **restrictions: Any) -> Site:
-        """Return this site restricted further, as ``site.at(pos=-1, head=3)``; an axis already restricted is replaced."""
+        """Return this site restricted further, as ``site.at(pos=-1)``; what was restricted before is replaced."""
         unknown = set(restrictions) - {HEAD, POS, KEY, DIM}
         if unknown:
             name = sorted(unknown)[0]
@@ -193,7 +193,8 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
     Args:
         name: a kind with its `layer` (``"z"``, 8), or TransformerLens's full name (``"blocks.8.attn.hook_z"``).
         layer: the block, from 0.
-        **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`. ``pos="last"`` is -1, a slice is a `Span`.
+        **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`. ``pos="last"`` is -1, a slice is a
+            `Span`.
 
     Raises:
         SiteError: the name is unknown, the layer is missing or superfluous, or the site lacks a restricted axis.
@@ -292,7 +293,9 @@ def _tensor_index(axis: str, value: Tensor) -> Index:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values of plans are the same: tensors by dtype, shape and content (NaN equals NaN), the rest by ``==``."""
+    """Whether two values of plans are the same: tensors by dtype, shape and content (NaN equals NaN), the rest by
+    ``==``.
+    """
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dtype != b.dtype or a.shape != b.shape:
             return False

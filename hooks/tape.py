@@ -18,8 +18,8 @@ from .sites import Site, same, site
 class Tape:
     """Values after editing, by site.
 
-    Index it with a site in either spelling: ``tape["blocks.8.attn.hook_z"]``, ``tape[site("z", layer=8, head=6)]``. A part
-    of a site that was kept whole is taken out on reading.
+    Index it with a site in either spelling: ``tape["blocks.8.attn.hook_z"]``, ``tape[site("z", layer=8, head=6)]``. A
+    part of a site that was kept whole is taken out on reading.
 
     Attributes:
         inputs: what the run was on.

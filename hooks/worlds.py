@@ -1,7 +1,8 @@
 """Running worlds: three executors that give the same values.
 
-``sequential`` runs one world at a time through the user's own model, under forward hooks: the oracle. ``batched`` stacks
-worlds along the rows of one such run. ``shared`` computes each value once however many worlds have it (`hooks.shared`).
+``sequential`` runs one world at a time through the user's own model, under forward hooks: the oracle. ``batched``
+stacks worlds along the rows of one such run. ``shared`` computes each value once however many worlds have it
+(`hooks.shared`).
 """
 
 from __future__ import annotations
@@ -78,13 +79,9 @@ def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Cho
     if executor in ("sequential", "batched"):
         return Choice(executor)
     reason = model.unshareable()
-    if not reason:
-        mixing = [str(i) for w in worlds for i in w.plan if i.op.mixes]
-        reason = (
-            f"{mixing[0]} mixes {', '.join(sorted(next(i.op.mixes for w in worlds for i in w.plan if i.op.mixes)))}s"
-            if mixing
-            else ""
-        )
+    mixing = next((item for w in worlds for item in w.plan if item.op.mixes), None)
+    if not reason and mixing is not None:
+        reason = f"{mixing} mixes {' and '.join(sorted(mixing.op.mixes))}"
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
 
 
@@ -128,7 +125,7 @@ def run_worlds(
 
 
 def exposed_layers(worlds: Sequence[World], reads: Sequence[Site]) -> frozenset[int]:
-    """Layers whose attention has to show its inside for some world; then it does for all, so that they share a kernel."""
+    """Layers whose attention shows its inside for some world, and so for all, because they are to share a kernel."""
     sites = [*reads]
     for world in worlds:
         for item in world.plan:
@@ -263,12 +260,10 @@ def _run_shared(
             fixed.update(read_tapes(model, mine, seed, expose, limit))
             sources = {}
         order = sorted(range(len(mine)), key=lambda i: _first_column(mine[i], model, inputs))
-        keys = {item.site.key for world in mine for item in world.plan}
-        keys |= {
-            r.site.key for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE and r.site is not None
-        }
-        keys |= {site.key for _, sites in sources.values() for site in sites} | {r.key for r in reads}
-        trim = not any(r.source is Origin.HERE for w in mine for i in w.plan for r in i.reads)
+        own = [r for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE]
+        keys = {item.site.key for world in mine for item in world.plan} | {r.key for r in reads}
+        keys |= {r.site.key for r in own if r.site is not None}
+        keys |= {site.key for _, sites in sources.values() for site in sites}
         step = max(1, min(len(inputs), int(limit // 2 // (model.bytes_per_token() * inputs.width * model.n_layers))))
         for start in range(0, len(inputs), step):
             window = slice(start, min(start + step, len(inputs)))
@@ -280,7 +275,8 @@ def _run_shared(
                 device=model.device,
                 exposed=expose,
                 recorded=record_keys(keys),
-                trim=trim,
+                # A value read from another position of the same world may be one that nothing else needs.
+                trim=not own,
             )
             run.run_base(Edits(World(inputs), model.sizes, {}, seed, window))
             tapes = {**fixed, **_shared_tapes(model, run, sources, seed, window)}
@@ -294,7 +290,7 @@ def _run_shared(
 
 
 def _shares_base(source: World, inputs: Inputs) -> bool:
-    """Whether a world that is read can be run against the base of `inputs`: same layout, and a plan that reads nothing."""
+    """Whether a world that is read can be run against the base of `inputs`: the same layout, and no plan of its own."""
     same_layout = source.inputs.mask.shape == inputs.mask.shape and bool((source.inputs.mask == inputs.mask).all())
     return same_layout and not len(source.plan)
 
@@ -302,7 +298,9 @@ def _shares_base(source: World, inputs: Inputs) -> bool:
 def _shared_tapes(
     model: Model, run: SharedRun, sources: Mapping[Any, tuple[World, list[Site]]], seed: int, window: slice
 ) -> dict[Any, Tape]:
-    """Run the worlds that are read as worlds of the same base: where their inputs agree with it, so do their values, bitwise."""
+    """Run the worlds that are read as worlds of the same base: where their inputs agree with it, so do their values,
+    bitwise.
+    """
     tapes = {}
     for key, (source, sites) in sources.items():
         view = SharedRun(

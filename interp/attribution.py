@@ -1,4 +1,4 @@
-"""Attribution patching: the first-order estimate of a sweep's effects, every cell from one backward pass (Nanda 2023)."""
+"""Attribution patching: a sweep's effects to first order, every cell from one backward pass (Nanda 2023)."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def attribution(
     budget: int | None = None,
     seed: int = 0,
 ) -> Result:
-    """Estimate the effect of every cell of a grid to first order: <gradient of the metric, f(x) - x> at the edited sites.
+    """Estimate the effect of every cell of a grid to first order: <gradient of the metric, f(x) - x> at the edited
+    sites.
 
-    Two forward passes and one backward for all cells together. Exact where the metric is linear in the activation from the site
-    on; far off where a softmax or a norm saturates, so check what matters with `sweep`, which takes the same arguments.
+    Two forward passes and one backward for all cells together. Exact where the metric is linear in the activation from
+    the site on; far off where a softmax or a norm saturates, so check what matters with `sweep`, which takes the same
+    arguments.
 
     Args:
         model, clean, corrupt, grid, intervention, direction, budget, seed: as in `sweep`.

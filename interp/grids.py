@@ -125,10 +125,10 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
 
     Args:
         names: a kind of site (``"resid_pre"``), or several, which make a first axis ``"site"``.
-        **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a sequence whose
-            entries are single values or groups edited together (tuples), a dict of named groups, or one value (an int, a
-            `Span`, for positions also a mask), which restricts every cell and makes no axis. What is not named is edited
-            whole: all positions, all heads, all layers.
+        **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a
+            sequence whose entries are single values or groups edited together (tuples), a dict of named groups, or one
+            value (an int, a `Span`, for positions also a mask), which restricts every cell and makes no axis. What is
+            not named is edited whole: all positions, all heads, all layers.
 
     Raises:
         SiteError: an unknown site or axis, or one that the sites lack.

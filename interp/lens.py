@@ -18,7 +18,8 @@ from interp.sweeps import assemble, describe_run
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """What each layer's residual stream would say, read out by the final norm and the unembedding (nostalgebraist 2020).
+    """What each layer's residual stream would say, read out by the final norm and the unembedding (nostalgebraist
+    2020).
 
     Attributes:
         logits: [P, B, T, V], one entry for each point, on the CPU.
@@ -50,7 +51,8 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
         metric: measure this on each point's logits instead of returning them; it may read logits only.
 
     Returns:
-        A `LogitLens`, or with a metric a `Result` with an axis ``layer`` (``"embed"`` first), whose effects are the metric's
+        A `LogitLens`, or with a metric a `Result` with an axis ``layer`` (``"embed"`` first), whose effects are the
+        metric's
         values: what the lens reads, against a base of 0.
     """
     sites = [Site("resid_pre", 0), *(Site("resid_post", layer) for layer in range(model.n_layers))]
@@ -80,8 +82,8 @@ def direct_logit_attribution(
 ) -> Result:
     """Split the logit of the answer (minus the foil's) into what each component writes to the residual stream.
 
-    The final norm's scale is held at its value, which makes the logits linear in the residual stream; the parts then add up to
-    the whole, which is checked (Elhage et al. 2021; Wang et al. 2022).
+    The final norm's scale is held at its value, which makes the logits linear in the residual stream; the parts then
+    add up to the whole, which is checked (Elhage et al. 2021; Wang et al. 2022).
 
     Args:
         model: a wrapped model.

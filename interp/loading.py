@@ -66,7 +66,7 @@ def _load_hub(name: str, local: bool) -> Model:
     except OSError as error:
         have = ", ".join(shipped()) or "none yet"
         raise ModelError(
-            f"{name!r} is not a model that ships with the package ({have}{nearest(name, shipped())}), not a folder with a "
-            f"saved model, and could not be had from the hub: {str(error).splitlines()[0]}"
+            f"{name!r} is not a model that ships with the package ({have}{nearest(name, shipped())}), not a folder "
+            f"with a saved model, and could not be had from the hub: {str(error).splitlines()[0]}"
         ) from error
     return wrap(module, tokenizer)

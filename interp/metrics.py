@@ -1,7 +1,7 @@
 """What is measured: a metric says which values it reads, so that no others are computed, and is a function of those.
 
-A metric gives one number for each row. It is stated before a model is known (its answers may be text), and bound to a model and
-inputs when it is used.
+A metric gives one number for each row. It is stated before a model is known (its answers may be text), and bound to a
+model and inputs when it is used.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Bound:
 
     Attributes:
         reads: the sites whose values it is a function of.
-        fn: ``fn(rows, *values)``: a slice of the rows of the inputs, and for them the value of each read (then, if the metric
-            compares with a reference, the reference's); returns [b].
+        fn: ``fn(rows, *values)``: a slice of the rows of the inputs, and for them the value of each read (then, if the
+            metric compares with a reference, the reference's); returns [b].
     """
 
     reads: tuple[Site, ...]
@@ -43,8 +43,8 @@ class Metric:
     Attributes:
         name: what results call it.
         bind: from a model and inputs to a `Bound`.
-        reference: a world whose values of the same reads are handed to the function after the run's own; ``"source"`` means
-            the world that a sweep patches from. None if the metric compares with nothing.
+        reference: a world whose values of the same reads are handed to the function after the run's own; ``"source"``
+            means the world that a sweep patches from. None if the metric compares with nothing.
     """
 
     name: str
@@ -77,7 +77,8 @@ def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
     """Logit of the answer minus logit of the foil, in nats.
 
     Args:
-        answer: a token (id or text) for all rows; one for each row; or several for each row [B, n], whose mean is taken.
+        answer: a token (id or text) for all rows; one for each row; or several for each row [B, n], whose mean is
+            taken.
         foil: the same.
         pos: the position read; the mean where there are several.
 
@@ -111,9 +112,9 @@ def logit(answer: Tokens, *, pos: Index = -1) -> Metric:
 def log_prob(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Log-probability of the answer, in nats.
 
-    With one position, several tokens of a row are alternatives, and their probabilities add. With n positions an answer has n
-    tokens, one for each, and their log-probabilities add: an answer of several tokens that stands in the prompt is measured
-    at the positions *before* each of them.
+    With one position, several tokens of a row are alternatives, and their probabilities add. With n positions an answer
+    has n tokens, one for each, and their log-probabilities add: an answer of several tokens that stands in the prompt
+    is measured at the positions *before* each of them.
     """
 
     def fn_of(good: Tensor) -> Function:
@@ -258,12 +259,11 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
     def one(token: Any) -> int:
         return model.token(token) if isinstance(token, str) else int(token)
 
-    if isinstance(tokens, Tensor):
-        tokens = tokens.tolist()
-    if isinstance(tokens, (int, str)):
-        listed = [[one(tokens)]] * rows
+    plain: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    if isinstance(plain, (int, str)):
+        listed = [[one(plain)]] * rows
     else:
-        listed = [[one(t)] if isinstance(t, (int, str)) else [one(i) for i in t] for t in tokens]
+        listed = [[one(t)] if isinstance(t, (int, str)) else [one(i) for i in t] for t in plain]
     if len(listed) != rows:
         raise MetricError(f"{len(listed)} answers for {rows} rows: give one token for all, or one entry for each row")
     if len({len(row) for row in listed}) != 1 or not listed[0]:

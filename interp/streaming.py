@@ -77,7 +77,8 @@ class Stream:
         """Note the metrics [metric, b] of a cell on some rows."""
         self.values[:, cell, rows] = metric_values
         self.status[cell, rows] = status
-        # Last, so that a sweep killed in between computes the cell again. The pages outlive the process without a flush.
+        # Last, so that a sweep killed in between computes the cell again. The pages outlive the process without a
+        # flush.
         self.done[cell, rows] = True
 
     def remaining(self) -> list[int]:

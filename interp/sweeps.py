@@ -1,4 +1,6 @@
-"""Activation patching and ablation over grids: the effect of an intervention in every cell, for every row, on every metric."""
+"""Activation patching and ablation over grids: the effect of an intervention in every cell, for every row, on every
+metric.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,14 @@ def sweep(
     Args:
         model: a wrapped model, in evaluation mode.
         clean: the prompts that show the behaviour.
-        corrupt: the prompts that do not, row by row of the same lengths; None where `intervention` needs no other prompts,
-            which then is applied to `clean`.
+        corrupt: the prompts that do not, row by row of the same lengths; None where `intervention` needs no other
+            prompts, which then is applied to `clean`.
         grid: the cells; see `interp.grid`.
         metric: what is measured; a sequence adds a first axis to the result.
         intervention: from a site to what is done there, in place of patching from the other prompts: ``ip.zero``,
             ``functools.partial(ip.mean, source=reference)``, ``lambda site: ip.steer(site, v)``.
-        direction: ``"denoising"`` edits the corrupt run (with clean values, when patching), ``"noising"`` the clean run (Heimersheim
-            & Nanda 2024).
+        direction: ``"denoising"`` edits the corrupt run (with clean values, when patching), ``"noising"`` the clean run
+            (Heimersheim & Nanda 2024).
         executor: see `hooks.run_worlds`; the result says which was used, and why.
         budget: bytes that the activations of a chunk may take.
         path: save the result there, stream to it while running, and resume from it after an interruption.

@@ -1,13 +1,14 @@
 """Where each family of models keeps its parts.
 
-An adapter is a function from a module to an `Architecture`. It is found by the `model_type` of a Hugging Face config, or by
-the qualified name of the module's class; `register` adds one.
+An adapter is a function from a module to an `Architecture`. It is found by the `model_type` of a Hugging Face config,
+or by the qualified name of the module's class; `register` adds one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from ..errors import ModelError, nearest
 from .architecture import Architecture
 
 _HERE = __name__
-_ADAPTERS: dict[str, str | Callable[[nn.Module], Architecture]] = {
+_ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "gpt2": f"{_HERE}.gpt2",
     "llama": f"{_HERE}.llama",
     "mistral": f"{_HERE}.llama",
@@ -25,7 +26,7 @@ _ADAPTERS: dict[str, str | Callable[[nn.Module], Architecture]] = {
 }
 
 
-def register(name: str, adapter: Callable[[nn.Module], Architecture]) -> None:
+def register(name: str, adapter: Callable[[Any], Architecture]) -> None:
     """Add the adapter of a family.
 
     Args:

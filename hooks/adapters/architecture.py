@@ -1,7 +1,7 @@
 """What the engine needs to know of a decoder: its parts, named once, for both ways of running it.
 
-Forward hooks are placed on these modules, and the copy-on-write executor calls them on packed tokens. A part is a module of
-the user's model, never a copy of its weights.
+Forward hooks are placed on these modules, and the copy-on-write executor calls them on packed tokens. A part is a
+module of the user's model, never a copy of its weights.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +102,10 @@ class Architecture:
         blocks: the blocks in order.
         norm: the final norm; `unembed`: the module from it to logits.
         width: M; vocabulary: V.
-        rotary: from positions [...] and a dtype to (cos, sin), each [..., D], or None where there is no rotary embedding.
+        rotary: from positions [...] and a dtype to (cos, sin), each [..., D], or None where there is no rotary
+            embedding.
         swap_attention: context manager that makes one attention module call a given function
             ``f(module, q [B,H,T,D], k [B,K,S,D], v, mask, scaling=..., dropout=...) -> (z [B,T,H,D], None)``.
-        attention_dropout: from an attention module to the probability with which it drops pattern entries when training.
-        reads_mask: whether forward takes `attention_mask` and `position_ids` and returns an object with `.logits`.
     """
 
     family: str
@@ -116,7 +116,7 @@ class Architecture:
     unembed: nn.Module
     width: int
     vocabulary: int
-    swap_attention: Callable[[nn.Module, AttentionFunction], AbstractContextManager[None]]
+    swap_attention: Callable[[Any, AttentionFunction], AbstractContextManager[None]]
     rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]] | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -11,13 +12,13 @@ from .architecture import Architecture, Block, Mlp, Projection
 from .huggingface import swap_attention
 
 
-def describe(model: nn.Module) -> Architecture:
+def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-2 with a language-model head."""
     if not hasattr(model, "lm_head"):
         raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
     body = model.transformer
     blocks = []
-    for block in body.h:  # type: ignore[union-attr]
+    for block in body.h:
         attention, mlp = block.attn, block.mlp
         part = partial(Projection, attention.c_attn, attention.num_heads, attention.head_dim)
         blocks.append(
@@ -36,13 +37,13 @@ def describe(model: nn.Module) -> Architecture:
         )
     return Architecture(
         family="gpt2",
-        embed=body.wte,  # type: ignore[union-attr,arg-type]
-        pos_embed=body.wpe,  # type: ignore[union-attr,arg-type]
+        embed=body.wte,
+        pos_embed=body.wpe,
         blocks=tuple(blocks),
-        norm=body.ln_f,  # type: ignore[union-attr,arg-type]
-        unembed=model.lm_head,  # type: ignore[arg-type]
-        width=model.config.hidden_size,  # type: ignore[union-attr]
-        vocabulary=model.config.vocab_size,  # type: ignore[union-attr]
+        norm=body.ln_f,
+        unembed=model.lm_head,
+        width=model.config.hidden_size,
+        vocabulary=model.config.vocab_size,
         swap_attention=swap_attention,
     )
 

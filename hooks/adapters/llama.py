@@ -1,23 +1,25 @@
-"""Llama, Mistral, Qwen 2 and Qwen 3: RMSNorm, rotary positions, grouped-query heads, a gated MLP; Qwen 3 norms q and k."""
+"""Llama, Mistral, Qwen 2 and 3: RMSNorm, rotary positions, grouped-query heads, a gated MLP; Qwen 3 norms q and k."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ModelError
 from .architecture import Architecture, Block, Mlp, Projection
 from .huggingface import swap_attention
 
 
-def describe(model: nn.Module) -> Architecture:
+def describe(model: Any) -> Architecture:
     """Find the parts of a decoder of the Llama family with a language-model head."""
     if not hasattr(model, "lm_head"):
         raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
     body, config = model.model, model.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads  # type: ignore[union-attr]
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
     blocks = []
-    for layer in body.layers:  # type: ignore[union-attr]
+    for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
         width = attention.head_dim
         blocks.append(
@@ -37,30 +39,30 @@ def describe(model: nn.Module) -> Architecture:
                 mlp=Mlp(mlp, mlp.gate_proj, mlp.down_proj, mlp.act_fn, up=mlp.up_proj, width=config.intermediate_size),
             )
         )
-    rotary_module = body.rotary_emb  # type: ignore[union-attr]
+    rotary_module = body.rotary_emb
 
     def rotary(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         like = torch.empty((), dtype=dtype, device=positions.device)
-        cos, sin = rotary_module(like, positions.reshape(1, -1))  # type: ignore[operator]
+        cos, sin = rotary_module(like, positions.reshape(1, -1))
         shape = (*positions.shape, cos.shape[-1])
         return cos.reshape(shape), sin.reshape(shape)
 
     return Architecture(
-        family=config.model_type,  # type: ignore[union-attr,arg-type]
-        embed=body.embed_tokens,  # type: ignore[union-attr,arg-type]
+        family=config.model_type,
+        embed=body.embed_tokens,
         pos_embed=None,
         blocks=tuple(blocks),
-        norm=body.norm,  # type: ignore[union-attr,arg-type]
-        unembed=model.lm_head,  # type: ignore[arg-type]
-        width=config.hidden_size,  # type: ignore[union-attr,arg-type]
-        vocabulary=config.vocab_size,  # type: ignore[union-attr,arg-type]
+        norm=body.norm,
+        unembed=model.lm_head,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
         rotary=rotary,
         swap_attention=swap_attention,
     )
 
 
-def _window(attention: nn.Module, config) -> int | None:
+def _window(attention: Any, config: Any) -> int | None:
     # Mistral slides in every layer and keeps the width in its config; Qwen says it for each attention module.
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[return-value]
+        return attention.sliding_window
     return config.sliding_window if config.model_type == "mistral" else None

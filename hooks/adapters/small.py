@@ -1,29 +1,28 @@
-"""The project's own small transformer, known by its class's name, because this package imports nothing from `interp`."""
+"""The project's own small transformer, known by its class's name: this package imports nothing from `interp`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from torch import nn
+from typing import Any
 
 from .architecture import Architecture, AttentionFunction, Block, Mlp, Projection
 
 
 @contextmanager
-def swap_attention(attention: nn.Module, function: AttentionFunction) -> Iterator[None]:
+def swap_attention(attention: Any, function: AttentionFunction) -> Iterator[None]:
     """Shadow the class's attention function on one module."""
-    attention.attend = function  # type: ignore[assignment]
+    attention.attend = function
     try:
         yield
     finally:
         del attention.attend
 
 
-def describe(model: nn.Module) -> Architecture:
+def describe(model: Any) -> Architecture:
     """Find the parts of an `interp.models.Transformer`."""
     blocks = []
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         attention, mlp = block.attn, block.mlp
         blocks.append(
             Block(
@@ -47,13 +46,13 @@ def describe(model: nn.Module) -> Architecture:
     config = model.config
     return Architecture(
         family="small",
-        embed=model.embed,  # type: ignore[arg-type]
-        pos_embed=model.pos_embed,  # type: ignore[arg-type]
+        embed=model.embed,
+        pos_embed=model.pos_embed,
         blocks=tuple(blocks),
-        norm=model.ln_final,  # type: ignore[arg-type]
-        unembed=model.unembed,  # type: ignore[arg-type]
-        width=config.d_model,  # type: ignore[union-attr,arg-type]
-        vocabulary=config.vocab_size,  # type: ignore[union-attr,arg-type]
-        rotary=model.rotary if config.positions == "rotary" else None,  # type: ignore[union-attr,arg-type]
+        norm=model.ln_final,
+        unembed=model.unembed,
+        width=config.d_model,
+        vocabulary=config.vocab_size,
+        rotary=model.rotary if config.positions == "rotary" else None,
         swap_attention=swap_attention,
     )

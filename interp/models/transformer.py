@@ -289,7 +289,8 @@ class Transformer(nn.Module):
 
         Args:
             positions: integers of any shape, in tokens.
-            dtype: what the model computes in; angles are never narrower than float32, which bfloat16 positions would ruin.
+            dtype: what the model computes in; angles are never narrower than float32, which bfloat16 positions would
+                ruin.
         """
         assert self.config.d_head is not None  # the config fills it in
         wide = torch.promote_types(dtype, torch.float32)
