@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .adapters import describe
 from .adapters.architecture import Architecture
+from .applied import Applied
 from .audit import Audit
-from .editing import Edits, Key, check_reads
+from .catalogue import SiteInfo, SiteTable, site_sizes
+from .editing import Edits, check_reads
 from .errors import InputsError, ModelError, PlanError, ShapeError, SiteError
 from .inputs import Inputs, pad_rows
-from .plan import Intervention, Origin, Plan, World, as_plan
-from .session import Session, install
+from .plan import Intervention, Plan, World, as_plan
 from .sites import DIM, HEAD, KINDS, Index, Site, Span, site
 from .tape import Tape
 from .worlds import exposed_layers, hooked_pass, read_tapes
@@ -41,34 +42,6 @@ class Run:
         return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
 
 
-@dataclass(frozen=True)
-class SiteInfo:
-    """A site that a model offers, in one layer or all: its shape in letters and in numbers, and whether it can be
-    edited.
-    """
-
-    name: str
-    hook: str
-    letters: str
-    shape: tuple[int | str, ...]
-    layers: int
-    writable: bool = True
-
-
-class SiteTable(tuple):
-    """The sites of a model, printed as a table."""
-
-    def __str__(self) -> str:
-        rows = [("site", "layers", "shape", "", "TransformerLens's name")]
-        for s in self:
-            shape = "[" + ", ".join(map(str, s.shape)) + "]"
-            rows.append((s.name, str(s.layers) if s.layers else "-", f"[{', '.join(s.letters)}]", shape, s.hook))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    __repr__ = __str__
-
-
 class Model:
     """A transformer, wrapped but never changed: hooks stand on it only while a plan is applied.
 
@@ -81,7 +54,7 @@ class Model:
 
     def __init__(self, module: nn.Module, tokenizer: Any, architecture: Architecture) -> None:
         self.module, self.tokenizer, self.architecture = module, tokenizer, architecture
-        self.sizes = _sizes(architecture)
+        self.sizes = site_sizes(architecture)
 
     @property
     def n_layers(self) -> int:
@@ -320,7 +293,7 @@ class Model:
         plan = as_plan(plan)
         self.check(plan)
         audit = Audit.of(plan)
-        applied = _Applied(self, plan, audit, seed)
+        applied = Applied(self, plan, audit, seed)
         with ExitStack() as stack:
             applied.install(stack)
             yield audit
@@ -344,83 +317,6 @@ class Model:
         return numbers * self.dtype.itemsize
 
 
-class _Applied:
-    """A plan held on a model: each forward pass of the user's is one run of it."""
-
-    def __init__(self, model: Model, plan: Plan, audit: Audit, seed: int) -> None:
-        self.model, self.plan, self.audit, self.seed = model, plan, audit, seed
-        self.busy = False
-        self.session = Session([], [])
-
-    def install(self, stack: ExitStack) -> None:
-        model, plan = self.model, self.plan
-        # Keys are needed to place the hooks; the inputs are known only when the user calls.
-        empty = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
-        edits = Edits(World(empty, plan), model.sizes, {}, self.seed)
-        self.session.begin([edits], [[]])
-        expose = exposed_layers([World(empty, plan)], ())
-        self.unedited = _unedited_sites(plan)
-        self.tapes = read_tapes(model, [World(empty, _without_unedited(plan))], self.seed, expose)
-        self.session.watched = {place.key for place in self.unedited}
-        stack.callback(model.module.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
-        install(self.session, model.architecture, stack, expose)
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn what the user runs the model on, before it runs."""
-        if self.busy:
-            return
-        inputs = _inputs_of_call(args, kwargs)
-        world = World(inputs, self.plan)
-        tapes = dict(self.tapes)
-        if self.unedited:
-            self.busy = True
-            shadow = Edits(World(inputs), self.model.sizes, {}, self.seed)
-            try:
-                self.session.begin([shadow], [self.unedited], graph=torch.is_grad_enabled())
-                module(*args, **kwargs)
-            finally:
-                self.busy = False
-            values = tuple((p, self.session.kept[0][i]) for i, p in enumerate(self.unedited))
-            tapes[("unedited", id(inputs))] = Tape(inputs, values, self.model.sizes)
-        edits = Edits(world, self.model.sizes, tapes, self.seed)
-        edits.audit = self.audit
-        self.session.begin([edits], [[]])
-
-
-def _unedited_sites(plan: Plan) -> list[Site]:
-    found: list[Site] = []
-    for item in plan:
-        for read in item.reads:
-            if read.source is Origin.UNEDITED:
-                place = (item.site if read.site is None else read.site).whole
-                if place not in found:
-                    found.append(place)
-    return found
-
-
-def _without_unedited(plan: Plan) -> Plan:
-    return Plan(tuple(i for i in plan if not any(r.source is Origin.UNEDITED for r in i.reads)))
-
-
-def _inputs_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """The inputs of a call of the user's, as far as positions and rows go."""
-    cache = kwargs.get("past_key_values")
-    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
-        raise PlanError(
-            "this call continues from a key/value cache, which plans do not support yet; pass the whole text"
-        )
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if not isinstance(ids, Tensor):
-        embeds = kwargs.get("inputs_embeds")
-        if not isinstance(embeds, Tensor):
-            raise PlanError("the model is called without input_ids or inputs_embeds: positions cannot be told")
-        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64)
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == ids.shape:
-        mask = args[1]
-    return Inputs.of(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-
-
 def wrap(
     model: nn.Module | Model, tokenizer: Any = None, *, adapter: Callable[[nn.Module], Architecture] | None = None
 ) -> Model:
@@ -440,30 +336,6 @@ def wrap(
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
     return Model(model, tokenizer, (adapter or describe)(model))
-
-
-def _sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
-    """Sizes of the head and last axes of each site that the architecture has."""
-    width = {DIM: arch.width}
-    sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
-    if arch.pos_embed is not None:
-        sizes["pos_embed", -1, None] = width
-    for layer, block in enumerate(arch.blocks):
-        q, k = ({HEAD: p.heads, DIM: p.width} for p in (block.q, block.k))
-        here: dict[str, dict[str, int]] = {name: width for name in ("resid_pre", "attn_in", "attn_out", "resid_post")}
-        here |= {"q_input": {HEAD: block.q.heads, **width}, "result": {HEAD: block.q.heads, **width}}
-        here |= {"k_input": {HEAD: block.k.heads, **width}, "v_input": {HEAD: block.k.heads, **width}}
-        here |= {"q": q, "k": k, "v": k, "z": q, "scores": {HEAD: block.q.heads}, "pattern": {HEAD: block.q.heads}}
-        if arch.rotary is not None:
-            here |= {"rot_q": q, "rot_k": k}
-        if block.mlp is not None:
-            here |= {name: width for name in ("resid_mid", "mlp_in", "mlp_out")}
-            here |= {name: {DIM: block.mlp.width} for name in ("mlp_pre", "mlp_post")}
-        for name, size in here.items():
-            sizes[Site(name, layer).key] = size
-    sizes["ln_final", -1, None] = width
-    sizes["logits", -1, None] = {DIM: arch.vocabulary}
-    return sizes
 
 
 def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) -> str:

@@ -1,0 +1,61 @@
+"""Which sites a model has, and how large they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .adapters.architecture import Architecture
+from .editing import Key
+from .sites import DIM, HEAD, Site
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """A site that a model offers, in one layer or all: its shape in letters and in numbers, and whether it can be
+    edited.
+    """
+
+    name: str
+    hook: str
+    letters: str
+    shape: tuple[int | str, ...]
+    layers: int
+    writable: bool = True
+
+
+class SiteTable(tuple):
+    """The sites of a model, printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("site", "layers", "shape", "", "TransformerLens's name")]
+        for s in self:
+            shape = "[" + ", ".join(map(str, s.shape)) + "]"
+            rows.append((s.name, str(s.layers) if s.layers else "-", f"[{', '.join(s.letters)}]", shape, s.hook))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+
+def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
+    """Sizes of the head and last axes of each site that the architecture has."""
+    width = {DIM: arch.width}
+    sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
+    if arch.pos_embed is not None:
+        sizes["pos_embed", -1, None] = width
+    for layer, block in enumerate(arch.blocks):
+        q, k = ({HEAD: p.heads, DIM: p.width} for p in (block.q, block.k))
+        here: dict[str, dict[str, int]] = {name: width for name in ("resid_pre", "attn_in", "attn_out", "resid_post")}
+        here |= {"q_input": {HEAD: block.q.heads, **width}, "result": {HEAD: block.q.heads, **width}}
+        here |= {"k_input": {HEAD: block.k.heads, **width}, "v_input": {HEAD: block.k.heads, **width}}
+        here |= {"q": q, "k": k, "v": k, "z": q, "scores": {HEAD: block.q.heads}, "pattern": {HEAD: block.q.heads}}
+        if arch.rotary is not None:
+            here |= {"rot_q": q, "rot_k": k}
+        if block.mlp is not None:
+            here |= {name: width for name in ("resid_mid", "mlp_in", "mlp_out")}
+            here |= {name: {DIM: block.mlp.width} for name in ("mlp_pre", "mlp_post")}
+        for name, size in here.items():
+            sizes[Site(name, layer).key] = size
+    sizes["ln_final", -1, None] = width
+    sizes["logits", -1, None] = {DIM: arch.vocabulary}
+    return sizes

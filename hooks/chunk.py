@@ -1,0 +1,375 @@
+"""Worlds on their way through the network together, as the tokens at which they differ from their base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.architecture import Block, linear_weight, rotate
+from .attention import exposed_attention
+from .editing import Edits, Key
+from .packed import Packed, tiled
+from .packed_attention import allowed_keys, packed_attention, reach
+from .region import Region, entire, resolve
+from .session import head_results_change
+from .sites import Site, execution_order
+
+if TYPE_CHECKING:
+    from .shared import SharedRun
+
+TILE = {"cpu": 512}
+"""Tokens that go through a block's linear layers at a time, by device type; elsewhere all at once."""
+
+INSIDE = ("scores", "pattern")
+"""Sites for which a world's attention is computed whole, with its inside exposed."""
+ALWAYS = frozenset({"embed", "resid_pre", "rot_q", "rot_k", "v", "resid_mid", "resid_post", "ln_final"})
+"""Sites whose base value every run needs: what worlds read where they have not changed it."""
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Worlds that go through the network together."""
+
+    run_: SharedRun
+    worlds: Sequence[Edits]
+    is_base: bool = False
+
+    def __post_init__(self) -> None:
+        run = self.run_
+        self.arch, self.rows, self.tile = run.arch, len(run.inputs), TILE.get(run.device.type, 1 << 30)
+        self.kept: list[dict[int, Tensor]] = [{} for _ in self.worlds]
+        self.real = run.inputs.mask.repeat(len(self.worlds), 1)
+        self.needed = [self.real if self.is_base else n.repeat(len(self.worlds), 1) for n in run.needed]
+        self.positions = run.inputs.positions.flatten().to(run.device)
+        self.touched = [set(w.by_key) | w.needs_here for w in self.worlds]
+        self.captured: dict[Key, list[int]] = {}
+        for index, site in enumerate(run.reads):
+            if site.name != "logits":
+                self.captured.setdefault(site.key, []).append(index)
+
+    def run(self, x: Packed) -> list[list[Tensor]]:
+        """Run the network from the embeddings of the changed tokens, and return the reads of each world."""
+        x = self.visit(("embed", -1, None), x, self.real)
+        if self.arch.pos_embed is not None:
+            at = Packed(x.dirty, x.values, self.rows)
+            pos = Packed(x.dirty, self.arch.pos_embed(self.positions[at.home()]), self.rows)
+            pos = self.visit(("pos_embed", -1, None), pos, self.real)
+            x = x.to(pos.dirty, self.base(("embed", -1, None)))
+            x = Packed(x.dirty, x.values + pos.values, self.rows)
+        x = self.visit(("resid_pre", 0, None), x, self.entering(0))
+        depth = len(self.arch.blocks)
+        used = {key[1] for keys in [*self.touched, self.captured] for key in keys}
+        for layer in range(min(depth, self.run_.stop + 1)):
+            # No world has left the base yet, and none does in this layer.
+            if len(x.values) or layer in used:
+                x = self.block(layer, x)
+        self.mark_pruned()
+        return self.read_out(x) if self.run_.stop == depth else self.collect([])
+
+    def entering(self, layer: int) -> Tensor:
+        """Tokens whose residual before a layer can matter."""
+        return self.needed[layer - 1] if layer else self.before(self.needed[0]) & self.real
+
+    @staticmethod
+    def before(needed: Tensor) -> Tensor:
+        return needed.flip(1).long().cumsum(1).flip(1) > 0
+
+    def base(self, key: Key) -> Tensor | None:
+        """The base's value [b, T, ...] of a site; None while the base itself is computed."""
+        return None if self.is_base else self.run_.base[key]
+
+    def visit(self, key: Key, x: Packed, needed: Tensor) -> Packed:
+        """Edit a site in the worlds whose plans name it, drop what cannot matter, and keep what is asked for."""
+        edited = [w for w, keys in enumerate(self.touched) if key in keys]
+        if edited:
+            x = self.edit(key, x, needed, edited)
+        if not bool((needed | ~x.dirty).all()):
+            x = x.to(x.dirty & needed, None)
+        self.record(key, x)
+        return x
+
+    def record(self, key: Key, x: Packed) -> None:
+        """Keep the base's value where worlds will need it, and the worlds' values where they are read."""
+        if self.is_base and (key in self.run_.recorded or key[0] in ALWAYS):
+            self.run_.base[key] = x.world(0, None, 0, len(x.values))
+        if key in self.captured:
+            offsets = x.offsets()
+            for w in range(len(self.worlds)):
+                whole = x.world(w, self.base(key), offsets[w], offsets[w + 1])
+                self.keep(key, w, whole)
+
+    def keep(self, key: Key, world: int, whole: Tensor) -> None:
+        """Keep the parts that are read of one world's value of a site."""
+        for index in self.captured.get(key, ()):
+            site = self.run_.reads[index]
+            part = resolve(site, self.run_.inputs, self.run_.sizes[key]).get(whole) if site.restricted else whole
+            self.kept[world][index] = part.clone()
+
+    def edit(self, key: Key, x: Packed, needed: Tensor, edited: Sequence[int]) -> Packed:
+        """Apply the plans of some worlds at a site, and find out which tokens they changed."""
+        offsets, base = x.offsets(), self.base(key)
+        results, masks = [], []
+        for w in edited:
+            old = x.world(w, base, offsets[w], offsets[w + 1])
+            new = self.worlds[w].visit(key, old)
+            results.append(new)
+            masks.append((new != old).flatten(2).any(2))
+        changes = torch.stack(masks).cpu()
+        return self.adopt([key], x, needed, dict(zip(edited, zip(results, changes, strict=True), strict=True)))
+
+    def adopt(
+        self, keys: Sequence[Key], x: Packed, needed: Tensor, results: dict[int, tuple[Tensor, Tensor]]
+    ) -> Packed:
+        """Take over worlds' new values [b, T, ...], given the tokens bool [b, T] that the edits at `keys` changed."""
+        updates = {}
+        for w, (new, change) in results.items():
+            here = slice(w * self.rows, (w + 1) * self.rows)
+            edits = self.worlds[w]
+            entries = [edits.audit[index] for key in keys for index in edits.by_key.get(key, ())]
+            for entry in entries:
+                if entry.intervention.op.always:
+                    region = edits.region(entry.intervention.site, entry.intervention.only)
+                    change = change.scatter(1, region.cols[edits.window], True)
+            change = change & self.real[here]
+            if bool(change.any()) and not bool((change & needed[here]).any()):
+                for entry in entries:
+                    entry.pruned = True
+            updates[w] = (x.dirty[here] | change, new)
+        return x.with_worlds(updates)
+
+    def mark_pruned(self) -> None:
+        """Interventions above the last thing that is read can reach nothing."""
+        depth = len(self.arch.blocks)
+        for edits in self.worlds:
+            for key, indices in edits.by_key.items():
+                for index in indices:
+                    if not edits.audit[index].calls and execution_order(key, depth)[0] > self.run_.stop:
+                        edits.audit[index].pruned = True
+
+    def block(self, layer: int, x: Packed) -> Packed:
+        """One block, from the residual before it to the residual after it."""
+        block, needed = self.arch.blocks[layer], self.needed[layer]
+        entering = self.entering(layer)
+        base_resid = self.base(("resid_pre", 0, None) if layer == 0 else ("resid_post", layer - 1, None))
+        z = self.attention(layer, block, self.visit(("attn_in", layer, None), x, entering), needed)
+        attn = self.flat_map(lambda v: block.out(v.flatten(1)), z)
+        attn = self.results(layer, block, z, attn, needed)
+        attn = self.visit(("attn_out", layer, None), attn, needed)
+        residual = x.to(attn.dirty, base_resid)
+        x = Packed(attn.dirty, residual.values + attn.values, self.rows)
+        if block.mlp is not None and block.norm2 is not None:
+            x = self.visit(("resid_mid", layer, None), x, needed)
+            out = self.mlp(layer, block, self.visit(("mlp_in", layer, None), x, needed), needed)
+            x = x.to(out.dirty, self.base(("resid_mid", layer, None)))
+            x = Packed(out.dirty, x.values + out.values, self.rows)
+        self.run_.forwards += len(x.values) / max(1, int(self.run_.inputs.mask.sum())) / len(self.arch.blocks)
+        return self.visit(("resid_post", layer, None), x, needed)
+
+    def flat_map(self, function: Callable[[Tensor], Tensor], x: Packed) -> Packed:
+        return Packed(x.dirty, tiled(function, x.values, self.tile), self.rows)
+
+    def mlp(self, layer: int, block: Block, x: Packed, needed: Tensor) -> Packed:
+        mlp, norm = block.mlp, block.norm2
+        assert mlp is not None
+        assert norm is not None
+        pre_key, post_key = ("mlp_pre", layer, None), ("mlp_post", layer, None)
+
+        def post(hidden: Tensor, read: Tensor) -> Tensor:
+            return mlp.act(hidden) if mlp.up is None else mlp.act(hidden) * mlp.up(read)
+
+        if self.involved(pre_key) or self.involved(post_key):
+            hidden = self.visit(pre_key, self.flat_map(lambda v: mlp.pre(norm(v)), x), needed)
+            x = x.to(hidden.dirty, self.base(("mlp_in", layer, None)))
+            hidden = Packed(hidden.dirty, post(hidden.values, norm(x.values)), self.rows)
+            hidden = self.visit(post_key, hidden, needed)
+            out = self.flat_map(mlp.down, hidden)
+        else:
+
+            def whole(v: Tensor) -> Tensor:
+                read = norm(v)
+                return mlp.down(post(mlp.pre(read), read))
+
+            out = self.flat_map(whole, x)
+        return self.visit(("mlp_out", layer, None), out, needed)
+
+    def involved(self, key: Key) -> bool:
+        """Whether a site has to be computed by itself."""
+        return key in self.captured or key in self.run_.recorded or any(key in keys for keys in self.touched)
+
+    def attention(self, layer: int, block: Block, x: Packed, needed: Tensor) -> Packed:
+        """From the residual that attention reads to z."""
+        keyed, asking = x, x.to(x.dirty & needed, None)
+        normed = self.flat_map(block.norm1, keyed)
+        same_tokens = asking.dirty is keyed.dirty or torch.equal(asking.dirty, keyed.dirty)
+        parts = {}
+        for name, projection in (("q", block.q), ("k", block.k), ("v", block.v)):
+            source = normed if name != "q" or same_tokens else normed.to(asking.dirty, None)
+            need = needed if name == "q" else self.entering(layer)
+            part = self.flat_map(projection, source)
+            part = self.split_inputs(name, layer, block, keyed, part, need)
+            parts[name] = self.visit((name, layer, None), part, need)
+        q, k, v = parts["q"], parts["k"], parts["v"]
+        q, k = self.turn(q, block.q_norm), self.turn(k, block.k_norm)
+        q = self.visit(("rot_q", layer, None), q, needed)
+        k = self.visit(("rot_k", layer, None), k, self.entering(layer))
+        out = (reach(k.dirty | v.dirty, block.window) | q.dirty) & self.real & needed
+        looks = {(name, layer, None) for name in INSIDE}
+        inside = [w for w, keys in enumerate(self.touched) if keys & looks]
+        if looks & set(self.captured):
+            inside = list(range(len(self.worlds)))
+        z = self.attend(layer, block, q, k, v, out, inside)
+        return self.visit(("z", layer, None), z, needed)
+
+    def split_inputs(self, name: str, layer: int, block: Block, x: Packed, part: Packed, needed: Tensor) -> Packed:
+        """Edits of what single heads read, before the norm: those heads are projected again."""
+        key = (f"{name}_input", layer, None)
+        edited = [w for w, keys in enumerate(self.touched) if key in keys]
+        if not edited and key not in self.captured:
+            return part
+        projection, offsets = getattr(block, name), x.offsets()
+        part_offsets, results = part.offsets(), {}
+        for w in range(len(self.worlds)) if key in self.captured else edited:
+            whole = x.world(w, self.base(("attn_in", layer, None)), offsets[w], offsets[w + 1])
+            copies = whole.unsqueeze(2).expand(-1, -1, projection.heads, -1)
+            new = self.worlds[w].visit(key, copies)
+            self.keep(key, w, new)
+            if new is copies:
+                continue
+            old = part.world(w, self.base((name, layer, None)), part_offsets[w], part_offsets[w + 1])
+            change = (new != copies).flatten(2).any(2)
+            projected = projection.per_head(block.norm1(new))
+            results[w] = (torch.where(change[:, :, None, None], projected, old), change.cpu())
+        return self.adopt([key], part, needed, results) if results else part
+
+    def turn(self, x: Packed, norm: nn.Module | None) -> Packed:
+        """Queries or keys as attention uses them: after their norm and the rotary embedding."""
+        values = x.values if norm is None else norm(x.values)
+        if self.arch.rotary is not None:
+            values = rotate(values, *self.arch.rotary(self.positions[x.home()], values.dtype))
+        return Packed(x.dirty, values, self.rows)
+
+    def results(self, layer: int, block: Block, z: Packed, attn: Packed, needed: Tensor) -> Packed:
+        """Edits of single heads' contributions to the residual stream."""
+        key = ("result", layer, None)
+        edited = [w for w, keys in enumerate(self.touched) if key in keys]
+        if not edited and key not in self.captured:
+            return attn
+        z_offsets, offsets, results = z.offsets(), attn.offsets(), {}
+        for w in range(len(self.worlds)) if key in self.captured else edited:
+            whole = z.world(w, self.base(("z", layer, None)), z_offsets[w], z_offsets[w + 1])
+
+            def edit(result: Tensor, w: int = w) -> Tensor:
+                new = self.worlds[w].visit(key, result)
+                self.keep(key, w, new)
+                return new
+
+            delta = head_results_change(block, whole, edit)
+            if w in edited:
+                old = attn.world(w, self.base(("attn_out", layer, None)), offsets[w], offsets[w + 1])
+                results[w] = (old + delta, (delta != 0).any(2).cpu())
+        return self.adopt([key], attn, needed, results) if results else attn
+
+    def attend(
+        self, layer: int, block: Block, q: Packed, k: Packed, v: Packed, out: Tensor, inside: Sequence[int]
+    ) -> Packed:
+        """Attention at the tokens `out`: packed in groups of members, or whole for the worlds that look inside."""
+        plain = out
+        for w in inside:
+            plain = plain.clone() if plain is out else plain
+            plain[w * self.rows : (w + 1) * self.rows] = False
+        bases = (self.base(("rot_q", layer, None)), self.base(("rot_k", layer, None)), self.base(("v", layer, None)))
+        z = packed_attention(block, self.run_.inputs, plain, (q, k, v), bases, layer in self.run_.exposed)
+        return self.attend_inside(layer, block, (q, k, v), bases, z, out, inside) if inside else z
+
+    def attend_inside(
+        self, layer: int, block: Block, qkv: tuple, bases: tuple, z: Packed, out: Tensor, inside: Sequence[int]
+    ) -> Packed:
+        """Attention of the worlds that edit or keep scores or patterns, over all their positions."""
+        inputs = self.run_.inputs
+        every = torch.arange(inputs.width).expand(self.rows, -1)
+        allowed = allowed_keys(inputs, torch.arange(self.rows), every, block.window).to(self.run_.device)
+        streams = [(stream, stream.offsets(), base) for stream, base in zip(qkv, bases, strict=True)]
+        z_base, results = self.base(("z", layer, None)), {}
+        for w in inside:
+            q, k, v = (stream.world(w, base, o[w], o[w + 1]).transpose(1, 2) for stream, o, base in streams)
+
+            def look(name: str, x: Tensor, w: int = w) -> Tensor:
+                x = self.worlds[w].visit((name, layer, None), x)
+                self.keep((name, layer, None), w, x)
+                return x
+
+            mixed = exposed_attention(q, k, v, allowed, block.scaling, look)
+            change = out[w * self.rows : (w + 1) * self.rows]
+            if z_base is not None:
+                change = change | (mixed != z_base).flatten(2).any(2).cpu()
+            results[w] = (mixed, change)
+        return self.adopt([(name, layer, None) for name in INSIDE], z, self.needed[layer], results)
+
+    def read_out(self, x: Packed) -> list[list[Tensor]]:
+        """The final norm and, of the unembedding, the tokens and columns that are read."""
+        needed = self.needed[-1]
+        x = self.flat_map(self.arch.norm, x)
+        x = self.visit(("ln_final", -1, None), x, needed)
+        edited = self.edited_logits(x)
+        wanted = [(index, site) for index, site in enumerate(self.run_.reads) if site.name == "logits"]
+        return self.collect([self.logits(x, site, index, edited) for index, site in wanted])
+
+    def logits(self, x: Packed, site: Site, index: int, edited: dict[int, Tensor]) -> list[Tensor]:
+        """One read of the logits, of every world; those that edit the logits bring theirs."""
+        run = self.run_
+        region = (resolve if site.restricted else entire)(site, run.inputs, run.sizes[site.key])
+        n, width = region.cols.shape[1], x.dirty.shape[1]
+        if index not in run.base_logits:
+            rows = torch.arange(self.rows).repeat_interleave(n)
+            at = (region.cols + torch.arange(self.rows)[:, None] * width).flatten().to(run.device)
+            final = run.base["ln_final", -1, None].flatten(0, 1).index_select(0, at)
+            run.base_logits[index] = self.columns(final, rows, region).unflatten(0, (self.rows, n))
+        base = run.base_logits[index]
+        if self.is_base:
+            return [base]
+        slot = torch.full_like(run.inputs.ids, -1).scatter_(1, region.cols, torch.arange(n).expand_as(region.cols))
+        flat = x.flat()
+        place = slot.flatten()[flat % slot.numel()]
+        chosen = (place >= 0).nonzero().squeeze(1)
+        members = flat[chosen] // width
+        values = self.columns(x.values.index_select(0, chosen.to(run.device)), members % self.rows, region)
+        dense = base.expand(len(self.worlds), *base.shape).clone()
+        dense.view(-1, base.shape[-1]).index_copy_(0, (members * n + place[chosen]).to(run.device), values)
+        outputs = list(dense.unbind(0))
+        for w, full in edited.items():
+            outputs[w] = region.get(full)
+        return outputs
+
+    def columns(self, hidden: Tensor, rows: Tensor, region: Region) -> Tensor:
+        """Logits [N, C] of final activations [N, M] that belong to base rows `rows`, in the columns of a region."""
+        site = region.site
+        if site.dim is None:
+            return tiled(self.arch.unembed, hidden, self.tile)
+        index = next(i for axis, i in region.steps if axis == 2).to(hidden.device)
+        weight, bias = linear_weight(self.arch.unembed)
+        if index.ndim == 1:
+            return torch.nn.functional.linear(hidden, weight[index], None if bias is None else bias[index])
+        index = index[rows.to(hidden.device)]
+        out = torch.einsum("nm,ncm->nc", hidden, weight[index])
+        return out if bias is None else out + bias[index]
+
+    def edited_logits(self, x: Packed) -> dict[int, Tensor]:
+        """All logits [b, T, V] of the worlds that edit them; right at the positions that are read."""
+        key, offsets, full = ("logits", -1, None), x.offsets(), {}
+        for w, keys in enumerate(self.touched):
+            if key in keys:
+                final = x.world(w, self.base(("ln_final", -1, None)), offsets[w], offsets[w + 1])
+                full[w] = self.worlds[w].visit(key, self.arch.unembed(final))
+        return full
+
+    def collect(self, logits: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """The reads of each world, in the order in which they were asked for."""
+        out = []
+        for w in range(len(self.worlds)):
+            given = iter([values[w] for values in logits])
+            out.append([next(given) if r.name == "logits" else self.kept[w][i] for i, r in enumerate(self.run_.reads)])
+        return out
