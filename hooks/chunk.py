@@ -63,12 +63,13 @@ class Chunk:
         x = self.visit(("resid_pre", 0, None), x, self.entering(0))
         depth = len(self.arch.blocks)
         used = {key[1] for keys in [*self.touched, self.captured] for key in keys}
-        for layer in range(min(depth, self.run_.stop + 1)):
+        stop = self.run_.base_stop if self.is_base else self.run_.stop
+        for layer in range(min(depth, stop + 1)):
             # No world has left the base yet, and none does in this layer.
             if len(x.values) or layer in used:
                 x = self.block(layer, x)
         self.mark_pruned()
-        return self.read_out(x) if self.run_.stop == depth else self.collect([])
+        return self.read_out(x) if stop == depth else self.collect([])
 
     def entering(self, layer: int) -> Tensor:
         """Tokens whose residual before a layer can matter."""

@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import PlanError, nearest
+from .files import pair, write_all
 from .inputs import Inputs
 from .interventions import OPS, Custom
 from .plan import Intervention, Op, Origin, Plan, Read, World
@@ -38,18 +38,14 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """
     data, tensors = encode(plan)
     text = json.dumps({"format": FORMAT, "version": VERSION, "tensors": len(tensors), "plan": data}, indent=1) + "\n"
-    target = _stem(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    arrays, words = target.with_name(target.name + ".safetensors"), target.with_name(target.name + ".json")
+    words, arrays = pair(path)
+    words.parent.mkdir(parents=True, exist_ok=True)
+    files = {words: text.encode()}
     if tensors:
-        partial = arrays.with_name(arrays.name + ".partial")
-        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, partial)
-        os.replace(partial, arrays)
-    elif arrays.exists():
-        arrays.unlink()
-    partial = words.with_name(words.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, words)
+        files = {arrays: save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}), **files}
+    write_all(files)
+    if not tensors:
+        arrays.unlink(missing_ok=True)
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -58,8 +54,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     Raises:
         PlanError: there is none, or the file holds anything but a plan.
     """
-    target = _stem(path)
-    words = target.with_name(target.name + ".json")
+    words, arrays = pair(path)
     if not words.exists():
         raise PlanError(f"there is no saved plan at {words}")
     try:
@@ -72,7 +67,6 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(f"{words} has version {data.get('version')!r}; this version reads {VERSION}")
     tensors: dict[str, Tensor] = {}
     if data.get("tensors"):
-        arrays = target.with_name(target.name + ".safetensors")
         if not arrays.exists():
             raise PlanError(f"{words} needs its tensors, and {arrays} is missing")
         tensors = load_file(arrays)
@@ -187,8 +181,3 @@ def _code_digest(fn: Callable[..., Any]) -> str:
         return type(fn).__qualname__
     closed = [repr(cell.cell_contents) for cell in getattr(fn, "__closure__", None) or ()]
     return hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names, closed)).encode()).hexdigest()
-
-
-def _stem(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    return path.with_suffix("") if path.suffix in (".json", ".safetensors") else path

@@ -71,6 +71,8 @@ class SharedRun:
     def __post_init__(self) -> None:
         depth = len(self.arch.blocks)
         self.stop = max((execution_order(r.key, depth)[0] for r in self.reads), default=-1)
+        # The base goes on to whatever worlds may need of it, also where no read depends on that.
+        self.base_stop = max([self.stop, *(execution_order(key, depth)[0] for key in self.recorded)])
         real = self.inputs.mask
         self.needed = [real] * depth
         if self.trim and all(r.name == "logits" for r in self.reads) and self.reads:

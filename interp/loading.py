@@ -48,13 +48,14 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
 def _load_small(folder: Path) -> Model:
     from safetensors.torch import load_file
 
-    from interp.models import Transformer, TransformerConfig
+    from interp.models import Transformer, TransformerConfig, WordTokenizer
 
     data = json.loads((folder / "config.json").read_text())
     data.pop("model_type", None)
     module = Transformer(TransformerConfig.from_dict(data))
     module.load_state_dict(load_file(folder / "model.safetensors"))
-    return wrap(module)
+    words = folder / "tokenizer.json"
+    return wrap(module, WordTokenizer.load(words) if words.exists() else None)
 
 
 def _load_hub(name: str, local: bool) -> Model:

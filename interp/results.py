@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
-import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import safetensors.numpy
 
 from hooks.errors import ResultError, nearest
 from interp import plots, stats
@@ -24,11 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCHEMA, VERSION = "interp.result", 1
 STATUS = ("fired", "inert", "pruned")
 _COLUMNS = ("metric", "row", "effect", "base", "source", "status", "low", "high")
-_ARRAYS = ("effect", "base", "source", "status", "noise_floor")
-_DATA = ("axes", "metrics", "several", "rows", "config")
 
 
 @dataclass(frozen=True)
@@ -163,14 +156,20 @@ class Result:
             tol: per row, a row is masked with nan where |source - base| < tol * mean |source - base|.
 
         Returns:
-            [metric?, *axes], or [metric?, *axes, row] when `per_row`; nan where the denominator is within noise.
+            [metric?, *axes], or [metric?, *axes, row] when `per_row`; nan where the denominator is within noise,
+            as for a whole metric among several.
 
         Raises:
-            ResultError: there is no source (an ablation), or source and base do not differ beyond noise.
+            ResultError: there is no source (an ablation), or the only metric's source and base do not differ beyond
+                noise.
         """
         shares = []
         for effect, difference, floor in self._against_source():
             size = stats.row_mean(np.abs(difference) if per_row else difference)
+            if self.several and not abs(size) > floor:
+                # One metric that source and base agree on does not keep the others from being normalized.
+                shares.append(np.full(effect.shape if per_row else effect.shape[:-1], np.nan))
+                continue
             if not abs(size) > floor:
                 name = self.metrics[len(shares)]
                 raise ResultError(
@@ -385,42 +384,11 @@ class Result:
             + f"<tbody>{table}</tbody></table></div>"
         )
 
-    # Files
-
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `path`.json (everything but the arrays) and `path`.safetensors (the arrays).
+        """Write `path`.json and `path`.safetensors, and return the path of the first; see `interp.result_files`."""
+        from interp.result_files import save_result
 
-        Both are written under temporary names and then renamed, so a file is never half written, and the JSON holds the
-        checksum of the arrays, so a pair that does not belong together is refused. Missing folders are made.
-
-        Args:
-            path: a `.json` or `.safetensors` suffix is stripped.
-
-        Returns:
-            The path of the JSON file.
-
-        Raises:
-            ResultError: an axis or the config holds something that is not JSON data; nothing is written.
-        """
-        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        tensors = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
-        record = {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "axes": [{"name": axis.name, "values": axis.values, "labels": axis.labels} for axis in self.axes],
-            "metrics": self.metrics,
-            "several": bool(self.several),
-            "rows": self.rows,
-            "config": self.config,
-            "arrays_sha256": hashlib.sha256(tensors).hexdigest(),
-        }
-        for name in _DATA:
-            _check_json(record[name], name)
-        text = json.dumps(record, indent=1)
-        json_path, arrays_path = _paths(path)
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        _write_all({arrays_path: tensors, json_path: text.encode()})
-        return json_path
+        return save_result(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Result:
@@ -430,28 +398,9 @@ class Result:
             FileNotFoundError: either file is missing.
             ResultError: the files are not a saved result, are of a newer version, or do not belong together.
         """
-        json_path, arrays_path = _paths(path)
-        text, tensors = json_path.read_bytes(), arrays_path.read_bytes()
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ResultError(f"{json_path} is not JSON: {error}") from None
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise ResultError(f"{json_path} is not a saved result: it lacks schema = {SCHEMA!r}")
-        if record.get("version") != VERSION:
-            raise ResultError(f"{json_path} has version {record.get('version')!r}; this release reads {VERSION}")
-        wanted = {"schema", "version", "arrays_sha256", *_DATA}
-        if set(record) != wanted:
-            raise ResultError(f"{json_path} differs from a saved result in the fields {sorted(wanted ^ set(record))}")
-        if hashlib.sha256(tensors).hexdigest() != record["arrays_sha256"]:
-            raise ResultError(f"{arrays_path} does not belong to {json_path}: its checksum differs; save again")
-        try:
-            arrays = safetensors.numpy.load(tensors)
-            axes = tuple(Axis(a["name"], tuple(a["values"]), tuple(a["labels"])) for a in record["axes"])
-            data = {name: record[name] for name in _DATA} | {"axes": axes}
-            return cls(**{"source": None, **arrays, **data})
-        except (ResultError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise ResultError(f"{json_path} is not a saved result: {error}") from None
+        from interp.result_files import load_result
+
+        return load_result(path)
 
     def _against_source(self) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
         """Yield for each metric its effect [*axes, row], source - base [row], and what of a difference may be noise."""
@@ -512,42 +461,3 @@ def _shown(axis: Axis, cell: dict[str, Any]) -> str:
 
 def _interval(cell: dict[str, Any]) -> str:
     return "" if np.isnan(cell["low"]) else f"{cell['low']:+.4g} to {cell['high']:+.4g}"
-
-
-def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Return the JSON path and the arrays' path; a name may hold dots of its own."""
-    path = Path(path)
-    name = path.stem if path.suffix in (".json", ".safetensors") else path.name
-    return path.with_name(f"{name}.json"), path.with_name(f"{name}.safetensors")
-
-
-def _check_json(value: Any, where: str) -> None:
-    """Raise unless the value comes back from JSON as it is, tuples as lists; numpy numbers and int keys do not."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ResultError(f"{where} is not JSON data: its key {key!r} is a {type(key).__name__}, not a str")
-            _check_json(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _check_json(item, f"{where}[{i}]")
-    elif not isinstance(value, (str, int, float, type(None))):
-        raise ResultError(f"{where} is not JSON data: {value!r} is a {type(value).__name__}")
-    elif isinstance(value, float) and not np.isfinite(value):
-        raise ResultError(f"{where} is not JSON data: {value}")
-
-
-def _write_all(files: dict[Path, bytes]) -> None:
-    """Write every file under a temporary name, then rename them in order; on failure leave no temporary file behind."""
-    written = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in files}
-    try:
-        for path, data in files.items():
-            with open(written[path], "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in written.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)

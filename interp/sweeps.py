@@ -322,14 +322,12 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if "transformers" in sys.modules:
         found["transformers"] = sys.modules["transformers"].__version__
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # installed: a repository around it would be somebody else's
+        return found
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            cwd=Path(__file__).parent,
-            check=False,
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=here, check=False
         )
         if answer.returncode == 0:
             found["commit"] = answer.stdout.strip()
