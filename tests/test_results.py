@@ -186,6 +186,7 @@ def test_normalized_refuses_a_mean_difference_of_zero_and_names_the_metric():
     # Among several metrics it leaves the others alone.
     assert np.isnan(result.normalized()[1]).all()
     np.testing.assert_array_equal(result.normalized()[0], make(several=True).normalized()[0])
+    assert np.isfinite(result.normalized(per_row=True)[1, 0, 0]).all()  # each row differs
 
 
 def test_normalized_is_nan_where_the_rows_of_a_cell_do_not_differ():
