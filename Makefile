@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test check format bench clean
+.PHONY: help venv demo test check format bench figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(STAMP):
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@
+
+demo: $(STAMP) ## the main job: which parts of the shipped model cause its answer
+	$(PY) -m interp demo --out interp-demo
 
 test: $(STAMP) ## run the tests and the docstrings' examples
 	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
@@ -44,6 +47,9 @@ format: $(STAMP) ## format the code and mend what lint can mend
 
 bench: $(STAMP) ## measure patching against other tools
 	$(PY) -m experiments.benchmarks.patching --out experiments/benchmarks/patching.json
+
+figures: $(STAMP) ## draw the gallery again from committed results
+	$(PY) -m figures
 
 clean: ## remove caches and build products, not the environment
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

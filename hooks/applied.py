@@ -29,19 +29,27 @@ class Applied:
         self.model, self.plan, self.audit, self.seed = model, plan, audit, seed
         self.busy = False
         self.session = Session([], [])
-
-    def install(self, stack: ExitStack) -> None:
-        model, plan = self.model, self.plan
-        # Keys are needed to place the hooks; the inputs are known only when the user calls.
-        empty = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
-        edits = Edits(World(empty, plan), model.sizes, {}, self.seed)
-        self.session.begin([edits], [[]])
-        expose = exposed_layers([World(empty, plan)], ())
         self.unedited = _unedited_sites(plan)
-        self.tapes = read_tapes(model, [World(empty, _without_unedited(plan))], self.seed, expose)
-        self.session.watched = {place.key for place in self.unedited}
-        stack.callback(model.module.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
-        install(self.session, model.architecture, stack, expose)
+        # Keys are needed to place the hooks; the inputs are known only when the user calls.
+        self.empty = World(Inputs.of(torch.zeros(1, 1, dtype=torch.int64)), plan)
+        self.expose = exposed_layers([self.empty], ())
+        others = World(self.empty.inputs, _without_unedited(plan))
+        self.tapes = read_tapes(model, [others], seed, self.expose)
+        self.stack = ExitStack()
+
+    def install(self) -> None:
+        """Place the hooks."""
+        with ExitStack() as stack:
+            self.session.begin([Edits(self.empty, self.model.sizes, {}, self.seed)], [[]])
+            self.session.watched = {place.key for place in self.unedited}
+            stack.callback(self.model.module.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
+            install(self.session, self.model.architecture, stack, self.expose)
+            # Only now, so that an error in between takes away what was placed so far.
+            self.stack = stack.pop_all()
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        self.stack.close()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn what the user runs the model on, before it runs."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Visit = Callable[[str, Tensor], Tensor]
+Visit = Callable[[str, Tensor, "tuple[Tensor, float] | None"], Tensor]
 
 
 def exposed_attention(
@@ -26,8 +26,9 @@ def exposed_attention(
         q: [B, H, T, D]; k and v: [B, K, S, D], with K a divisor of H.
         allowed: bool, broadcastable to [B, H, T, S], True where a query may attend to a key; None: everywhere.
         scaling: factor of q k.
-        visit: called with ("scores", x) and ("pattern", x), x [B, H, T, S]; returns the value to go on with. What
-            `allowed` forbids is forbidden again afterwards.
+        visit: called as ``visit(name, x, guard)`` for "scores" and "pattern", x [B, H, T, S]; returns the value to go
+            on with. The guard says where edits may change x, and what stands elsewhere; None where everything is
+            allowed.
         bias: added to the scores.
         dropout: probability with which pattern entries are dropped.
 
@@ -40,21 +41,19 @@ def exposed_attention(
     scores = (q @ k.transpose(-1, -2)) * scaling
     if bias is not None:
         scores = scores + bias
-    scores = _forbid(scores, allowed, -torch.inf)
-    scores = _forbid(visit("scores", scores), allowed, -torch.inf)
+    if allowed is not None:
+        allowed = allowed.expand_as(scores)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    scores = visit("scores", scores, None if allowed is None else (allowed, -torch.inf))
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     # A dead row is softmaxed over zeros, so that neither its value nor its gradient is NaN, and then set to zero.
     wide = torch.promote_types(scores.dtype, torch.float32)
     pattern = torch.where(dead, 0.0, scores).softmax(-1, dtype=wide).to(q.dtype)
     pattern = torch.where(dead, 0.0, pattern)
-    pattern = _forbid(visit("pattern", pattern), allowed, 0.0)
+    pattern = visit("pattern", pattern, None if allowed is None else (allowed, 0.0))
     if dropout:
         pattern = torch.nn.functional.dropout(pattern, dropout)
     return (pattern @ v).transpose(1, 2)
-
-
-def _forbid(x: Tensor, allowed: Tensor | None, value: float) -> Tensor:
-    return x if allowed is None else x.masked_fill(~allowed, value)
 
 
 def read_mask(mask: Tensor | None, queries: int, keys: int, causal: bool, device: torch.device):

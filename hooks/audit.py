@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnfiredError
+from .html import table
 from .plan import Intervention, Plan
 from .region import Region
 
@@ -51,6 +52,13 @@ class Entry:
             if len(self._sizes) > 64:
                 self._sizes = [torch.stack(self._sizes).amax()]
 
+    def absorb(self, other: Entry) -> None:
+        """Count what another record of the same intervention counted."""
+        self.calls += other.calls
+        self.rows += other.rows
+        self.positions += other.positions
+        self._sizes += other._sizes
+
     @property
     def change(self) -> float:
         """The largest absolute change that it made to any number (inf for a knock-out)."""
@@ -86,6 +94,12 @@ class Audit:
     def __getitem__(self, index: int) -> Entry:
         return self.entries[index]
 
+    def split(self, count: int, into: Audit | None) -> Audit:
+        """The record without its first `count` entries, which `into` absorbs."""
+        for mine, theirs in zip(self.entries[:count], into.entries if into else (), strict=False):
+            theirs.absorb(mine)
+        return Audit(self.entries[count:])
+
     def require_fired(self) -> None:
         """Raise where an intervention never fired.
 
@@ -108,3 +122,7 @@ class Audit:
         return "Audit(\n" + "\n".join(lines) + "\n)"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [(e.status, e.rows, e.positions, f"{e.change:.3g}", e.intervention) for e in self.entries]
+        return table(("status", "rows", "positions", "largest change", "intervention"), rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .adapters.architecture import Architecture
 from .editing import Key
+from .html import table
 from .sites import DIM, HEAD, Site
 
 
@@ -35,6 +36,11 @@ class SiteTable(tuple):
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        shapes = ["[" + ", ".join(map(str, s.shape)) + "]" for s in self]
+        rows = [(s.name, s.layers or "", shape, s.hook) for s, shape in zip(self, shapes, strict=True)]
+        return table(("site", "layers", "shape", "TransformerLens's name"), rows)
 
 
 def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .adapters.architecture import Block, linear_weight, rotate
 from .attention import exposed_attention
-from .editing import Edits, Key
+from .editing import Edits, Guard, Key
 from .packed import Packed, tiled
 from .packed_attention import allowed_keys, packed_attention, reach
-from .region import Region, entire, resolve
+from .region import Region
 from .session import head_results_change
 from .sites import Site, execution_order
 
@@ -53,14 +53,15 @@ class Chunk:
 
     def run(self, x: Packed) -> list[list[Tensor]]:
         """Run the network from the embeddings of the changed tokens, and return the reads of each world."""
-        x = self.visit(("embed", -1, None), x, self.real)
+        first = self.entering(0)
+        x = self.visit(("embed", -1, None), x, first)
         if self.arch.pos_embed is not None:
             at = Packed(x.dirty, x.values, self.rows)
             pos = Packed(x.dirty, self.arch.pos_embed(self.positions[at.home()]), self.rows)
-            pos = self.visit(("pos_embed", -1, None), pos, self.real)
+            pos = self.visit(("pos_embed", -1, None), pos, first)
             x = x.to(pos.dirty, self.base(("embed", -1, None)))
             x = Packed(x.dirty, x.values + pos.values, self.rows)
-        x = self.visit(("resid_pre", 0, None), x, self.entering(0))
+        x = self.visit(("resid_pre", 0, None), x, first)
         depth = len(self.arch.blocks)
         used = {key[1] for keys in [*self.touched, self.captured] for key in keys}
         stop = self.run_.base_stop if self.is_base else self.run_.stop
@@ -107,7 +108,7 @@ class Chunk:
         """Keep the parts that are read of one world's value of a site."""
         for index in self.captured.get(key, ()):
             site = self.run_.reads[index]
-            part = resolve(site, self.run_.inputs, self.run_.sizes[key]).get(whole) if site.restricted else whole
+            part = self.run_.region(site).get(whole) if site.restricted else whole
             self.kept[world][index] = part.clone()
 
     def edit(self, key: Key, x: Packed, needed: Tensor, edited: Sequence[int]) -> Packed:
@@ -134,7 +135,7 @@ class Chunk:
             for entry in entries:
                 if entry.intervention.op.always:
                     region = edits.region(entry.intervention.site, entry.intervention.only)
-                    change = change.scatter(1, region.cols[edits.window], True)
+                    change = change.scatter(1, region.cols, True)
             change = change & self.real[here]
             if bool(change.any()) and not bool((change & needed[here]).any()):
                 for entry in entries:
@@ -206,17 +207,18 @@ class Chunk:
         keyed, asking = x, x.to(x.dirty & needed, None)
         normed = self.flat_map(block.norm1, keyed)
         same_tokens = asking.dirty is keyed.dirty or torch.equal(asking.dirty, keyed.dirty)
-        parts = {}
-        for name, projection in (("q", block.q), ("k", block.k), ("v", block.v)):
+        entering = self.entering(layer)
+        parts = []
+        for name, need in (("q", needed), ("k", entering), ("v", entering)):
             source = normed if name != "q" or same_tokens else normed.to(asking.dirty, None)
-            need = needed if name == "q" else self.entering(layer)
-            part = self.flat_map(projection, source)
-            part = self.split_inputs(name, layer, block, keyed, part, need)
-            parts[name] = self.visit((name, layer, None), part, need)
-        q, k, v = parts["q"], parts["k"], parts["v"]
+            part = self.flat_map(getattr(block, name), source)
+            parts.append(self.split_inputs(name, layer, block, keyed, part, need))
+        q = self.visit(("q", layer, None), parts[0], needed)
+        k = self.visit(("k", layer, None), parts[1], entering)
+        v = self.visit(("v", layer, None), parts[2], entering)
         q, k = self.turn(q, block.q_norm), self.turn(k, block.k_norm)
         q = self.visit(("rot_q", layer, None), q, needed)
-        k = self.visit(("rot_k", layer, None), k, self.entering(layer))
+        k = self.visit(("rot_k", layer, None), k, entering)
         out = (reach(k.dirty | v.dirty, block.window) | q.dirty) & self.real & needed
         looks = {(name, layer, None) for name in INSIDE}
         inside = [w for w, keys in enumerate(self.touched) if keys & looks]
@@ -298,8 +300,8 @@ class Chunk:
         for w in inside:
             q, k, v = (stream.world(w, base, o[w], o[w + 1]).transpose(1, 2) for stream, o, base in streams)
 
-            def look(name: str, x: Tensor, w: int = w) -> Tensor:
-                x = self.worlds[w].visit((name, layer, None), x)
+            def look(name: str, x: Tensor, guard: Guard | None, w: int = w) -> Tensor:
+                x = self.worlds[w].visit((name, layer, None), x, guard)
                 self.keep((name, layer, None), w, x)
                 return x
 
@@ -322,7 +324,7 @@ class Chunk:
     def logits(self, x: Packed, site: Site, index: int, edited: dict[int, Tensor]) -> list[Tensor]:
         """One read of the logits, of every world; those that edit the logits bring theirs."""
         run = self.run_
-        region = (resolve if site.restricted else entire)(site, run.inputs, run.sizes[site.key])
+        region = run.region(site)
         n, width = region.cols.shape[1], x.dirty.shape[1]
         if index not in run.base_logits:
             rows = torch.arange(self.rows).repeat_interleave(n)

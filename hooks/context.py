@@ -14,6 +14,33 @@ from .sites import HEAD, KINDS, POS, ROW, Span
 
 
 @dataclass(frozen=True)
+class Reference:
+    """How a reference set, which has rows of its own, lies in the tensor [R, ...] that a function gets of it.
+
+    Attributes:
+        valid: bool, broadcastable to that tensor, False at filler; None where every entry is real.
+        by_position: axes of the tensor (numbers) along which entry p is position p, and all positions are there; along
+            the others entry i corresponds to entry i of x.
+    """
+
+    valid: Tensor | None
+    by_position: tuple[int, ...]
+
+    def pick(self, value: Tensor, ctx: Context) -> Tensor:
+        """Take the positions of x out of a value [B or 1, ...] laid out like the reference set."""
+        for axis in self.by_position:
+            index = ctx.pos if ctx.axes[axis] == POS else ctx.key_pos
+            assert index is not None
+            shape = [1] * value.ndim
+            shape[0], shape[axis] = index.shape
+            size = list(value.shape)
+            size[0], size[axis] = index.shape
+            source = value.expand(len(index), *value.shape[1:])
+            value = source.gather(axis, index.reshape(shape).expand(size))
+        return value
+
+
+@dataclass(frozen=True)
 class Context:
     """Where a function is applied. Everything here is known before the run, so using it never waits for the device.
 
@@ -27,8 +54,7 @@ class Context:
         head: the heads of `x`'s head axis, or None where the site has none.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`.
-        read_valid: for each read that is a reference set, bool [R, n]: which of its entries are real. None for the
-            others.
+        references: for each read, how the positions of a reference set are laid out; None for reads row by row.
     """
 
     site: str
@@ -42,7 +68,7 @@ class Context:
     seed: int
     window: slice
     total: int
-    read_valid: tuple[Tensor | None, ...] = ()
+    references: tuple[Reference | None, ...] = ()
 
     @property
     def salt(self) -> int:
@@ -70,15 +96,15 @@ def context(region: Region, inputs: Inputs, seed: int, window: slice, device: to
             heads = tuple(start + i for i in every) if start >= 0 else every
         else:
             heads = (head,) if isinstance(head, int) else head if isinstance(head, tuple) else every
-    positions = inputs.positions
-    key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols)[window].to(device)
+    positions = inputs.positions[window]
+    key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols).to(device)
     return Context(
         site=site.name,
         layer=site.layer,
         axes=site.axes,
         single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
         row=inputs.row_ids[window].to(device),
-        pos=positions.gather(1, region.cols)[window].to(device),
+        pos=positions.gather(1, region.cols).to(device),
         key_pos=key_pos,
         head=heads,
         seed=seed,
@@ -87,9 +113,9 @@ def context(region: Region, inputs: Inputs, seed: int, window: slice, device: to
     )
 
 
-def with_reads(ctx: Context, valid: tuple[Tensor | None, ...]) -> Context:
-    """The same context, saying which entries of each reference set are real."""
-    return replace(ctx, read_valid=valid)
+def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:
+    """The same context, saying how each reference set is laid out."""
+    return replace(ctx, references=references)
 
 
 def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> Tensor | float:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from .audit import Audit, Entry
-from .context import context, fit, with_reads
+from .context import Reference, context, fit, with_references
 from .errors import CycleError, PlanError, ShapeError
 from .inputs import Inputs
 from .plan import Intervention, Origin, Plan, Read, World
-from .region import Region, resolve
-from .sites import KEY, POS, Site, execution_order
+from .region import Region, corresponding, listed, resolve
+from .sites import KEY, POS, ROW, Site, execution_order
 from .tape import Tape
 
 Key = tuple[str, int, str | None]
 Sizes = Mapping[Key, dict[str, int]]
+Guard = tuple[Tensor, float]
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class Edits:
     needs_here: set[Key] = field(init=False, default_factory=set)
     here: dict[Key, Tensor] = field(init=False, default_factory=dict)
     _regions: dict[Any, Region] = field(init=False, default_factory=dict)
+    _full: dict[Any, Region] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.audit = Audit.of(self.world.plan)
@@ -55,10 +57,14 @@ class Edits:
         if self.window is None:
             self.window = slice(0, len(self.world.inputs))
 
-    def visit(self, key: Key, x: Tensor) -> Tensor:
-        """Apply the interventions at a site to its value (all rows of the window), in the order of the plan."""
+    def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
+        """Apply the interventions at a site to its value (all rows of the window), in the order of the plan.
+
+        Args:
+            guard: bool of x's shape and a number: where it is False, x is that number whatever an intervention says.
+        """
         for index in self.by_key.get(key, ()):
-            x = self._apply(self.world.plan[index], self.audit[index], x)
+            x = self._apply(self.world.plan[index], self.audit[index], x, guard)
         if key in self.needs_here:
             self.here[key] = x
         return x
@@ -67,18 +73,18 @@ class Edits:
         """Resolve a site on this world's rows."""
         memo = (id(site), id(only))
         if memo not in self._regions:
-            full = resolve(site, self.world.inputs, self.sizes[site.key], only)
+            self._full[memo] = resolve(site, self.world.inputs, self.sizes[site.key], only)
             assert self.window is not None
-            self._regions[memo] = full_rows(full, self.window)
+            self._regions[memo] = self._full[memo].rows(self.window)
         return self._regions[memo]
 
-    def _apply(self, item: Intervention, entry: Entry, x: Tensor) -> Tensor:
+    def _apply(self, item: Intervention, entry: Entry, x: Tensor, guard: Guard | None) -> Tensor:
         assert self.window is not None
         region = self.region(item.site, item.only)
         part = region.get(x)
         ctx = context(region, self.world.inputs, self.seed, self.window, x.device)
         reads = [self._read(read, item, region, x) for read in item.reads]
-        ctx = with_reads(ctx, tuple(valid for _, valid in reads))
+        ctx = with_references(ctx, tuple(layout for _, layout in reads))
         new = item.op(part, *(value for value, _ in reads), ctx=ctx)
         if (
             not isinstance(new, Tensor)
@@ -91,32 +97,64 @@ class Edits:
                 f"{item}: the function returned {got}; expected {part.dtype} {list(part.shape)} on {part.device}"
             )
         new = blend(part, new, item.weight, len(self.world.inputs), self.window)
+        if guard is not None:
+            new = torch.where(region.get(guard[0]), new, guard[1])
         entry.record(part, new, region)
         return region.put(x, new)
 
-    def _read(self, read: Read, item: Intervention, region: Region, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The value read, shaped for the function, and for a reference set which entries of it are real."""
+    def _read(self, read: Read, item: Intervention, region: Region, x: Tensor) -> tuple[Tensor, Reference | None]:
+        """The value read, shaped for the function, and how it is laid out if it is a reference set."""
         assert self.window is not None
         place = item.site if read.site is None else read.site
         source = read.source
         if source is Origin.HERE:
             return self.region(place).get(self.here[place.key]), None
+        if isinstance(source, Tensor) and read.aligned:
+            return self._read_tensor(source, region, x), None
         if isinstance(source, Tensor):
-            return self._read_tensor(source, read, item, region, x), None
-        tape = source if isinstance(source, Tape) else self.sources[source_id(source, self.world)]
+            tape = _tensor_tape(source, place, item, self.sizes)
+        else:
+            tape = source if isinstance(source, Tape) else self.sources[source_id(source, self.world)]
         if not read.aligned:
-            return _reference(tape, place, self.sizes)
-        value = tape_value(tape, place, item, region, self.world.inputs, self.window, self.sizes)
+            value, layout = _reference(tape, place, item, region, self.world.inputs, self.window, self.sizes)
+            layout = Reference(None if layout.valid is None else layout.valid.to(x.device), layout.by_position)
+        else:
+            value, layout = self._read_tape(tape, read, item, region), None
         if value.device != x.device or value.dtype != x.dtype:
             raise ShapeError(
                 f"{item}: the source holds {value.dtype} on {value.device}, the activation is {x.dtype} on {x.device}; "
                 "convert the source with .to()"
             )
-        return value, None
+        return value, layout
 
-    def _read_tensor(self, source: Tensor, read: Read, item: Intervention, region: Region, x: Tensor) -> Tensor:
-        if not read.aligned:
-            return source
+    def _read_tape(self, tape: Tape, read: Read, item: Intervention, region: Region) -> Tensor:
+        """What a tape holds for the rows of the window, with its positions laid where ours are."""
+        window, inputs = self.window, self.world.inputs
+        assert window is not None
+        place = item.site if read.site is None else read.site
+        if len(tape.inputs) != len(inputs):
+            raise ShapeError(
+                f"{item}: the source has {len(tape.inputs)} rows, these inputs {len(inputs)}; a row is a pair"
+            )
+        whole = tape.whole(place)
+        if whole is None:
+            return _checked(tape[place], item, region, len(inputs))[window]
+        if read.site is None:
+            there = corresponding(self._full[id(item.site), id(item.only)], inputs, tape.inputs, self.sizes[place.key])
+        else:
+            there = resolve(place, tape.inputs, self.sizes[place.key])
+            for axis in (POS, KEY) if place.axes == item.site.axes else ():
+                if there.shape.get(axis) != region.shape.get(axis):
+                    raise ShapeError(
+                        f"{item}: {there.shape[axis]} positions are read, the site has {region.shape[axis]}"
+                    )
+        if tape.window is None:
+            return there.get(whole)[window]
+        # A part of a larger batch, which is run against this world row by row.
+        assert tape.window == window
+        return there.rows(window).get(whole)
+
+    def _read_tensor(self, source: Tensor, region: Region, x: Tensor) -> Tensor:
         window = self.window
         assert window is not None
         rows = len(self.world.inputs)
@@ -174,50 +212,6 @@ def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice
     return torch.where(weight < 0.5, x + weight * delta, y - (1 - weight) * delta)
 
 
-def full_rows(region: Region, window: slice) -> Region:
-    """A region restricted to a range of rows."""
-    if window.start == 0 and window.stop >= region.shape["row"]:
-        return region
-    shape = dict(region.shape, row=window.stop - window.start)
-    steps = tuple((axis, index if index.ndim == 1 else index[window]) for axis, index in region.steps)
-    valid = region.valid if region.valid is None or len(region.valid) == 1 else region.valid[window]
-    # The columns stay those of all rows: a context is made from them, and cut to the window there.
-    return Region(region.site, shape, steps, valid, region.cols, region.key_cols)
-
-
-def tape_value(
-    tape: Tape, place: Site, item: Intervention, region: Region, inputs: Inputs, window: slice, sizes: Sizes
-) -> Tensor:
-    """What a tape holds at a site, with position p of its row laid where position p of ours is."""
-    if tape.window is not None:
-        # A part of a larger batch: its rows are the rows of the window already.
-        assert tape.window == window
-        inputs, place, window = inputs.rows(window), place.rows(window), slice(0, len(tape.inputs))
-    if len(tape.inputs) != len(inputs):
-        raise ShapeError(f"{item}: the source has {len(tape.inputs)} rows, these inputs {len(inputs)}; a row is a pair")
-    whole = tape.whole(place)
-    if whole is None:
-        return _checked(tape[place], item, region, len(inputs))[window]
-    there = resolve(place, tape.inputs, sizes[place.key])
-    if place.axes == item.site.axes:
-        _check_positions(there, region, item, inputs, tape.inputs)
-    return there.get(whole)[window]
-
-
-def _check_positions(there: Region, region: Region, item: Intervention, inputs: Inputs, source: Inputs) -> None:
-    """Refuse a source whose positions do not correspond to the site's, one by one."""
-    unequal = inputs.lengths != source.lengths
-    if there.site.pos is None and item.site.pos is None and bool(unequal.any()):
-        row = int(unequal.nonzero()[0])
-        raise ShapeError(
-            f"{item}: row {row} has {int(source.lengths[row])} tokens in the source, {int(inputs.lengths[row])} here; "
-            "clean and corrupt of different lengths do not correspond"
-        )
-    for axis in (POS, KEY):
-        if there.shape.get(axis) != region.shape.get(axis):
-            raise ShapeError(f"{item}: {there.shape[axis]} positions are read, the site has {region.shape[axis]}")
-
-
 def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:
     shape = [rows, *(region.shape[axis] for axis in region.site.axes[1:])]
     if list(value.shape) != shape:
@@ -225,15 +219,41 @@ def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Te
     return value
 
 
-def _reference(tape: Tape, place: Site, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
+def _tensor_tape(source: Tensor, place: Site, item: Intervention, sizes: Sizes) -> Tape:
+    """A reference set given as a tensor [R, T, ...], as a tape of rows without padding."""
+    size = sizes[place.key]
+    width = source.shape[place.axes.index(POS)] if source.ndim == len(place.axes) else 0
+    wanted = [n if axis in (ROW, POS, KEY) else size[axis] for axis, n in zip(place.axes, source.shape, strict=False)]
+    if source.ndim != len(place.axes) or list(source.shape) != wanted or not width:
+        text = ", ".join(
+            {ROW: "rows", POS: "tokens", KEY: "tokens"}.get(axis, str(size.get(axis))) for axis in place.axes
+        )
+        raise ShapeError(f"{item}: a reference set for {place.whole} is [{text}], got {list(source.shape)}")
+    inputs = Inputs.of(torch.zeros(source.shape[0], width, dtype=torch.int64))
+    return Tape(inputs, ((place.whole, source),), sizes)
+
+
+def _reference(
+    tape: Tape, place: Site, item: Intervention, region: Region, inputs: Inputs, window: slice, sizes: Sizes
+) -> tuple[Tensor, Reference]:
+    """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
     whole = tape.whole(place)
     if whole is None:
-        return tape[place], None
-    region = resolve(place, tape.inputs, sizes[place.key])
-    valid = None
-    if region.valid is not None:
-        valid = region.valid.flatten(1)
-    return region.get(whole), valid
+        return tape[place], Reference(None, ())
+    given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
+    loose = {axis: None for axis, index in given.items() if not listed(index)}
+    there = resolve(place.at(**loose), tape.inputs, sizes[place.key])
+    wanted = {POS: region.cols, KEY: region.key_cols}
+    for axis in loose:
+        cols = wanted[axis]
+        assert cols is not None
+        last = int(inputs.positions[window].gather(1, cols).max())
+        lengths = tape.inputs.lengths
+        every = item.op.needs_full_rows
+        if last >= int(lengths.min() if every else lengths.max()):
+            rows = "a row" if every else "every row"
+            raise ShapeError(f"{item}: position {last} is wanted, and {rows} of the reference set ends before it")
+    return there.get(whole), Reference(there.valid, tuple(sorted(place.axes.index(axis) for axis in loose)))
 
 
 def check_reads(plan: Plan, n_layers: int) -> None:

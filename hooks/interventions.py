@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .context import Context, fit
+from .context import Context, Reference, fit
 from .errors import PlanError, ShapeError, SiteError
 from .plan import Intervention, Op, Origin, Read, Source, World
 from .random import choice, normal
@@ -70,16 +70,16 @@ class Mean(Op):
     name: ClassVar[str] = "mean"
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        reference, valid = reads[0], ctx.read_valid[0]
-        axis = ctx.axes.index("pos")
-        dims = (0, axis) if self.pooled else (0,)
-        if valid is None:
+        reference, layout = reads[0], ctx.references[0]
+        assert layout is not None
+        dims = (0, ctx.axes.index("pos")) if self.pooled else (0,)
+        if layout.valid is None:
             mean = reference.mean(dim=dims, keepdim=True)
         else:
-            weight = valid.reshape([n if i in (0, axis) else 1 for i, n in enumerate(reference.shape)])
-            total = torch.where(weight, reference, 0).sum(dim=dims, keepdim=True)
-            mean = total / weight.sum(dim=dims, keepdim=True).clamp_min(1)
-        return torch.zeros_like(x) + mean.to(x.dtype)
+            real = layout.valid.expand_as(reference)
+            mean = torch.where(real, reference, 0).sum(dims, keepdim=True) / real.sum(dims, keepdim=True).clamp_min(1)
+        kept = Reference(None, tuple(axis for axis in layout.by_position if axis not in dims))
+        return torch.zeros_like(x) + kept.pick(mean, ctx)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +88,13 @@ class Resample(Op):
 
     seed: int = 0
     name: ClassVar[str] = "resample"
+    needs_full_rows: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        layout = ctx.references[0]
+        assert layout is not None
         donor = choice(len(reads[0]), ctx.seed, self.seed, ctx.row)
-        return reads[0].index_select(0, donor).expand_as(x)
+        return layout.pick(reads[0].index_select(0, donor), ctx).expand_as(x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from .audit import Audit
 from .catalogue import SiteInfo, SiteTable, site_sizes
 from .editing import Edits, check_reads
 from .errors import InputsError, ModelError, PlanError, ShapeError, SiteError
+from .html import table
 from .inputs import Inputs, pad_rows
 from .plan import Intervention, Plan, World, as_plan
 from .sites import DIM, HEAD, KINDS, Index, Site, Span, site
@@ -38,6 +40,11 @@ class Run:
     tape: Tape
     audit: Audit
 
+    def _repr_html_(self) -> str:
+        kept = table(("kept", "shape"), [(place, list(value.shape)) for place, value in self.tape.values])
+        did = self.audit._repr_html_() if len(self.audit) else ""
+        return f"<div><code>Run(logits {list(self.logits.shape)})</code></div>{did}{kept if len(self.tape) else ''}"
+
     def __repr__(self) -> str:
         return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
 
@@ -55,6 +62,7 @@ class Model:
     def __init__(self, module: nn.Module, tokenizer: Any, architecture: Architecture) -> None:
         self.module, self.tokenizer, self.architecture = module, tokenizer, architecture
         self.sizes = site_sizes(architecture)
+        self._held: list[Applied] = []
 
     @property
     def n_layers(self) -> int:
@@ -77,6 +85,9 @@ class Model:
         return (
             f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, vocabulary {arch.vocabulary})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
 
     def sites(self) -> SiteTable:
         """Every site that the model offers, with its shape; all are readable and writable."""
@@ -264,23 +275,26 @@ class Model:
             inputs, plan = inputs.inputs, inputs.plan
         if not isinstance(inputs, Inputs):
             raise InputsError(f"run() takes Inputs (from model.inputs), not {type(inputs).__name__}")
-        world = World(inputs, as_plan(plan))
-        self.check(world.plan)
+        own = as_plan(plan)
+        self.check(own)
+        world = World(inputs, self.held + own)
         sites = [site(c) for c in ([capture] if isinstance(capture, (str, Site)) else capture)]
         for place in sites:
             self.require(place)
         expose = exposed_layers([world], ())
-        with torch.enable_grad() if grad else torch.no_grad():
+        with self.suspended(), torch.enable_grad() if grad else torch.no_grad():
             edits = Edits(world, self.sizes, read_tapes(self, [world], seed, expose), seed)
             session, logits = hooked_pass(self, [edits], [sites], expose, graph=grad)
-        edits.audit.require_fired()
+        audit = edits.audit.split(len(self.held), self.held_audit)
+        audit.require_fired()
         kept = tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
-        return Run(logits, Tape(inputs, kept, self.sizes), edits.audit)
+        return Run(logits, Tape(inputs, kept, self.sizes), audit)
 
     @contextmanager
     def apply(self, plan: Plan | Intervention, *, seed: int = 0) -> Iterator[Audit]:
         """Hold a plan on the model while the user calls it: any forward, or a training step.
 
+        Inside another one, and for `run` and sweeps inside, the outer plan comes first: together they are one plan.
         The model is as it was afterwards, whatever was raised inside. Gradients flow through the interventions.
 
         Yields:
@@ -292,12 +306,51 @@ class Model:
         """
         plan = as_plan(plan)
         self.check(plan)
-        audit = Audit.of(plan)
-        applied = Applied(self, plan, audit, seed)
-        with ExitStack() as stack:
-            applied.install(stack)
-            yield audit
-        audit.require_fired()
+        mine = Audit.of(plan)
+        outer = self._held[-1] if self._held else None
+        # A plan inside another one is one plan, so that it sees what the outer one did, within a layer too.
+        whole = plan if outer is None else outer.plan + plan
+        audit = mine if outer is None else Audit(outer.audit.entries + mine.entries)
+        with self.suspended():
+            applied = Applied(self, whole, audit, seed)
+        if outer is not None:
+            outer.remove()
+        try:
+            applied.install()
+            self._held.append(applied)
+            try:
+                yield mine
+            finally:
+                self._held.pop()
+                applied.remove()
+        finally:
+            if outer is not None:
+                outer.install()
+        mine.require_fired()
+
+    @property
+    def held(self) -> Plan:
+        """The plan that `apply` holds on the model at the moment; empty outside."""
+        return self._held[-1].plan if self._held else Plan()
+
+    @property
+    def held_audit(self) -> Audit | None:
+        """The record of the plan that is held."""
+        return self._held[-1].audit if self._held else None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Take the hooks of the plan that is held off the model, and put them back."""
+        applied = self._held.pop() if self._held else None
+        if applied is None:
+            yield
+            return
+        applied.remove()
+        try:
+            yield
+        finally:
+            applied.install()
+            self._held.append(applied)
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""

@@ -86,7 +86,7 @@ def packed_attention(
             queries = queries.new_zeros((real.numel(), *queries.shape[1:])).index_copy_(0, slots, queries)
         queries = queries.unflatten(0, (len(group), most)).transpose(1, 2)
         if exposed:
-            mixed = exposed_attention(queries, keys, values, allowed, block.scaling, lambda _, x: x)
+            mixed = exposed_attention(queries, keys, values, allowed, block.scaling, lambda _name, x, _guard: x)
         else:
             mixed = torch.nn.functional.scaled_dot_product_attention(
                 queries,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError, ShapeError
+from .html import table
 from .inputs import Inputs
 from .sites import Site, describe_index, same
 
@@ -21,12 +22,21 @@ if TYPE_CHECKING:
 
 
 class Op:
-    """A pure function ``f(x, *reads, ctx)``; subclasses are frozen dataclasses of its parameters."""
+    """A pure function ``f(x, *reads, ctx)``; subclasses are frozen dataclasses of its parameters.
+
+    Attributes:
+        name: what prints and saves.
+        mixes: ``"row"`` and ``"pos"``, where these depend on one another.
+        writes_inf: whether it writes -inf, so that it has no strength.
+        always: whether what follows is computed again though the value did not change.
+        needs_full_rows: whether each row of a reference set must have every position that is edited.
+    """
 
     name: ClassVar[str]
     mixes: ClassVar[frozenset[str]] = frozenset()
     writes_inf: ClassVar[bool] = False
     always: ClassVar[bool] = False
+    needs_full_rows: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         """Return the new value, of x's shape, dtype and device."""
@@ -271,6 +281,10 @@ class Plan:
         return "Plan(\n" + "".join(f"  {n}. {item}\n" for n, item in enumerate(self, 1)) + ")"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [(n, item.site, item.op, ", ".join(map(str, item.reads))) for n, item in enumerate(self, 1)]
+        return table(("", "site", "what", "reads"), rows, caption=f"Plan of {len(self)} interventions")
 
 
 def as_plan(value: Plan | Intervention | Iterable[Intervention] | None) -> Plan:

@@ -57,6 +57,16 @@ class Region:
         shape = tuple(self.shape[axis] for axis in self.site.axes)
         return torch.ones(shape, dtype=torch.bool) if self.valid is None else self.valid.expand(shape)
 
+    def rows(self, window: slice) -> Region:
+        """The region restricted to a range of rows."""
+        if window.start == 0 and window.stop >= self.shape[ROW]:
+            return self
+        steps = tuple((axis, index if index.ndim == 1 else index[window]) for axis, index in self.steps)
+        valid = self.valid if self.valid is None or len(self.valid) == 1 else self.valid[window]
+        keys = None if self.key_cols is None else self.key_cols[window]
+        shape = dict(self.shape, row=window.stop - window.start)
+        return Region(self.site, shape, steps, valid, self.cols[window], keys)
+
     def _levels(self, x: Tensor) -> list[Tensor]:
         levels = [x]
         for axis, index in self.steps:
@@ -110,6 +120,61 @@ def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | N
     for flag in flags:
         merged = flag if merged is None else merged & flag
     return Region(site, shape, tuple(steps), merged, cols, key_cols)
+
+
+def corresponding(region: Region, inputs: Inputs, source: Inputs, sizes: dict[str, int]) -> Region:
+    """The region of a source's activation that belongs to a region resolved on other inputs, position by position.
+
+    Positions that the site lists are looked up in the source's own rows (so -1 is the source's last token); those that
+    it takes by a slice or a mask, or all of them, are the same positions p in both.
+
+    Raises:
+        ShapeError: the source has other lengths, or lacks such a position.
+    """
+    if source is inputs or (source.mask.shape == inputs.mask.shape and bool((source.mask == inputs.mask).all())):
+        return region
+    site, axes = region.site, region.site.axes
+    found: dict[str, Tensor] = {}
+    steps: list[tuple[int, Tensor]] = []
+    for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
+        if cols is None:
+            continue
+        index: Index = getattr(site, axis)
+        if index is None and bool((inputs.lengths != source.lengths).any()):
+            row = int((inputs.lengths != source.lengths).nonzero()[0])
+            raise ShapeError(
+                f"{site}: row {row} has {int(source.lengths[row])} tokens in the source, "
+                f"{int(inputs.lengths[row])} here; clean and corrupt of different lengths do not correspond"
+            )
+        if listed(index):
+            found[axis], _ = _columns(axis, index, source, None, site)
+        else:
+            positions = inputs.positions.gather(1, cols)
+            real = inputs.mask.gather(1, cols)
+            if region.valid is not None:
+                real = real & _along(region.full_valid(), axes.index(axis))
+            lacking = ((positions >= source.lengths[:, None]) & real).any(1).nonzero().flatten().tolist()
+            if lacking:
+                row = lacking[0]
+                raise ShapeError(
+                    f"{site}: row {row} of the source has {int(source.lengths[row])} tokens, and position "
+                    f"{int(positions[row][real[row]].max())} is wanted"
+                )
+            found[axis] = source.order.gather(1, positions.clamp(max=source.width - 1))
+        steps += _position_steps(axes.index(axis), found[axis], index, source)
+    steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
+    return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
+
+
+def listed(index: Index) -> bool:
+    """Whether an index of positions lists them (by an int, ints, or ints for each row)."""
+    return isinstance(index, (int, tuple)) or (isinstance(index, Tensor) and index.dtype != torch.bool)
+
+
+def _along(valid: Tensor, axis: int) -> Tensor:
+    """Reduce flags of a part to flags [B, n] along one of its axes."""
+    others = [i for i in range(1, valid.ndim) if i != axis]
+    return valid.amax(dim=others) if others else valid
 
 
 def entire(site: Site, inputs: Inputs, sizes: dict[str, int]) -> Region:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapters.architecture import Architecture, Block, linear_weight
 from .attention import exposed_attention, read_mask
-from .editing import Edits, Key
+from .editing import Edits, Guard, Key
 from .sites import Site
 
 INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
@@ -67,34 +67,30 @@ class Session:
             keys |= set(world.by_key) | world.needs_here
         return keys
 
-    def visit(self, key: Key, x: Tensor) -> Tensor:
+    def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
+        count = len(self.worlds)
+        parts = list(x.chunk(count)) if count > 1 else [x]
+        guards = [None] * count if guard is None else [(g, guard[1]) for g in guard[0].chunk(count)]
         edited = [key in world.by_key or key in world.needs_here for world in self.worlds]
-        if len(self.worlds) == 1:
-            parts = [self.worlds[0].visit(key, x) if edited[0] else x]
-            x = parts[0]
-        else:
-            parts = list(x.chunk(len(self.worlds)))
-            parts = [w.visit(key, part) if e else part for w, part, e in zip(self.worlds, parts, edited, strict=True)]
-            if any(edited):
-                x = torch.cat(parts)
+        for w, world in enumerate(self.worlds):
+            if edited[w]:
+                parts[w] = world.visit(key, parts[w], guards[w])
+        if any(edited):
+            x = torch.cat(parts) if count > 1 else parts[0]
         for world, index in self._captured.get(key, ()):
             place = self.captures[world][index]
+            part = self.worlds[world].region(place).get(parts[world]) if place.restricted else parts[world]
             if self.graph:
                 # Downstream must use the very tensor that is kept, or no gradient reaches it. Cloned, because some
                 # models go on to change their residual in place.
-                x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-                parts = [x] if len(self.worlds) == 1 else list(x.chunk(len(self.worlds)))
-                self.kept[world][index] = (
-                    parts[world] if not place.restricted else self._part(world, place, parts[world])
-                )
+                part = part.clone() if part.requires_grad else part.detach().clone().requires_grad_()
+                parts[world] = self.worlds[world].region(place).put(parts[world], part) if place.restricted else part
+                x = torch.cat(parts) if count > 1 else parts[0]
+                self.kept[world][index] = part
             else:
-                part = self._part(world, place, parts[world]).detach()
-                self.kept[world][index] = part.clone() if part.data_ptr() == parts[world].data_ptr() else part
+                self.kept[world][index] = part.detach().clone()
         return x
-
-    def _part(self, world: int, place: Site, x: Tensor) -> Tensor:
-        return self.worlds[world].region(place).get(x) if place.restricted else x
 
 
 def install(session: Session, arch: Architecture, stack: ExitStack, expose: Iterable[int] = ()) -> None:
@@ -167,14 +163,21 @@ def _install_block(
     """Place the hooks of one block. `held` carries values between the hooks of one forward pass."""
     held: dict[str, Tensor] = {}
 
-    def visit(name: str, x: Tensor) -> Tensor:
-        return session.visit((name, layer, None), x) if name in names else x
+    def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
+        return session.visit((name, layer, None), x, guard) if name in names else x
 
     if names & {"attn_in", "q_input", "k_input", "v_input"}:
 
         def attn_in(x: Tensor) -> Tensor:
-            held["attn_in"] = visit("attn_in", x)
-            return held["attn_in"]
+            x = visit("attn_in", x)
+            for name in ("q_input", "k_input", "v_input"):
+                if name in names:
+                    projection = getattr(block, name[0])
+                    copies = x.unsqueeze(2).expand(-1, -1, projection.heads, -1)
+                    edited = visit(name, copies)
+                    if edited is not copies:
+                        held[name] = edited
+            return x
 
         on_input(block.norm1, attn_in)
 
@@ -188,12 +191,9 @@ def _install_block(
             for name in parts:
                 projection = getattr(block, name)
                 part = projection.read(out)
-                if f"{name}_input" in names:
-                    copies = held["attn_in"].unsqueeze(2).expand(-1, -1, projection.heads, -1)
-                    edited = visit(f"{name}_input", copies)
-                    if edited is not copies:
-                        # forward() rather than a call, which would run the hooks of the norm once more.
-                        part = projection.per_head(block.norm1.forward(edited))
+                if f"{name}_input" in held:
+                    # forward() rather than a call, which would run the hooks of the norm once more.
+                    part = projection.per_head(block.norm1.forward(held.pop(f"{name}_input")))
                 out = projection.write(out, visit(name, part))
             return out
 
@@ -253,7 +253,7 @@ def head_results_change(block: Block, z: Tensor, edit: Callable[[Tensor], Tensor
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)
 
 
-def _exposed(block: Block, visit: Callable[[str, Tensor], Tensor], names: set[str]):
+def _exposed(block: Block, visit: Callable[..., Tensor], names: set[str]) -> Callable[..., tuple[Tensor, None]]:
     """An attention function that shows its inside, in the form that models call theirs."""
 
     def attend(

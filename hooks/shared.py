@@ -21,7 +21,7 @@ from .chunk import Chunk
 from .editing import Edits, Key
 from .inputs import Inputs
 from .packed import Packed
-from .region import resolve
+from .region import Region, entire, resolve
 from .sites import Site, execution_order
 
 COMPANIONS = {
@@ -32,6 +32,7 @@ COMPANIONS = {
     "pattern": ("z",),
     "result": ("z", "attn_out"),
     "mlp_pre": ("mlp_in",),
+    "mlp_post": ("mlp_in",),
 }
 """Sites whose base value an edit at another one needs besides its own."""
 
@@ -49,15 +50,17 @@ class SharedRun:
 
     Attributes:
         arch: the model's parts.
-        inputs: the base's inputs, these rows only.
-        reads: the sites whose values are wanted of every world, on these inputs.
+        whole: the base's inputs.
+        window: the rows of them that are run.
+        reads: the sites whose values are wanted of every world.
         exposed: layers whose attention is computed with its inside exposed, for every world alike.
         recorded: sites of which the base's value will be needed, besides those that every run needs.
         trim: whether tokens that no read depends on may be dropped.
     """
 
     arch: Architecture
-    inputs: Inputs
+    whole: Inputs
+    window: slice
     reads: Sequence[Site]
     sizes: dict[Key, dict[str, int]]
     device: torch.device
@@ -70,6 +73,7 @@ class SharedRun:
 
     def __post_init__(self) -> None:
         depth = len(self.arch.blocks)
+        self.inputs = self.whole.rows(self.window)
         self.stop = max((execution_order(r.key, depth)[0] for r in self.reads), default=-1)
         # The base goes on to whatever worlds may need of it, also where no read depends on that.
         self.base_stop = max([self.stop, *(execution_order(key, depth)[0] for key in self.recorded)])
@@ -78,7 +82,7 @@ class SharedRun:
         if self.trim and all(r.name == "logits" for r in self.reads) and self.reads:
             read = torch.zeros_like(real)
             for r in self.reads:
-                region = resolve(r, self.inputs, self.sizes[r.key])
+                region = self.region(r)
                 marks = torch.ones_like(region.cols, dtype=torch.bool)
                 if region.valid is not None:
                     marks = region.full_valid()[..., 0]
@@ -86,6 +90,10 @@ class SharedRun:
             # Causal attention: what is read depends on the tokens before it, at every layer but the last.
             before = read.flip(1).long().cumsum(1).flip(1) > 0
             self.needed = [real & before] * (depth - 1) + [read & real]
+
+    def region(self, site: Site) -> Region:
+        """A read resolved on these rows, as wide as on all of them."""
+        return (resolve if site.restricted else entire)(site, self.whole, self.sizes[site.key]).rows(self.window)
 
     def run_base(self, world: Edits) -> list[Tensor]:
         """Compute the base, keep what worlds will need of it, and return its reads."""

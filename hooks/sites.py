@@ -160,12 +160,6 @@ class Site:
             raise SiteError(f"a site is restricted by head, pos, key_pos or dim, not {name!r}{nearest(name, KINDS)}")
         return replace(self, **restrictions)
 
-    def rows(self, index: slice) -> Site:
-        """The same site for a range of the rows, where positions or tokens are given row by row."""
-        given = {axis: getattr(self, axis) for axis in (POS, KEY, DIM)}
-        cut = {axis: value[index] for axis, value in given.items() if isinstance(value, Tensor)}
-        return replace(self, **cut) if cut else self
-
     def _parts(self) -> tuple[Any, ...]:
         # The pair resid_pre / resid_post is one tensor, so two spellings of it compare equal.
         return (*self.key, self.head, self.pos, self.key_pos, self.dim)

@@ -7,16 +7,16 @@ stacks worlds along the rows of one such run. ``shared`` computes each value onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .audit import FIRED, INERT, PRUNED, Audit
-from .editing import Edits, check_reads, world_reads
+from .editing import Edits, source_id, world_reads
 from .errors import ModelError, nearest
 from .inputs import Inputs
 from .plan import Origin, World
@@ -109,19 +109,28 @@ def run_worlds(
     """
     for world in worlds:
         model.check(world.plan)
-        check_reads(world.plan, model.n_layers)
     for read in reads:
         model.require(read)
-    choice = choose(model, worlds, executor)
-    expose = exposed_layers(worlds, reads)
     limit = budget if budget is not None else default_budget(model.device)
     if limit <= 0:
         raise ModelError(f"a memory budget is a positive number of bytes, not {limit}")
-    with torch.no_grad():
-        if choice.executor == "shared":
-            yield from _run_shared(model, worlds, reads, limit, seed, expose)
-        else:
-            yield from _run_hooked(model, worlds, reads, limit, seed, expose, batch=choice.executor == "batched")
+    held = model.held
+    if len(held):
+        worlds = [World(world.inputs, held + world.plan) for world in worlds]
+    with model.suspended():
+        choice = choose(model, worlds, executor)
+    expose = exposed_layers(worlds, reads)
+    run = _run_shared if choice.executor == "shared" else _run_hooked
+    options = {} if choice.executor == "shared" else {"batch": choice.executor == "batched"}
+    outcomes = run(model, worlds, reads, limit, seed, expose, **options)
+    while True:
+        # The caller's code runs between two chunks, on a model as the caller knows it.
+        with model.suspended(), torch.no_grad():
+            chunk = next(outcomes, None)
+        if chunk is None:
+            return
+        for outcome in chunk:
+            yield replace(outcome, audit=outcome.audit.split(len(held), model.held_audit)) if len(held) else outcome
 
 
 def exposed_layers(worlds: Sequence[World], reads: Sequence[Site]) -> frozenset[int]:
@@ -166,22 +175,14 @@ def read_tapes(
     seed: int,
     expose: frozenset[int],
     limit: int | None = None,
-    aligned: bool | None = None,
+    only: Container[Any] | None = None,
 ) -> dict[Any, Tape]:
     """Run the worlds that plans read, and those that their plans read, each once.
 
     Args:
-        aligned: restrict to reads that are (or are not) row by row; None for all.
+        only: the ids of the worlds that are wanted (see `editing.source_id`); None for all.
     """
-    wanted: dict[Any, tuple[World, list[Site]]] = {}
-    for world in worlds:
-        plan = world.plan
-        if aligned is not None:
-            keep = [i for i in plan if any(r.aligned == aligned for r in i.reads)]
-            plan = type(plan)(tuple(keep))
-        for key, (source, sites) in world_reads(plan, world).items():
-            _, known = wanted.setdefault(key, (source, []))
-            known += [site for site in sites if site not in known]
+    wanted = {key: found for key, found in all_reads(worlds).items() if only is None or key in only}
     tapes = {}
     for key, (source, sites) in wanted.items():
         for site in sites:
@@ -196,6 +197,16 @@ def read_tapes(
         values = tuple((site, torch.cat([p[i] for p in pieces])) for i, site in enumerate(sites))
         tapes[key] = Tape(source.inputs, values, model.sizes)
     return tapes
+
+
+def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
+    """The worlds that are read by the plans of others, with every site that is read there, by `editing.source_id`."""
+    wanted: dict[Any, tuple[World, list[Site]]] = {}
+    for world in worlds:
+        for key, (source, sites) in world_reads(world.plan, world).items():
+            _, known = wanted.setdefault(key, (source, []))
+            known += [site for site in sites if site not in known]
+    return wanted
 
 
 def rows_per_pass(model: Model, inputs: Inputs, limit: int | None) -> int:
@@ -213,7 +224,7 @@ def _run_hooked(
     seed: int,
     expose: frozenset[int],
     batch: bool,
-) -> Iterator[Outcome]:
+) -> Iterator[list[Outcome]]:
     tapes = read_tapes(model, worlds, seed, expose, limit)
     inside = frozenset(
         item.site.layer for w in worlds for item in w.plan if item.site.name in INSIDE and item.site.layer is not None
@@ -235,30 +246,27 @@ def _run_hooked(
                 chosen = members[at : at + together]
                 edits = [Edits(worlds[i], model.sizes, tapes, seed, window) for i in chosen]
                 session, _ = hooked_pass(model, edits, [reads] * len(chosen), expose)
-                for position, index in enumerate(chosen):
-                    kept = session.kept[position]
-                    yield Outcome(index, window, tuple(kept[i] for i in range(len(reads))), edits[position].audit)
+                yield [
+                    Outcome(index, window, tuple(kept[i] for i in range(len(reads))), entry.audit)
+                    for index, kept, entry in zip(chosen, session.kept, edits, strict=True)
+                ]
 
 
 def _run_shared(
     model: Model, worlds: Sequence[World], reads: Sequence[Site], limit: int, seed: int, expose: frozenset[int]
-) -> Iterator[Outcome]:
+) -> Iterator[list[Outcome]]:
     groups: dict[int, list[int]] = {}
     for index, world in enumerate(worlds):
         groups.setdefault(id(world.inputs), []).append(index)
     for members in groups.values():
         inputs = worlds[members[0]].inputs
         mine = [worlds[i] for i in members]
-        fixed = read_tapes(model, mine, seed, expose, limit, aligned=False)
-        sources: dict[Any, tuple[World, list[Site]]] = {}
-        for world in mine:
-            for key, (source, sites) in world_reads(world.plan, world).items():
-                if key not in fixed:
-                    _, known = sources.setdefault(key, (source, []))
-                    known += [site for site in sites if site not in known]
-        if not all(_shares_base(source, inputs) for source, _ in sources.values()):
-            fixed.update(read_tapes(model, mine, seed, expose, limit))
-            sources = {}
+        # Reference sets are needed whole; other worlds that are read go through the network beside their readers.
+        sources = all_reads(mine)
+        apart = {source_id(r.source, w) for w in mine for i in w.plan for r in i.reads if not r.aligned}
+        apart |= {key for key, (source, _) in sources.items() if not _shares_base(source, inputs)}
+        fixed = read_tapes(model, mine, seed, expose, limit, only=apart)
+        sources = {key: found for key, found in sources.items() if key not in apart}
         order = sorted(range(len(mine)), key=lambda i: _first_column(mine[i], model, inputs))
         own = [r for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE]
         keys = {item.site.key for world in mine for item in world.plan} | {r.key for r in reads}
@@ -269,8 +277,9 @@ def _run_shared(
             window = slice(start, min(start + step, len(inputs)))
             run = SharedRun(
                 arch=model.architecture,
-                inputs=inputs.rows(window),
-                reads=[r.rows(window) for r in reads],
+                whole=inputs,
+                window=window,
+                reads=reads,
                 sizes=model.sizes,
                 device=model.device,
                 exposed=expose,
@@ -285,8 +294,10 @@ def _run_shared(
             for at in range(0, len(order), together):
                 chosen = [order[i] for i in range(at, min(at + together, len(order)))]
                 edits = [Edits(mine[i], model.sizes, tapes, seed, window) for i in chosen]
-                for i, entry, values in zip(chosen, edits, run.run_worlds(edits), strict=True):
-                    yield Outcome(members[i], window, tuple(values), entry.audit)
+                yield [
+                    Outcome(members[i], window, tuple(values), entry.audit)
+                    for i, entry, values in zip(chosen, edits, run.run_worlds(edits), strict=True)
+                ]
 
 
 def _shares_base(source: World, inputs: Inputs) -> bool:
@@ -304,12 +315,21 @@ def _shared_tapes(
     tapes = {}
     for key, (source, sites) in sources.items():
         view = SharedRun(
-            run.arch, run.inputs, sites, run.sizes, run.device, run.exposed, run.recorded, trim=False, base=run.base
+            run.arch,
+            run.whole,
+            run.window,
+            sites,
+            run.sizes,
+            run.device,
+            run.exposed,
+            run.recorded,
+            trim=False,
+            base=run.base,
         )
         values = view.run_worlds([Edits(source, model.sizes, {}, seed, window)])[0]
         run.forwards += view.forwards
         kept = tuple(zip(sites, values, strict=True))
-        tapes[key] = Tape(source.inputs.rows(window), kept, model.sizes, window)
+        tapes[key] = Tape(source.inputs, kept, model.sizes, window)
     return tapes
 
 

@@ -81,6 +81,77 @@ def heatmap(result: Result, ax: Any = None, metric: str | None = None, value: st
     return _maps(one, np.moveaxis(values, dim, 0), normalized, rest, titles, given)
 
 
+def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None) -> Axes:
+    """Draw the k cells of the largest effect as bars, largest first, with 95 % bootstrap intervals.
+
+    Args:
+        result: a result with one metric.
+        k: how many.
+        ax: matplotlib axes to draw into; by default a figure of their own.
+        value: "normalized" or "effect"; by default normalized where the result can be.
+
+    Returns:
+        The matplotlib axes.
+    """
+    from interp.results import Axis, Result
+
+    means = np.abs(np.nan_to_num(result.mean()))
+    order = np.argsort(-means, axis=None)[:k]
+    index = np.unravel_index(order, means.shape)
+    names = tuple(
+        ".".join(str(axis.values[i]) for axis, i in zip(result.axes, cell, strict=True))
+        for cell in zip(*index, strict=True)
+    )
+    title = ".".join(axis.name for axis in result.axes)
+    flat = Result(
+        effect=result.effect[index],
+        axes=(Axis(title, names),),
+        metrics=result.metrics,
+        several=False,
+        base=result.base,
+        source=result.source,
+        status=result.status[index],
+        noise_floor=result.noise_floor,
+        rows=result.rows,
+        config=result.config,
+    )
+    drawn = heatmap(flat, ax=ax, value=value)
+    assert not isinstance(drawn, list)
+    return drawn
+
+
+def attention(pattern: Any, tokens: Sequence[str], ax: Any = None, title: str = "") -> Axes:
+    """Draw an attention pattern: queries down, keys to the right, dark is much.
+
+    Args:
+        pattern: [T, S], weights from 0 to 1, a tensor or an array.
+        tokens: text of the T = S tokens.
+        ax: matplotlib axes to draw into; by default a figure of their own.
+        title: what stands above.
+
+    Returns:
+        The matplotlib axes.
+    """
+    weights = np.asarray(pattern, dtype=float)
+    if weights.ndim != 2 or weights.shape != (len(tokens), len(tokens)):
+        raise ResultError(f"a pattern of {len(tokens)} tokens has shape {[len(tokens)] * 2}, got {list(weights.shape)}")
+    if ax is None:
+        size = 1.6 + 0.2 * len(tokens)
+        ax = _figure(size, size).subplots()
+    future = np.triu(np.ones(weights.shape, bool), 1)
+    ax.imshow(np.where(future, np.nan, weights), cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+    labels = [_text(visible(token), _LONGEST) for token in tokens]
+    size = min(9.0, max(_SMALLEST, 150.0 / len(tokens)))
+    _set_ticks(ax.xaxis, labels, 1, True, size, 90)
+    _set_ticks(ax.yaxis, labels, 1, True, size, 0)
+    ax.set_xlabel("key", fontsize=9)
+    ax.set_ylabel("query", fontsize=9)
+    _entitle(ax, title)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return ax
+
+
 def _values(result: Result, value: str | None) -> tuple[np.ndarray, bool]:
     """Return what to draw [*axes], and whether it is normalized."""
     options = ("normalized", "effect")
@@ -110,8 +181,8 @@ def _maps(
     across = min(len(titles), 3)
     if given is None:
         down = math.ceil(len(titles) / across)
-        width = min(_inches(x, 0.19, 1.5, 6.0), 6.0 / across) * across + 1.4 + _room(y)
-        height = (_inches(y, 0.17, 1.3, 5.5) + 0.3 * (titles != [""])) * down + 0.5 + _room(x)
+        width = min(_inches(x, 0.22, 1.8, 6.0), 6.0 / across) * across + 1.4 + _room(y)
+        height = (_inches(y, 0.19, 2.0, 5.5) + 0.3 * (titles != [""])) * down + 0.5 + _room(x)
         figure = _figure(width, height)
         every = figure.subplots(down, across, squeeze=False).ravel().tolist()
         for ax in every[len(titles) :]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from hooks.errors import ResultError, nearest
+from hooks.html import table
+from interp import html as views
 from interp import plots, stats
 
 if TYPE_CHECKING:
@@ -367,7 +369,7 @@ class Result:
         return f"Result({text})"
 
     def _repr_html_(self) -> str:
-        """Return a summary and the five largest effects, for notebooks."""
+        """Return a summary, the five largest effects, and a heatmap whose squares tell theirs on hover, for notebooks."""
         best = self.top(5)
         of = f" on {best[0]['metric']}" if best and self.several else ""
         head = [*(axis.name for axis in self.axes), f"mean effect{of}", "95% interval"]
@@ -376,13 +378,11 @@ class Result:
         ]
         told = {key: self.config[key] for key in ("model", "direction", "executor", "selected") if key in self.config}
         about = "; ".join(f"{key} {plots.visible(str(value))[:80]}" for key, value in told.items())
-        table = "".join(f"<tr>{''.join(f'<td>{html.escape(x)}</td>' for x in line)}</tr>" for line in lines)
-        return (
-            f"<div><code>{html.escape(repr(self))}</code>"
-            + (f"<br><small>{html.escape(about)}</small>" if about else "")
-            + f"<table><thead><tr>{''.join(f'<th>{html.escape(x)}</th>' for x in head)}</tr></thead>"
-            + f"<tbody>{table}</tbody></table></div>"
-        )
+        drawn = ""
+        if len(self.axes) in (1, 2) and self.status.size <= views.MOST_CELLS:
+            drawn = views.heatmap(self.sel(metric=self.metrics[0]) if self.several else self)
+        small = f"<div><small>{html.escape(about)}</small></div>" if about else ""
+        return table(head, lines, caption=repr(self)) + small + drawn
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `path`.json and `path`.safetensors, and return the path of the first; see `interp.result_files`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import assume, given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hooks import Inputs, Site, site
-from hooks.editing import full_rows
+
 from hooks.errors import ShapeError, SiteError
 from hooks.region import entire, resolve
 from hooks.sites import Span
@@ -49,11 +47,16 @@ def chosen(site: Site, mask: Tensor, shape: torch.Size | tuple[int, ...], only: 
     """
     found = torch.zeros(shape, dtype=torch.bool)
     for row in range(shape[0]):
-        for index in itertools.product(*entries(site, row, mask, shape)):
-            column = index[site.axes.index("pos") - 1]
-            if only is None or bool(only[row] if only.ndim == 1 else only[row, column]):
-                found[(row, *index)] = True
+        found[row][outer(entries(site, row, mask, shape))] = True
+    if only is not None:
+        where = only if only.ndim == 2 else only[:, None].expand(mask.shape)
+        found &= where.reshape([n if axis in ("row", "pos") else 1 for axis, n in zip(site.axes, shape, strict=True)])
     return found
+
+
+def outer(index: list[list[int]]) -> tuple[Tensor, ...]:
+    """Lists of indices, one for each axis, as what takes every combination of them out of a tensor."""
+    return torch.meshgrid(*(torch.tensor(one, dtype=torch.long) for one in index), indexing="ij")
 
 
 def shape_of(site: Site, mask: Tensor) -> tuple[int, ...]:
@@ -162,10 +165,8 @@ def test_get_and_put_against_a_loop(case, seed):
     assert tuple(part.shape) == tuple(region.shape[axis] for axis in place.axes)
     assert valid.shape == part.shape and int(valid.sum()) == int(expected.sum())
     for row in range(len(mask)):  # in the order in which the entries were named, row after row
-        in_row = torch.zeros_like(expected)
-        in_row[row] = expected[row]
-        wanted = [x[(row, *i)].item() for i in itertools.product(*entries(place, row, mask, shape)) if in_row[(row, *i)]]
-        assert part[row][valid[row]].tolist() == wanted
+        index = outer(entries(place, row, mask, shape))
+        assert torch.equal(part[row][valid[row]], x[row][index][expected[row][index]])
 
     assert torch.equal(region.put(x, part), x)
     new = torch.randn(part.shape, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -187,7 +188,8 @@ def test_a_range_of_the_rows_is_resolved_as_the_whole_batch_is(case, data):
     start = data.draw(st.integers(0, len(mask) - 1))
     window = slice(start, data.draw(st.integers(start + 1, len(mask))))
     region = resolve(place, inputs_of(mask), sizes(place), only)
-    cut = full_rows(region, window)
+    cut = region.rows(window)
+    assert torch.equal(cut.cols, region.cols[window])
     x = torch.randn(shape)
     assert torch.equal(cut.get(x[window]), region.get(x)[window])
     assert torch.equal(cut.full_valid(), region.full_valid()[window])

@@ -1,0 +1,1 @@
+"""What the library costs, measured beside other ways of doing the same."""

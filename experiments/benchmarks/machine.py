@@ -1,0 +1,43 @@
+"""Where it was measured: processor, software and commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Processor, threads and torch build, as JSON data."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "system": platform.platform(),
+        "torch_build": torch.__config__.show(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was compared."""
+    packages = ("torch", "transformers", "transformer-lens", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it; empty without git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip()

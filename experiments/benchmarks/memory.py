@@ -1,0 +1,78 @@
+"""The memory that each side of a sweep takes at most."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import interp as ip
+from experiments.benchmarks import sides
+from experiments.benchmarks.setting import Setting
+
+SIDES = ("ours", "transformer_lens", "hook_loop")
+FEW = 4
+"""Cells of the other sides, which run one after another: more of them take no more memory."""
+
+
+def peak_memory(setting: Setting) -> list[dict[str, Any]]:
+    """Bytes that each sweep takes at most beyond what its process held before, every side in a process of its own.
+
+    Clean values are part of it on every side. On a GPU it is the GPU's memory that is counted.
+    """
+    rows: list[dict[str, Any]] = []
+    for side in SIDES:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            rows += pool.submit(_peaks, setting, side).result()
+    return rows
+
+
+def _peaks(setting: Setting, side: str) -> list[dict[str, Any]]:
+    torch.set_num_threads(setting.threads)
+    model = setting.model()
+    prepare: Callable[..., sides.Run]
+    if side == "ours":
+        prepare = partial(sides.ours, ip.wrap(model))
+    elif side == "transformer_lens":
+        prepare = partial(sides.transformer_lens, setting.bridge(model))
+    else:
+        prepare = partial(sides.hook_loop, model)
+    with torch.no_grad():
+        model(input_ids=setting.ids(1, 2).to(setting.device))  # what the first call loads belongs to nobody's sweep
+    rows = []
+    before = _held(setting.device)
+    for tokens in sorted(setting.lengths):  # from small to large: what an allocator holds back hides no later peak
+        for site in ("z", "resid_pre"):
+            task = setting.task(site, tokens, setting.shared[0])
+            _forget_peak(setting.device)
+            (prepare(task) if side == "ours" else prepare(task, task.cells[:FEW]))()
+            rows.append({"side": side, "site": site, "tokens": tokens, "bytes": _peak(setting.device) - before})
+    return rows
+
+
+def _held(device: str) -> int:
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+
+
+def _forget_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # Linux's own high-water mark: `ru_maxrss` cannot be trusted, a new process starts with its parent's.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])

@@ -1,0 +1,67 @@
+"""What a plan costs a forward pass: the wrapped model's time over the bare model's."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+import interp as ip
+from experiments.benchmarks.setting import Setting
+from experiments.benchmarks.timing import ratio, timed
+
+Entered = Callable[[], AbstractContextManager[Callable[[], Any]]]
+
+
+def forward_overhead(setting: Setting, model: ip.Model, batch: int, tokens: int, repetitions: int) -> dict[str, Any]:
+    """Forward passes under small plans beside the bare model's, in an order shuffled anew in each repetition.
+
+    The bare model is measured twice: how far the two differ is noise. Under ``apply``, the plan is placed and taken
+    away outside the timed part, since it is held over many calls. The first repetition is a warm-up and does not count.
+    """
+    ids = setting.ids(batch, tokens)
+    inputs, on_device = model.inputs(ids), ids.to(setting.device)
+    vector = torch.randn(setting.width, generator=torch.Generator().manual_seed(setting.seed)).to(setting.device)
+    residuals = [ip.site("resid_post", layer=layer) for layer in range(setting.layers)]
+    steering = ip.steer(ip.site("resid_post", layer=setting.layers // 2), vector)
+
+    def bare() -> Any:
+        with torch.no_grad():
+            return model.module(input_ids=on_device, use_cache=False).logits
+
+    def plain(run: Callable[[], Any]) -> Entered:
+        return lambda: nullcontext(run)
+
+    def applied(plan: Any) -> Entered:
+        @contextmanager
+        def enter() -> Iterator[Callable[[], Any]]:
+            with model.apply(plan):
+                yield bare
+
+        return enter
+
+    variants: dict[str, Entered] = {
+        "bare": plain(bare),
+        "bare again": plain(bare),
+        "run, no plan": plain(lambda: model.run(inputs)),
+        f"run, {setting.layers} captures": plain(lambda: model.run(inputs, capture=residuals)),
+        "run, steering": plain(lambda: model.run(inputs, steering)),
+        "apply, empty plan": applied(ip.Plan(())),
+        "apply, steering": applied(steering),
+    }
+    order, shuffle = list(variants), random.Random(setting.seed).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repetition in range(repetitions + 1):
+        shuffle(order)
+        for name in order:
+            with variants[name]() as run:
+                taken, _ = timed(run, setting.device)
+            if repetition:
+                seconds[name].append(taken)
+    ratios = {name: ratio(each, seconds["bare"]) for name, each in seconds.items() if name != "bare"}
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    return {"batch": batch, "tokens": tokens, "repetitions": repetitions, "seconds": medians, "over_bare": ratios}

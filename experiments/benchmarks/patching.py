@@ -1,0 +1,129 @@
+"""Activation patching beside TransformerLens and a loop over hooks, and the cost of a plan on a forward pass.
+
+python -m experiments.benchmarks.patching --out experiments/benchmarks/patching.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import interp as ip
+from experiments.benchmarks import machine, report, sides
+from experiments.benchmarks.memory import peak_memory
+from experiments.benchmarks.overhead import forward_overhead
+from experiments.benchmarks.setting import Setting, Task
+from experiments.benchmarks.timing import block_products, interleaved, ratio, timed
+from experiments.benchmarks.work import forward_operations, sweep_operations
+
+MATMUL_ROWS = {"cpu": 512, "cuda": 4096}
+"""Tokens that go through a block's products at a time, about as many as the library lets through."""
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """One model three times: wrapped by the library, as a bridge (of a copy), and as it is."""
+
+    wrapped: ip.Model
+    bridge: Any
+    bare: Any
+
+
+def measure_sweep(setting: Setting, models: Models, task: Task) -> dict[str, Any]:
+    """Time a sweep on every side, and bare matrix products for the bound, and compare the effects that come out."""
+    others = {
+        "transformer_lens": partial(sides.transformer_lens, models.bridge, task),
+        "hook_loop": partial(sides.hook_loop, models.bare, task),
+    }
+    for warm_up in (sides.ours(models.wrapped, task, layers=(0,)), *(side(task.cells[:2]) for side in others.values())):
+        warm_up()
+    rows = MATMUL_ROWS[torch.device(setting.device).type]
+    products, product_operations = block_products(setting.width, rows, setting.layers, setting.device)
+    runs = {"ours": sides.ours(models.wrapped, task), **{name: side(task.sampled) for name, side in others.items()}}
+    seconds, effects = interleaved({**runs, "products": products}, setting.repetitions, setting.device)
+    operations = sweep_operations(setting, task)
+    bound = [s * operations / product_operations for s in seconds.pop("products")]
+    for name in others:
+        seconds[name] = [s * task.scale for s in seconds[name]]
+    if task.sampled == task.cells:
+        took, effects["batched"] = timed(sides.ours(models.wrapped, task, executor="batched"), setting.device)
+        seconds["batched"] = [took]
+    compared = effects["ours"][[task.cells.index(cell) for cell in task.sampled]]
+    differing = [name for name in effects if name not in ("ours", "products")]
+    return {
+        "site": task.site,
+        "tokens": task.tokens,
+        "shared": task.shared,
+        "cells": len(task.cells),
+        "sampled": None if task.sampled == task.cells else task.sampled,
+        "seconds": seconds,
+        "over_ours": {name: ratio(seconds[name], seconds["ours"]) for name in others},
+        "largest_difference": {name: float(np.abs(effects[name] - compared).max()) for name in differing},
+        "largest_effect": float(np.abs(effects["ours"]).max()),
+        "operations": operations,
+        "forwards": operations / forward_operations(setting, task.tokens),
+        "bound_seconds": statistics.median(bound),
+        "over_bound": ratio(seconds["ours"], bound),
+    }
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Everything, as JSON data."""
+    start = time.perf_counter()
+    torch.set_num_threads(setting.threads)
+    bare = setting.model()
+    models = Models(ip.wrap(bare), setting.bridge(bare), bare)
+    sweeps = []
+    for tokens in setting.lengths:
+        for shared in setting.shared:
+            for site in ("resid_pre", "z"):
+                sweeps.append(measure_sweep(setting, models, setting.task(site, tokens, shared)))
+                print(f"{time.perf_counter() - start:4.0f} s  {report.sweep_line(sweeps[-1])}", flush=True)
+    forwards = [forward_overhead(setting, models.wrapped, *size) for size in setting.forwards]
+    print(f"{time.perf_counter() - start:4.0f} s  forward passes", flush=True)
+    del models, bare
+    memory = peak_memory(setting)
+    return {
+        "setting": asdict(setting),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "machine": machine.describe(setting.device),
+        "sweeps": sweeps,
+        "forwards": forwards,
+        "memory": memory,
+        "took_seconds": time.perf_counter() - start,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, save and print; or bring the README up to date with what was saved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="measure nothing; put the tables of --out in README.md"
+    )
+    args = parser.parse_args(argv)
+    if args.write_readme:
+        report.write_readme(args.out, Path(__file__).parent / "README.md")
+        return
+    setting = Setting(device=args.device, threads=args.threads)
+    record = measure(setting.tiny() if args.quick else setting)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(report.tables(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The command line: ``python -m interp demo | sites | patch``.
+
+Exit codes: 0 when it worked, 1 when the question had no answer (nothing changed anything), 2 when the input was wrong,
+130 when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hooks import KINDS, Model
+from hooks.errors import InputsError, InterpError, UnfiredError, nearest
+
+AXES = ("layer", "head", "pos", "key_pos")
+EXAMPLE = (
+    "example:\n"
+    '  python -m interp demo --model gpt2 --clean "The Eiffel Tower is in the city of" \\\n'
+    '      --corrupt "The Brandenburg Gate is in the city of" --answer " Paris" --foil " Berlin"\n'
+    "The two prompts need the same number of tokens. Repeat --clean, --corrupt, --answer and --foil for more pairs."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options)
+    except UnfiredError as error:
+        print(f"interp: {error}", file=sys.stderr)
+        return 1
+    except (InterpError, OSError) as error:
+        print(f"interp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interp: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m interp",
+        description="Causal analysis of transformers: which parts of a model cause its answer.",
+        epilog="`python -m interp COMMAND --help` explains a command.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="find the parts of a model that cause its answer, confirm them, draw them",
+        description="Find which positions, attention heads and MLPs cause a model's answer, confirm it, and draw it.\n"
+        "Without options: the indirect-object task of the model that ships with the package.",
+        epilog=EXAMPLE,
+        formatter_class=raw,
+    )
+    _model_option(demo)
+    _prompt_options(demo)
+    demo.add_argument("--out", default="interp-demo", metavar="DIR", help="where figures go (default: %(default)s)")
+    demo.add_argument(
+        "--pairs", type=int, default=48, metavar="N", help="pairs of the shipped task (default: %(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+
+    sites = commands.add_parser(
+        "sites",
+        help="list what a model offers to read and to edit",
+        description="List the sites of a model, with their shapes and TransformerLens's names. B rows, T query\n"
+        "positions, S key positions, H heads, K key/value heads, D head width, M model width, F MLP width, V vocabulary.",
+        formatter_class=raw,
+    )
+    _model_option(sites)
+    sites.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sites.set_defaults(run=_sites)
+
+    patch = commands.add_parser(
+        "patch",
+        help="one patching sweep, to a table, JSON or a figure",
+        description="Patch one kind of site, cell by cell, and print the effect on the logit difference answer - foil.",
+        epilog=EXAMPLE.replace("demo", "patch", 1),
+        formatter_class=raw,
+    )
+    _model_option(patch)
+    _prompt_options(patch)
+    patch.add_argument("--site", default="resid_pre", help="what is patched: see `sites` (default: %(default)s)")
+    patch.add_argument(
+        "--axes", default="layer,pos", help=f"axes of the grid, of {','.join(AXES)} (default: %(default)s)"
+    )
+    patch.add_argument(
+        "--direction", choices=("denoising", "noising"), default="denoising",
+        help="denoising puts clean values into the corrupt run, noising the reverse (default: %(default)s)",
+    )  # fmt: skip
+    patch.add_argument("--zero", action="store_true", help="set the site to zero in the clean run, instead of patching")
+    patch.add_argument("--top", type=int, default=10, metavar="K", help="rows of the table (default: %(default)s)")
+    patch.add_argument("--json", action="store_true", help="print every cell as JSON instead of a table")
+    patch.add_argument("--figure", metavar="FILE", help="draw a heatmap there (.png, .pdf, .svg)")
+    patch.add_argument("--save", metavar="PATH", help="save the result there; an interrupted sweep goes on from it")
+    patch.set_defaults(run=_patch)
+    return parser
+
+
+def _model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="ioi-mini", metavar="NAME",
+        help="a model that ships (ioi-mini), a folder, or a name on the Hugging Face hub (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where to run: cpu, cuda, cuda:1 (default: %(default)s)")
+
+
+def _prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clean", action="append", metavar="TEXT", help="a prompt that shows the behaviour")
+    parser.add_argument(
+        "--corrupt", action="append", metavar="TEXT", help="the same prompt, changed so that it does not"
+    )
+    parser.add_argument("--answer", action="append", metavar="TOKEN", help="the token that the clean prompt calls for")
+    parser.add_argument("--foil", action="append", metavar="TOKEN", help="the token that the corrupt prompt calls for")
+
+
+def _load(options: argparse.Namespace) -> Model:
+    from interp.loading import load
+
+    try:
+        return load(options.model, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # torch's way of saying that there is no such device
+        raise InputsError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _task(options: argparse.Namespace) -> Any:
+    from interp.demo import Task
+
+    given = {name: getattr(options, name) or [] for name in ("clean", "corrupt", "answer", "foil")}
+    if not any(given.values()):
+        if options.model != "ioi-mini":
+            raise InputsError("another model needs prompts: give --clean, --corrupt, --answer and --foil")
+        return shipped_task(getattr(options, "pairs", 48))
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        raise InputsError(
+            f"--{' and --'.join(missing)} missing: a pair needs all of --clean, --corrupt, --answer, --foil"
+        )
+    n = len(given["clean"])
+    if len(given["corrupt"]) != n:
+        raise InputsError(f"{n} times --clean and {len(given['corrupt'])} times --corrupt: give one of each for a pair")
+    for name in ("answer", "foil"):
+        if len(given[name]) not in (1, n):
+            raise InputsError(f"{len(given[name])} times --{name} for {n} pairs: give it once, or once for each")
+        given[name] = given[name] * n if len(given[name]) == 1 else given[name]
+    clean, corrupt, answer, foil = (tuple(given[name]) for name in ("clean", "corrupt", "answer", "foil"))
+    return Task(clean, corrupt, answer, foil)
+
+
+def shipped_task(pairs: int) -> Any:
+    """The indirect-object task of ``ioi-mini``: pairs of one template, so that a position means the same in all."""
+    from interp.demo import Task
+    from interp.models import english
+
+    if pairs < 1:
+        raise InputsError(f"--pairs {pairs}: at least one is needed")
+    drawn = english.indirect_object(pairs, seed=0, split="names", template=0)
+    return Task(
+        clean=tuple(e.clean for e in drawn),
+        corrupt=tuple(e.corrupt for e in drawn),
+        answer=tuple(e.answer for e in drawn),
+        foil=tuple(e.foil for e in drawn),
+        question="Two people are named, one of them gives something: which parts make the model say who receives it?",
+    )
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from interp.demo import run_demo
+
+    task = _task(options)
+    print(run_demo(_load(options), task, Path(options.out)))
+    return 0
+
+
+def _sites(options: argparse.Namespace) -> int:
+    model = _load(options)
+    if not options.json:
+        print(f"{model!r}\n{model.sites()}")
+        return 0
+    listed = [
+        {
+            "name": s.name,
+            "layers": s.layers,
+            "axes": list(s.letters),
+            "shape": list(s.shape),
+            "transformer_lens": s.hook,
+        }
+        for s in model.sites()
+    ]
+    print(json.dumps(listed, indent=1))
+    return 0
+
+
+def _patch(options: argparse.Namespace) -> int:
+    from hooks import zero
+    from interp.grids import grid
+    from interp.metrics import logit_diff
+    from interp.sweeps import sweep
+
+    if options.site not in KINDS:
+        raise InputsError(f"--site {options.site!r} is not a site{nearest(options.site, KINDS)}")
+    axes = [axis.strip() for axis in options.axes.split(",") if axis.strip()]
+    task, model = _task(options), _load(options)
+    clean, corrupt = model.inputs(task.clean), None if options.zero else model.inputs(task.corrupt)
+    result = sweep(
+        model,
+        clean,
+        corrupt,
+        grid(options.site, **{axis: "all" for axis in axes}),
+        metric=logit_diff(list(task.answer), list(task.foil)),
+        intervention=zero if options.zero else None,
+        direction=options.direction,
+        path=options.save,
+    )
+    if options.figure:
+        result.figure().savefig(options.figure, dpi=200)
+    print(_as_json(result) if options.json else _as_table(result, options.top))
+    return 0
+
+
+def _as_json(result: Any) -> str:
+    cells = result.top(k=int(result.status.size))
+    for cell in cells:
+        for name in ("low", "high"):
+            cell[name] = None if cell[name] != cell[name] else cell[name]  # JSON has no nan
+    summary = {
+        "model": result.config["model"],
+        "metric": result.metrics[0],
+        "pairs": len(result.rows),
+        "base": float(result.base.mean()),
+        "source": None if result.source is None else float(result.source.mean()),
+        "noise_floor": float(result.noise_floor),
+        "cells": cells,
+    }
+    return json.dumps(summary, indent=1)
+
+
+def _as_table(result: Any, k: int) -> str:
+    names = [axis.name for axis in result.axes]
+    normalized = result.source is not None
+    header = [*names, "effect", *(["share"] if normalized else []), "95% interval"]
+    share = result.normalized() if normalized else None
+    rows = [header]
+    for cell in result.top(k):
+        index = tuple(axis.values.index(cell[axis.name]) for axis in result.axes)
+        labels = [_cell_label(axis, i) for axis, i in zip(result.axes, index, strict=True)]
+        interval = "" if cell["low"] != cell["low"] else f"{cell['low']:+.3f} to {cell['high']:+.3f}"
+        rows.append(
+            [*labels, f"{cell['effect']:+.3f}", *([f"{share[index]:+.1%}"] if share is not None else []), interval]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(text.rjust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    about = f"{result.metrics[0]}: {float(result.base.mean()):+.3f} where edited"
+    if normalized:
+        about += f", {float(result.source.mean()):+.3f} where values come from"
+    return "\n".join([f"{about}; {len(result.rows)} pair(s), {result.status.size} cells, the strongest:", *lines])
+
+
+def _cell_label(axis: Any, i: int) -> str:
+    value, label = str(axis.values[i]), axis.labels[i]
+    return value if label == value else f"{value} {label.strip()!r}"

@@ -1,0 +1,226 @@
+"""Grids: which cells there are, in which order, what each edits, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import interp as ip
+from hooks import Span
+from hooks.errors import InterpError, SiteError
+from tests import zoo
+
+
+@pytest.fixture(scope="module")
+def model() -> ip.Model:
+    return ip.wrap(zoo.make("llama"))  # 3 layers, 4 query heads, 2 key/value heads
+
+
+@pytest.fixture(scope="module")
+def inputs(model) -> ip.Inputs:
+    return model.inputs([[1, 2, 3, 4], [5, 6, 3, 7], [8, 2, 3, 9]])
+
+
+@pytest.fixture(scope="module")
+def ragged(model) -> ip.Inputs:
+    return model.inputs([[1, 2, 3, 4], [5, 6], [8, 2, 3]], padding="left")
+
+
+def listed(grid: ip.Grid, model, inputs) -> list[tuple]:
+    """Every cell as the sites that it edits."""
+    return [cell.sites for cell in grid.cells(model, inputs)[1]]
+
+
+def test_every_cell_in_the_order_of_the_axes_as_named(model, inputs):
+    for order in itertools.permutations(["layer", "head", "pos"]):
+        axes, cells = ip.grid("z", **dict.fromkeys(order, "all")).cells(model, inputs)
+        assert [axis.name for axis in axes] == list(order)
+        sizes = {"layer": 3, "head": 4, "pos": 4}
+        assert [axis.values for axis in axes] == [tuple(range(sizes[name])) for name in order]
+        expected = list(itertools.product(*(range(sizes[name]) for name in order)))
+        assert [cell.index for cell in cells] == expected
+        for cell, values in zip(cells, expected, strict=True):
+            where = dict(zip(order, values, strict=True))
+            assert cell.sites == (ip.site("z", **where),)
+            assert cell.present is None
+
+
+def test_what_is_not_named_is_edited_whole(model, inputs):
+    assert listed(ip.grid("z", head="all"), model, inputs) == [
+        tuple(ip.site("z", layer=layer, head=h) for layer in range(3)) for h in range(4)
+    ]
+    assert listed(ip.grid("mlp_out"), model, inputs) == [tuple(ip.site("mlp_out", layer=i) for i in range(3))]
+    assert listed(ip.grid("ln_final"), model, inputs) == [(ip.site("ln_final"),)]
+    assert listed(ip.grid("embed", pos="all"), model, inputs) == [(ip.site("embed", pos=p),) for p in range(4)]
+
+
+def test_all_is_what_the_site_has(model, inputs):
+    for name, axis, size in [("v", "head", 2), ("z", "head", 4), ("pattern", "head", 4), ("pattern", "key_pos", 4)]:
+        axes, cells = ip.grid(name, layer=0, **{axis: "all"}).cells(model, inputs)
+        assert axes[0].values == tuple(range(size)) and len(cells) == size
+    axes, _ = ip.grid("z", layer=1, head=3, dim="all").cells(model, inputs)
+    assert axes[0].values == tuple(range(8))
+    with pytest.raises(SiteError, match=r"head.*\[2, 4\]"):
+        ip.grid(["z", "v"], head="all").cells(model, inputs)
+    assert len(ip.grid(["z", "v"], head=(0, 1)).cells(model, inputs)[1]) == 4
+
+
+def test_several_kinds_make_a_first_axis(model, inputs):
+    axes, cells = ip.grid(["resid_pre", "attn_out"], layer="all", pos=(1, 2)).cells(model, inputs)
+    assert [(a.name, a.values) for a in axes] == [
+        ("site", ("resid_pre", "attn_out")),
+        ("layer", (0, 1, 2)),
+        ("pos", (1, 2)),
+    ]
+    assert [c.sites[0] for c in cells] == [
+        ip.site(name, layer=layer, pos=p) for name in ("resid_pre", "attn_out") for layer in range(3) for p in (1, 2)
+    ]
+    axes, cells = ip.grid(["mlp_out"], layer="all").cells(model, inputs)  # a list of one is still an axis
+    assert [a.name for a in axes] == ["site", "layer"]
+    axes, cells = ip.grid(["resid_pre", "ln_final"], pos=-1).cells(model, inputs)
+    assert [len(c.sites) for c in cells] == [3, 1]
+
+
+def test_groups(model, inputs):
+    axes, cells = ip.grid("z", layer=[(0, 2), 1], head=[(0, 1), (2, 3)]).cells(model, inputs)
+    assert axes[0].values == ((0, 2), 1) and axes[1].values == ((0, 1), (2, 3))
+    assert [c.sites for c in cells] == [
+        tuple(ip.site("z", layer=layer, head=heads) for layer in layers)
+        for layers in ((0, 2), (1,))
+        for heads in ((0, 1), (2, 3))
+    ]
+    axes, cells = ip.grid("resid_pre", layer=0, pos={"subject": (1, 2), "rest": range(3), "last": -1}).cells(
+        model, inputs
+    )
+    assert axes[0].labels == ("subject", "rest", "last")
+    assert axes[0].values == ((1, 2), (0, 1, 2), -1)
+    assert [c.sites[0].pos for c in cells] == [(1, 2), (0, 1, 2), -1]
+
+
+def test_one_value_makes_no_axis(model, inputs):
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[:, 1:] = True
+    for pos, site_pos in [(-1, -1), (2, 2), (slice(1, None), Span(1)), (Span(0, 2), Span(0, 2)), (mask, mask)]:
+        axes, cells = ip.grid("z", layer=-1, head="all", pos=pos).cells(model, inputs)
+        assert [a.name for a in axes] == ["head"]
+        assert [c.sites for c in cells] == [(ip.site("z", layer=2, head=h, pos=site_pos),) for h in range(4)]
+    assert listed(ip.grid("z", layer=[-1, 0], head=1), model, inputs) == [
+        (ip.site("z", layer=2, head=1),),
+        (ip.site("z", layer=0, head=1),),
+    ]
+
+
+def test_spans_as_entries_of_an_axis(model, inputs, tmp_path):
+    """Spans beside one another are as good as groups: the result can be looked at, selected from and saved."""
+    other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
+    metric = ip.logit_diff(3, 4)
+    groups = ip.sweep(model, inputs, other, ip.grid("z", layer=0, pos=[(0, 1), (2, 3)]), metric=metric)
+    for spans in ([slice(0, 2), slice(2, None)], {"start": slice(0, 2), "end": slice(2, None)}):
+        result = ip.sweep(model, inputs, other, ip.grid("z", layer=0, pos=spans), metric=metric)
+        np.testing.assert_allclose(result.effect, groups.effect, rtol=0, atol=1e-12)
+        result.save(tmp_path / "spans")
+        np.testing.assert_array_equal(ip.Result.load(tmp_path / "spans").effect, result.effect)
+
+
+@pytest.mark.parametrize(
+    "array", [np.array, torch.tensor, lambda x: [np.int64(i) for i in x]], ids=["np", "torch", "int64"]
+)
+def test_arrays_are_as_good_as_lists(model, inputs, array):
+    other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
+    expected = ip.sweep(
+        model, inputs, other, ip.grid("z", layer=[0, 2], head=[1, 3], pos=[0, 3]), metric=ip.logit_diff(3, 4)
+    )
+    grid = ip.grid("z", layer=array([0, 2]), head=array([1, 3]), pos=list(array([0, 3])))
+    found = ip.sweep(model, inputs, other, grid, metric=ip.logit_diff(3, 4))
+    assert [(a.name, a.values, a.labels) for a in found.axes] == [(a.name, a.values, a.labels) for a in expected.axes]
+    assert all(type(v) is int for a in found.axes for v in a.values)
+    np.testing.assert_array_equal(found.effect, expected.effect)
+
+
+def test_rows_that_lack_a_position(model, ragged):
+    """Cells know which rows have them; the others are left alone there, wherever the padding is."""
+    axes, cells = ip.grid("resid_pre", layer=0, pos="all").cells(model, ragged)
+    assert axes[0].values == (0, 1, 2, 3)  # those of the longest row
+    assert [None if c.present is None else c.present.tolist() for c in cells] == [
+        None,
+        None,
+        [True, False, True],
+        [True, False, False],
+    ]
+    _, cells = ip.grid("resid_pre", layer=0, pos=[-1, -3, (0, 1), (1, 3)]).cells(model, ragged)
+    assert [None if c.present is None else c.present.tolist() for c in cells] == [
+        None,
+        [True, False, True],
+        None,
+        [True, False, False],  # a row has a group where it has all of it
+    ]
+    _, cells = ip.grid("pattern", layer=0, pos=[2, 3], key_pos=[0, 2]).cells(model, ragged)
+    assert [c.present.tolist() for c in cells] == [[True, False, True]] * 2 + [[True, False, False]] * 2
+    for pos in (4, [-5], [(0, 4)], {"a": 9}):
+        with pytest.raises(SiteError, match="4 tokens"):
+            ip.grid("resid_pre", layer=0, pos=pos).cells(model, ragged)
+
+
+def test_labels_are_the_tokens_that_all_rows_share(stories):
+    model = ip.load(stories)
+    inputs = model.inputs(["the cat sat", "the dog sat"])
+    shared = [set(column) for column in zip(*inputs.tokens, strict=True)]
+    (axis,), _ = ip.grid("embed", pos="all").cells(model, inputs)
+    assert axis.labels == tuple(s.pop() if len(s) == 1 else str(p) for p, s in enumerate(map(set, shared)))
+    assert " the" in axis.labels and any(label.isdigit() for label in axis.labels)
+    (axis,), _ = ip.grid("embed", pos=[-1, (0, 1)]).cells(model, inputs)
+    assert axis.labels[1] == "(0, 1)"
+
+
+def test_a_grid_says_what_it_is():
+    assert repr(ip.grid("z", layer="all", head="all")) == "Grid(z over layer, head)"
+    assert repr(ip.grid(["resid_pre", "mlp_out"])) == "Grid(resid_pre + mlp_out over everything at once)"
+    assert ip.grid("z", layer=[0, 1]) == ip.grid("z", layer=(0, 1)) != ip.grid("z", layer=(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("names", "axes", "match"),
+    [
+        ("resid_prre", {}, "'resid_pre'"),
+        ([], {}, "one or more"),
+        (["z", "z"], {}, "different"),
+        ("z", {"heads": "all"}, "'head'"),
+        ("resid_pre", {"head": "all"}, "no axis 'head'"),
+        ("z", {"key_pos": "all"}, "no axis 'key_pos'"),
+        ("ln_final", {"layer": "all"}, "no axis 'layer'"),
+        ("z", {"layer": "al"}, "'all'"),
+    ],
+)
+def test_what_cannot_be_stated(names, axes, match):
+    with pytest.raises(SiteError, match=match):
+        ip.grid(names, **axes)
+
+
+@pytest.mark.parametrize(
+    ("grid", "match"),
+    [
+        (lambda: ip.grid("z", layer=3), "layers 0 .. 2"),
+        (lambda: ip.grid("z", layer=[-4]), "layers 0 .. 2"),
+        (lambda: ip.grid("z", layer=[0, (1, 7)]), "layers 0 .. 2"),
+        (lambda: ip.grid("z", layer=0, head=[0, 4]), "no head 4"),
+        (lambda: ip.grid("k", layer=0, head=[3]), "key/value head"),
+        (lambda: ip.grid("z", layer=[]), "empty"),
+        (lambda: ip.grid("z", layer=[0, ()]), None),
+        (lambda: ip.grid("z", layer=0, head=[()]), None),
+        (lambda: ip.grid("z", layer=0, pos=[(1, 1)]), "twice"),
+        (lambda: ip.grid("z", layer=0, pos=4), "4"),
+        (lambda: ip.grid("pos_embed", pos="all"), "no site 'pos_embed'"),
+        (lambda: ip.grid("z", layer=["one"]), None),
+        (lambda: ip.grid("z", layer=0, pos=[1.5]), None),
+        (lambda: ip.grid("z", layer=1.5), None),
+        (lambda: ip.grid("z", layer=None), None),
+        (lambda: ip.grid("z", layer=[0, None]), None),
+    ],
+)
+def test_what_a_model_lacks(model, inputs, grid, match):
+    other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
+    with pytest.raises(InterpError, match=match):
+        ip.sweep(model, inputs, other, grid(), metric=ip.logit_diff(3, 4))
