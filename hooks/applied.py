@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 
 from .audit import Audit
 from .editing import Edits
-from .errors import PlanError
+from .errors import InputsError, PlanError
 from .inputs import Inputs
 from .plan import Origin, Plan, World
 from .session import Session, install
 from .sites import Site
 from .tape import Tape
-from .worlds import exposed_layers, read_tapes
+from .worlds import all_reads, exposed_layers, read_tapes
 
 if TYPE_CHECKING:
     from .model import Model
@@ -33,8 +34,7 @@ class Applied:
         # Keys are needed to place the hooks; the inputs are known only when the user calls.
         self.empty = World(Inputs.of(torch.zeros(1, 1, dtype=torch.int64)), plan)
         self.expose = exposed_layers([self.empty], ())
-        others = World(self.empty.inputs, _without_unedited(plan))
-        self.tapes = read_tapes(model, [others], seed, self.expose)
+        self.others = [key for key in all_reads([self.empty]) if key[0] == "world"]
         self.stack = ExitStack()
 
     def install(self) -> None:
@@ -42,7 +42,10 @@ class Applied:
         with ExitStack() as stack:
             self.session.begin([Edits(self.empty, self.model.sizes, {}, self.seed)], [[]])
             self.session.watched = {place.key for place in self.unedited}
-            stack.callback(self.model.module.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
+            self.session.open = False
+            root = self.model.module
+            stack.callback(root.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
+            stack.callback(root.register_forward_hook(self.end, always_call=True).remove)
             install(self.session, self.model.architecture, stack, self.expose)
             # Only now, so that an error in between takes away what was placed so far.
             self.stack = stack.pop_all()
@@ -55,14 +58,22 @@ class Applied:
         """Learn what the user runs the model on, before it runs."""
         if self.busy:
             return
-        inputs = _inputs_of_call(args, kwargs)
-        world = World(inputs, self.plan)
-        tapes = dict(self.tapes)
+        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        call = call | call.get("kwargs", {})
+        if call.get("logits_to_keep") is not None and ("logits", -1, None) in set(self.session.keys()):
+            raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
+        inputs = _inputs_of_call(call)
+        world, graph = World(inputs, self.plan), torch.is_grad_enabled()
+        tapes: dict[Any, Tape] = {}
+        if self.others:
+            # Run anew for every call: in training the weights have changed since the last one.
+            with self.model.suspended():
+                tapes |= read_tapes(self.model, [world], self.seed, self.expose, only=self.others, graph=graph)
         if self.unedited:
             self.busy = True
             shadow = Edits(World(inputs), self.model.sizes, {}, self.seed)
             try:
-                self.session.begin([shadow], [self.unedited], graph=torch.is_grad_enabled())
+                self.session.begin([shadow], [self.unedited], graph=graph)
                 module(*args, **kwargs)
             finally:
                 self.busy = False
@@ -71,6 +82,11 @@ class Applied:
         edits = Edits(world, self.model.sizes, tapes, self.seed)
         edits.audit = self.audit
         self.session.begin([edits], [[]])
+
+    def end(self, *_: Any) -> None:
+        """From here on, until the next call of the model, nothing says which rows and positions a value is of."""
+        if not self.busy:
+            self.session.open = False
 
 
 def _unedited_sites(plan: Plan) -> list[Site]:
@@ -84,24 +100,24 @@ def _unedited_sites(plan: Plan) -> list[Site]:
     return found
 
 
-def _without_unedited(plan: Plan) -> Plan:
-    return Plan(tuple(i for i in plan if not any(r.source is Origin.UNEDITED for r in i.reads)))
-
-
-def _inputs_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """The inputs of a call of the user's, as far as positions and rows go."""
-    cache = kwargs.get("past_key_values")
+def _inputs_of_call(call: dict[str, Any]) -> Inputs:
+    """The inputs of a call of the user's, given its arguments by name, as far as positions and rows go."""
+    cache = call.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise PlanError(
             "this call continues from a key/value cache, which plans do not support yet; pass the whole text"
         )
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids, embeds, mask = (call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     if not isinstance(ids, Tensor):
-        embeds = kwargs.get("inputs_embeds")
         if not isinstance(embeds, Tensor):
             raise PlanError("the model is called without input_ids or inputs_embeds: positions cannot be told")
         ids = torch.zeros(embeds.shape[:2], dtype=torch.int64)
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == ids.shape:
-        mask = args[1]
-    return Inputs.of(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+    inputs = Inputs.of(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+    positions = call.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == inputs.width > 1:
+        both = inputs.mask[:, 1:] & inputs.mask[:, :-1]
+        if bool(((positions.cpu().diff(dim=1) != 1).expand_as(both) & both).any()):
+            raise InputsError(
+                "the positions start anew within a row: packed sequences are not supported; give each its row"
+            )
+    return inputs

@@ -58,6 +58,7 @@ class Entry:
         self.rows += other.rows
         self.positions += other.positions
         self._sizes += other._sizes
+        self.pruned |= other.pruned and not other.calls
 
     @property
     def change(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import ShapeError
 from .inputs import Inputs
 from .region import Region
-from .sites import HEAD, KINDS, POS, ROW, Span
+from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, Site
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Context:
         row: int64 [B], ids of the rows.
         pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
         head: the heads of `x`'s head axis, or None where the site has none.
+        dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`.
         references: for each read, how the positions of a reference set are laid out; None for reads row by row.
@@ -65,6 +66,7 @@ class Context:
     pos: Tensor
     key_pos: Tensor | None
     head: tuple[int, ...] | None
+    dim: Tensor | None
     seed: int
     window: slice
     total: int
@@ -73,29 +75,35 @@ class Context:
     @property
     def salt(self) -> int:
         """A number of the site and layer, so that draws at different places differ."""
-        return list(KINDS).index(self.site) + len(KINDS) * (0 if self.layer is None else self.layer + 1)
+        name, layer, _ = Site(self.site, self.layer).key
+        return list(KINDS).index(name) + len(KINDS) * (layer + 1)
 
-    def counters(self, ndim: int) -> tuple[Tensor, Tensor]:
-        """Row ids and query positions, shaped to broadcast against `x` of `ndim` axes."""
-        shape = [1] * ndim
-        shape[0] = len(self.row)
-        row = self.row.reshape(shape)
-        shape[self.axes.index(POS)] = self.pos.shape[1]
-        return row, self.pos.reshape(shape)
+    def counters(self, ndim: int) -> list[Tensor]:
+        """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
+        device = self.row.device
+        heads = None if self.head is None else torch.tensor(self.head, device=device)
+        given = {ROW: self.row, POS: self.pos, HEAD: heads, KEY: self.key_pos, DIM: self.dim}
+        out = []
+        for number, axis in enumerate(self.axes):
+            index = given[axis]
+            assert index is not None
+            shape = [1] * ndim
+            shape[number] = index.shape[-1]
+            if index.ndim == 2:
+                shape[0] = index.shape[0]
+            out.append(index.reshape(shape))
+        return out
 
 
 def context(region: Region, inputs: Inputs, seed: int, window: slice, device: torch.device) -> Context:
     """Describe a region (resolved on `inputs`, restricted to the rows of `window`) to a function."""
     site = region.site
-    heads = None
-    if HEAD in site.axes:
-        every = tuple(range(region.shape[HEAD]))
-        head = site.head
-        if isinstance(head, Span):
-            start = head.start or 0
-            heads = tuple(start + i for i in every) if start >= 0 else every
-        else:
-            heads = (head,) if isinstance(head, int) else head if isinstance(head, tuple) else every
+    steps = dict(region.steps)
+    entries: dict[str, Tensor] = {}
+    for axis in (HEAD, DIM):
+        if axis in site.axes:
+            index = steps.get(site.axes.index(axis))
+            entries[axis] = torch.arange(region.shape[axis]) if index is None else index
     positions = inputs.positions[window]
     key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols).to(device)
     return Context(
@@ -106,7 +114,8 @@ def context(region: Region, inputs: Inputs, seed: int, window: slice, device: to
         row=inputs.row_ids[window].to(device),
         pos=positions.gather(1, region.cols).to(device),
         key_pos=key_pos,
-        head=heads,
+        head=tuple(entries[HEAD].tolist()) if HEAD in entries else None,
+        dim=entries[DIM].to(device) if DIM in entries else None,
         seed=seed,
         window=window,
         total=len(inputs),

@@ -81,10 +81,17 @@ class Edits:
     def _apply(self, item: Intervention, entry: Entry, x: Tensor, guard: Guard | None) -> Tensor:
         assert self.window is not None
         region = self.region(item.site, item.only)
-        part = region.get(x)
+        old = part = region.get(x)
+        if guard is not None:
+            # Functions see the lowest number where attention is forbidden: an infinity would make their gradients NaN.
+            lowest = torch.finfo(x.dtype).min if guard[1] == -torch.inf else guard[1]
+            part = torch.where(region.get(guard[0]), part, lowest)
         ctx = context(region, self.world.inputs, self.seed, self.window, x.device)
         reads = [self._read(read, item, region, x) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in reads))
+        for read, (value, _) in zip(item.reads, reads, strict=True):
+            if item.op.name in ("patch", "freeze", "interchange") and value.shape != part.shape:
+                raise ShapeError(f"{item}: {list(value.shape)} is read ({read}), the site has {list(part.shape)}")
         new = item.op(part, *(value for value, _ in reads), ctx=ctx)
         if (
             not isinstance(new, Tensor)
@@ -99,7 +106,7 @@ class Edits:
         new = blend(part, new, item.weight, len(self.world.inputs), self.window)
         if guard is not None:
             new = torch.where(region.get(guard[0]), new, guard[1])
-        entry.record(part, new, region)
+        entry.record(old, new, region)
         return region.put(x, new)
 
     def _read(self, read: Read, item: Intervention, region: Region, x: Tensor) -> tuple[Tensor, Reference | None]:
@@ -108,7 +115,7 @@ class Edits:
         place = item.site if read.site is None else read.site
         source = read.source
         if source is Origin.HERE:
-            return self.region(place).get(self.here[place.key]), None
+            return self.region(place, item.only).get(self.here[place.key]), None
         if isinstance(source, Tensor) and read.aligned:
             return self._read_tensor(source, region, x), None
         if isinstance(source, Tensor):
@@ -209,7 +216,12 @@ def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice
     weight = weight.to(device=x.device, dtype=x.dtype)
     # Where both are equal the difference is 0 even if both are infinite, which forbidden scores are.
     delta = torch.where(x == y, 0, y - x)
-    return torch.where(weight < 0.5, x + weight * delta, y - (1 - weight) * delta)
+    finite = delta.isfinite()
+    step = torch.where(finite, delta, 0)
+    between = torch.where(weight < 0.5, x + weight * step, y - (1 - weight) * step)
+    # Between a number and an infinity there is the infinity, and at the ends there is what stands there.
+    ends = torch.where(weight == 0, x, torch.where(weight == 1, y, x + y))
+    return torch.where(finite, between, ends)
 
 
 def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:

@@ -36,7 +36,11 @@ class Inputs:
         Raises:
             InputsError: the shapes disagree, a row has no real token, or nothing is given.
         """
-        ids = torch.as_tensor(ids).detach().to("cpu", torch.int64)
+        ids = torch.as_tensor(ids).detach()
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputsError(f"token ids are integers, not {ids.dtype}")
+        # A copy: what the caller does to the tensor later is not to reach the worlds made of it.
+        ids = ids.to("cpu", torch.int64, copy=True)
         if ids.ndim == 1:
             ids = ids[None]
         if ids.ndim != 2 or ids.numel() == 0:
@@ -44,7 +48,7 @@ class Inputs:
         mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).detach().to("cpu")
         if mask.shape != ids.shape:
             raise InputsError(f"the mask has shape {list(mask.shape)}, the ids {list(ids.shape)}")
-        mask = mask.bool()
+        mask = mask.to(torch.bool, copy=True)
         empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if empty:
             raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")

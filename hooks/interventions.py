@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .context import Context, Reference, fit
 from .errors import PlanError, ShapeError, SiteError
+from .inputs import Inputs
 from .plan import Intervention, Op, Origin, Read, Source, World
 from .random import choice, normal
 from .sites import Site, site
@@ -106,17 +107,7 @@ class Noise(Op):
     name: ClassVar[str] = "noise"
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        row, pos = ctx.counters(x.ndim)
-        entry = torch.zeros((), dtype=torch.int64, device=x.device)
-        for axis in range(1, x.ndim):
-            if ctx.axes[axis] == "head":
-                index = torch.tensor(ctx.head, device=x.device)
-            elif ctx.axes[axis] == "dim":
-                index = torch.arange(x.shape[axis], device=x.device)
-            else:
-                continue
-            entry = entry * 1_000_003 + index.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-        draw = normal(ctx.seed, self.seed, ctx.salt, row, pos, entry)
+        draw = normal(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))
         return x + fit(self.std, x, ctx) * draw.to(x.dtype)
 
 
@@ -346,6 +337,8 @@ def here(where: Site | str) -> Read:
 
 def _read(what: str, source: Any, where: Site | str | None = None, aligned: bool = True) -> Read:
     """A read of what a user gave as a source."""
+    if isinstance(source, Inputs):
+        source = World(source)
     if not isinstance(source, (World, Tape, Tensor)):
         given = "nothing" if source is None else type(source).__name__
         raise PlanError(f"{what} takes values from a World, a Tape or a tensor (source=), not {given}")

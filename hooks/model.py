@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from .plan import Intervention, Plan, World, as_plan
 from .sites import DIM, HEAD, KINDS, Index, Site, Span, site
 from .tape import Tape
 from .worlds import exposed_layers, hooked_pass, read_tapes
+
+_HELD: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
+"""The plans that are held on each model at the moment, the outermost first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,6 @@ class Model:
     def __init__(self, module: nn.Module, tokenizer: Any, architecture: Architecture) -> None:
         self.module, self.tokenizer, self.architecture = module, tokenizer, architecture
         self.sizes = site_sizes(architecture)
-        self._held: list[Applied] = []
 
     @property
     def n_layers(self) -> int:
@@ -115,10 +118,10 @@ class Model:
         Raises:
             SiteError: it does not.
         """
+        if where.layer is not None and not -1 < where.layer < self.n_layers:
+            raise SiteError(f"{where}: the model has layers 0 .. {self.n_layers - 1}")
         size = self.sizes.get(where.key)
         if size is None:
-            if where.layer is not None and not -1 < where.layer < self.n_layers:
-                raise SiteError(f"{where}: the model has layers 0 .. {self.n_layers - 1}")
             names = [s.name for s in self.sites()]
             raise SiteError(f"{where}: this model has no site {where.name!r}; it has {', '.join(names)}")
         for axis in (HEAD, DIM):
@@ -145,6 +148,12 @@ class Model:
             self._check_values(item)
 
     def _check_values(self, item: Intervention) -> None:
+        for read in item.reads:
+            if isinstance(read.source, Tensor) and read.source.ndim == len(item.site.axes):
+                for axis, n in zip(item.site.axes, read.source.shape, strict=True):
+                    whole = self.sizes[item.site.key].get(axis)
+                    if whole is not None and getattr(item.site, axis) is None and n != whole:
+                        raise ShapeError(f"{item}: the source has {n} along {axis}, the site {whole}")
         where, size = item.site, self.sizes[item.site.key]
         last = size.get(DIM)
         if isinstance(where.dim, int):
@@ -190,8 +199,14 @@ class Model:
                 raise InputsError("no prompt is given")
             if all(isinstance(p, int) for p in listed):
                 listed = [listed]  # type: ignore[list-item]
-            if isinstance(listed[0], str):
+            texts = [isinstance(p, str) for p in listed]
+            if any(texts) and not all(texts):
+                raise InputsError("prompts are texts or lists of token ids, not both in one list")
+            if all(texts):
                 listed = [self.encode(p) for p in listed]  # type: ignore[arg-type]
+            odd = next((i for row in listed for i in row if isinstance(i, (bool, float, str))), None)
+            if odd is not None:
+                raise InputsError(f"token ids are integers, not {odd!r}")
             if mask is not None:
                 raise InputsError("a mask goes with a tensor of ids; lists of ids are padded by themselves")
             empty = [i for i, row in enumerate(listed) if len(row) == 0]
@@ -201,6 +216,8 @@ class Model:
         elif padding not in ("left", "right"):
             raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
         made = Inputs.of(prompts, mask, row_ids)
+        # What stands at padding does not matter, but the embedding has to know it.
+        made = replace(made, ids=made.ids.masked_fill(~made.mask, 0))
         real = made.ids[made.mask]
         if int(real.min()) < 0 or int(real.max()) >= self.architecture.vocabulary:
             bad = int(real.min()) if int(real.min()) < 0 else int(real.max())
@@ -283,7 +300,7 @@ class Model:
             self.require(place)
         expose = exposed_layers([world], ())
         with self.suspended(), torch.enable_grad() if grad else torch.no_grad():
-            edits = Edits(world, self.sizes, read_tapes(self, [world], seed, expose), seed)
+            edits = Edits(world, self.sizes, read_tapes(self, [world], seed, expose, graph=grad), seed)
             session, logits = hooked_pass(self, [edits], [sites], expose, graph=grad)
         audit = edits.audit.split(len(self.held), self.held_audit)
         audit.require_fired()
@@ -329,6 +346,11 @@ class Model:
         mine.require_fired()
 
     @property
+    def _held(self) -> list[Applied]:
+        # By module: two wrappers of one model hold their plans on the same one.
+        return _HELD.setdefault(self.module, [])
+
+    @property
     def held(self) -> Plan:
         """The plan that `apply` holds on the model at the moment; empty outside."""
         return self._held[-1].plan if self._held else Plan()
@@ -354,7 +376,7 @@ class Model:
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
-        if self.module.training:
+        if any(module.training for module in self.module.modules()):
             return "the model is in training mode"
         for name, module in self.module.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:

@@ -104,7 +104,7 @@ class World:
     __repr__ = __str__
 
 
-Source = Union["World", "Tape", Tensor, Origin]
+Source = Union["World", "Tape", Inputs, Tensor, Origin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,9 @@ class Intervention:
             raise PlanError(f"{self.op.name} writes -inf and has no strength in between")
         if isinstance(s, Tensor) and s.ndim > 1:
             raise ShapeError(f"a strength is a number or one number a row, got shape {list(s.shape)}")
-        return replace(self, weight=self.weight * s)
+        # The tensor itself, where there is none yet: one that is learned changes under a plan that is held.
+        plain = not isinstance(self.weight, Tensor) and self.weight == 1.0
+        return replace(self, weight=s if plain else self.weight * s)
 
     def __add__(self, other: Plan | Intervention) -> Plan:
         return as_plan(self) + other

@@ -213,17 +213,19 @@ def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int 
             raise SiteError(f"{site}: {axis} {low if low < 0 else high} is outside 0 .. {size - 1}")
         return index.shape[1], [(axes.index(axis), index.long().cpu())]
     if isinstance(index, Span):
-        listed = tuple(range(*slice(index.start, index.stop).indices(size)))
+        chosen = tuple(range(*slice(index.start, index.stop).indices(size)))
     else:
-        listed = index if isinstance(index, tuple) else (index,)
-    listed = tuple(i + size if i < 0 else i for i in listed)
-    for i in listed:
+        chosen = index if isinstance(index, tuple) else (index,)
+    chosen = tuple(i + size if i < 0 else i for i in chosen)
+    for i in chosen:
         if not 0 <= i < size:
             what = "head" if axis == HEAD else "dimension"
             raise SiteError(f"{site}: there is no {what} {i}, the site has {size} (0 .. {size - 1})")
-    if not listed:
+    if not chosen:
         raise SiteError(f"{site}: {axis}={index} selects nothing of {size}")
-    return len(listed), [(axes.index(axis), torch.tensor(listed))]
+    if len(set(chosen)) != len(chosen):
+        raise SiteError(f"{site}: {axis}={index} names one of the {size} twice")
+    return len(chosen), [(axes.index(axis), torch.tensor(chosen))]
 
 
 def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:

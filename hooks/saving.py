@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from .errors import PlanError, nearest
+from .digest import digest_of
+from .errors import InterpError, PlanError, nearest
 from .files import pair, write_all
 from .inputs import Inputs
 from .interventions import OPS, Custom
@@ -37,13 +37,14 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         PlanError: the plan holds a function of the user's.
     """
     data, tensors = encode(plan)
-    text = json.dumps({"format": FORMAT, "version": VERSION, "tensors": len(tensors), "plan": data}, indent=1) + "\n"
+    packed = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}) if tensors else b""
+    checksum = hashlib.sha256(packed).hexdigest() if tensors else ""
+    record = {"format": FORMAT, "version": VERSION, "tensors_sha256": checksum, "plan": data}
     words, arrays = pair(path)
     words.parent.mkdir(parents=True, exist_ok=True)
-    files = {words: text.encode()}
-    if tensors:
-        files = {arrays: save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}), **files}
-    write_all(files)
+    # The checksum ties the two files together, should the second fail to be renamed.
+    files = {arrays: packed} if tensors else {}
+    write_all({**files, words: (json.dumps(record, indent=1) + "\n").encode()})
     if not tensors:
         arrays.unlink(missing_ok=True)
 
@@ -59,23 +60,33 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(f"there is no saved plan at {words}")
     try:
         data = json.loads(words.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{words} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{words} is not JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"{words} is not a saved plan")
     if data.get("version") != VERSION:
         raise PlanError(f"{words} has version {data.get('version')!r}; this version reads {VERSION}")
-    tensors: dict[str, Tensor] = {}
-    if data.get("tensors"):
-        if not arrays.exists():
-            raise PlanError(f"{words} needs its tensors, and {arrays} is missing")
-        tensors = load_file(arrays)
+    wanted = {"format", "version", "tensors_sha256", "plan"}
+    if set(data) != wanted:
+        raise PlanError(f"{words} differs from a saved plan in the fields {sorted(wanted ^ set(data))}")
     try:
-        plan = decode(data.get("plan"), tensors)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{words} is damaged: {error!r}") from error
-    if not isinstance(plan, Plan):
-        raise PlanError(f"{words} holds a {type(plan).__name__}, not a plan")
+        tensors: dict[str, Tensor] = {}
+        if data["tensors_sha256"]:
+            if not arrays.exists():
+                raise PlanError(f"{words} needs its tensors, and {arrays} is missing")
+            packed = arrays.read_bytes()
+            if hashlib.sha256(packed).hexdigest() != data["tensors_sha256"]:
+                raise PlanError(f"{arrays} does not belong to {words}: its checksum differs; save again")
+            tensors = load(packed)
+        plan = decode(data["plan"], tensors)
+        if not isinstance(plan, Plan):
+            raise PlanError(f"{words} holds a {type(plan).__name__}, not a plan")
+        if not all(isinstance(read, Read) for item in plan for read in item.reads):
+            raise PlanError(f"{words} reads something that is not a read")
+    except InterpError:
+        raise
+    except Exception as error:  # whatever a file that nobody wrote can bring about
+        raise PlanError(f"{words} is damaged: {type(error).__name__}: {error}") from None
     return plan
 
 
@@ -85,30 +96,42 @@ def fingerprint(value: Any) -> str:
     Functions of the user's enter by name and byte code, which tells most changes but not all.
     """
     data, tensors = encode(value, functions=True)
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    names = {name: digest_of(tensor) for name, tensor in tensors.items()}
+
+    def canonical(data: Any) -> Any:
+        # A tensor by its content, so that two of the same content need not be one object; a site by what it names.
+        if isinstance(data, dict):
+            if data.get("type") == "tensor":
+                return names[data["name"]]
+            if data.get("type") == "site":
+                place = Site(data["name"], data["layer"], data["stack"])
+                data = data | dict(zip(("name", "layer", "stack"), place.key, strict=True))
+            if data.get("type") == "inputs":
+                data = {key: item for key, item in data.items() if key != "tokens"}
+            return {key: canonical(item) for key, item in data.items()}
+        return [canonical(item) for item in data] if isinstance(data, list) else data
+
+    return digest_of(json.dumps(canonical(data), sort_keys=True))
 
 
 def encode(value: Any, functions: bool = False) -> tuple[Any, dict[str, Tensor]]:
     """Write a value as JSON data and a table of tensors."""
     tensors: dict[str, Tensor] = {}
-    known: dict[int, str] = {}
+    known: dict[str, str] = {}
 
     def put(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if id(value) not in known:
-                known[id(value)] = f"t{len(tensors)}"
-                tensors[known[id(value)]] = value.detach()
-            return {"type": "tensor", "name": known[id(value)]}
+            # By content: a plan that was loaded holds copies of what it held once.
+            content = digest_of(value)
+            if content not in known:
+                known[content] = f"t{len(tensors)}"
+                tensors[known[content]] = value.detach()
+            return {"type": "tensor", "name": known[content]}
         if value is None or isinstance(value, (bool, int, str)):
             return value
         if isinstance(value, float):
             return {"type": "float", "value": value.hex()}
-        if isinstance(value, tuple):
+        if isinstance(value, (tuple, list)):
             return {"type": "tuple", "items": [put(v) for v in value]}
         if isinstance(value, frozenset):
             return {"type": "tuple", "items": sorted(put(v) for v in value)}
@@ -116,7 +139,7 @@ def encode(value: Any, functions: bool = False) -> tuple[Any, dict[str, Tensor]]
             if isinstance(value, Custom):
                 if not functions:
                     raise PlanError(f"a plan with a function of yours ({value}) cannot be saved: loading runs no code")
-                return {"type": "function", "name": str(value), "code": _code_digest(value.fn)}
+                return {"type": "function", "name": str(value), "code": digest_of(value.fn)}
             return {"type": "op", "name": value.name} | {"fields": {k: put(v) for k, v in value.parameters().items()}}
         if isinstance(value, Origin):
             return {"type": "origin", "name": value.name}
@@ -135,6 +158,8 @@ def decode(data: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(data, dict) or "type" not in data:
         raise PlanError(f"a saved plan cannot hold {data!r}")
     kind = data["type"]
+    if kind in _PLAIN and set(data) != {"type", *_PLAIN[kind]}:
+        raise PlanError(f"a saved {kind} has fields {sorted(_PLAIN[kind])}, this one {sorted(set(data) - {'type'})}")
     if kind == "tensor":
         if data["name"] not in tensors:
             raise PlanError(f"tensor {data['name']!r} is missing")
@@ -148,16 +173,50 @@ def decode(data: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "op":
         if data["name"] not in OPS:
             raise PlanError(f"unknown intervention {data['name']!r}{nearest(data['name'], OPS)}")
-        return OPS[data["name"]](**{k: decode(v, tensors) for k, v in data["fields"].items()})
+        fields = {name: decode(v, tensors) for name, v in data["fields"].items()}
+        for name, value in fields.items():
+            if not isinstance(value, (int, float, Tensor)):
+                raise PlanError(f"parameter {name!r} of a saved {data['name']} is a {type(value).__name__}")
+        return OPS[data["name"]](**fields)
     if kind in _RECORDS:
         _, build, fields = _RECORDS[kind]
         if set(data) != {"type", *fields}:
             raise PlanError(f"a saved {kind} has fields {sorted(fields)}, this one {sorted(set(data) - {'type'})}")
         values = {name: decode(data[name], tensors) for name in fields}
+        for name, value in values.items():
+            if not isinstance(value, _TYPES[kind, name]) or (isinstance(value, bool) and name != "aligned"):
+                raise PlanError(f"the {name} of a saved {kind} is a {type(value).__name__}")
         return build(**values)
     raise PlanError(f"a saved plan cannot hold a {kind!r}{nearest(kind, _RECORDS)}")
 
 
+_PLAIN = {"tensor": ("name",), "float": ("value",), "tuple": ("items",), "origin": ("name",), "op": ("name", "fields")}
+_NONE = type(None)
+_INDEX = (int, tuple, Span, Tensor, _NONE)
+_TYPES: dict[tuple[str, str], tuple[type, ...]] = {
+    ("plan", "interventions"): (tuple,),
+    ("intervention", "site"): (Site,),
+    ("intervention", "op"): (Op,),
+    ("intervention", "reads"): (tuple,),
+    ("intervention", "weight"): (int, float, Tensor),
+    ("intervention", "only"): (Tensor, _NONE),
+    ("read", "source"): (World, Tape, Tensor, Origin),
+    ("read", "site"): (Site, _NONE),
+    ("read", "aligned"): (bool,),
+    ("site", "name"): (str,),
+    ("site", "layer"): (int, _NONE),
+    ("site", "stack"): (str, _NONE),
+    **{("site", axis): _INDEX for axis in ("head", "pos", "key_pos", "dim")},
+    ("span", "start"): (int, _NONE),
+    ("span", "stop"): (int, _NONE),
+    ("world", "inputs"): (Inputs,),
+    ("world", "plan"): (Plan,),
+    **{("inputs", name): (Tensor,) for name in ("ids", "mask", "row_ids")},
+    ("inputs", "tokens"): (tuple, _NONE),
+    ("tape", "inputs"): (Inputs,),
+    ("tape", "values"): (tuple,),
+    ("tape", "size_table"): (tuple,),
+}
 _RECORDS: dict[str, tuple[type, Callable[..., Any], tuple[str, ...]]] = {
     "plan": (Plan, Plan, ("interventions",)),
     "intervention": (Intervention, Intervention, ("site", "op", "reads", "weight", "only")),
@@ -173,11 +232,3 @@ _RECORDS: dict[str, tuple[type, Callable[..., Any], tuple[str, ...]]] = {
     ),
 }
 """What may stand in a file: the type, what makes one of its fields, and the fields."""
-
-
-def _code_digest(fn: Callable[..., Any]) -> str:
-    code = getattr(fn, "__code__", None)
-    if code is None:
-        return type(fn).__qualname__
-    closed = [repr(cell.cell_contents) for cell in getattr(fn, "__closure__", None) or ()]
-    return hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names, closed)).encode()).hexdigest()

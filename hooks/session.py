@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapters.architecture import Architecture, Block, linear_weight
 from .attention import exposed_attention, read_mask
 from .editing import Edits, Guard, Key
+from .errors import PlanError
 from .sites import Site
 
 INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
@@ -34,6 +35,7 @@ class Session:
         graph: keep values attached to the autograd graph (made to start at the first of them, if need be).
         kept: for each world, the value of each of its captures, after a forward pass.
         watched: further sites to place hooks for.
+        open: whether a call is under way whose rows and positions are known.
     """
 
     worlds: Sequence[Edits]
@@ -42,13 +44,14 @@ class Session:
     kept: list[dict[int, Tensor]] = field(default_factory=list)
 
     watched: set[Key] = field(default_factory=set)
+    open: bool = True
 
     def __post_init__(self) -> None:
         self.begin(self.worlds, self.captures, self.graph)
 
     def begin(self, worlds: Sequence[Edits], captures: Sequence[Sequence[Site]], graph: bool = False) -> None:
         """Start a forward pass, of these worlds; their sites have to be among those that hooks were placed for."""
-        self.worlds, self.captures, self.graph = worlds, captures, graph
+        self.worlds, self.captures, self.graph, self.open = worlds, captures, graph, True
         self.kept = [{} for _ in worlds]
         self._captured: dict[Key, list[tuple[int, int]]] = {}
         for world, sites in enumerate(captures):
@@ -69,6 +72,11 @@ class Session:
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
+        # Gradient checkpointing computes blocks again in the backward pass, of the call that came last.
+        if not self.open and torch._C._current_graph_task_id() == -1:
+            raise PlanError(
+                "a part of the model is called by itself, so rows and positions are unknown: call the model"
+            )
         count = len(self.worlds)
         parts = list(x.chunk(count)) if count > 1 else [x]
         guards = [None] * count if guard is None else [(g, guard[1]) for g in guard[0].chunk(count)]

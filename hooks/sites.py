@@ -114,6 +114,8 @@ class Site:
             raise SiteError(f"site {self.name!r} is in a block: say which, as site({self.name!r}, layer=0)")
         if not kind.per_layer and self.layer is not None:
             raise SiteError(f"site {self.name!r} is outside the blocks and takes no layer, {self.layer} given")
+        if self.layer is not None and (not isinstance(self.layer, int) or isinstance(self.layer, bool)):
+            raise SiteError(f"a layer is an int, not {self.layer!r}")
         for axis in (HEAD, POS, KEY, DIM):
             value = getattr(self, axis)
             if value is not None and axis not in kind.axes:
@@ -157,7 +159,8 @@ class Site:
         unknown = set(restrictions) - {HEAD, POS, KEY, DIM}
         if unknown:
             name = sorted(unknown)[0]
-            raise SiteError(f"a site is restricted by head, pos, key_pos or dim, not {name!r}{nearest(name, KINDS)}")
+            options = (HEAD, POS, KEY, DIM)
+            raise SiteError(f"a site is restricted by head, pos, key_pos or dim, not {name!r}{nearest(name, options)}")
         return replace(self, **restrictions)
 
     def _parts(self) -> tuple[Any, ...]:
@@ -210,9 +213,10 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
         raise SiteError(f"unknown restriction {word!r}{nearest(word, (HEAD, POS, KEY, DIM, 'stack', 'layer'))}")
     parsed = _parse_hook(name)
     if parsed is not None:
-        if layer is not None and layer != parsed[1]:
-            raise SiteError(f"{name!r} names layer {parsed[1]}, layer={layer} given")
-        return Site(parsed[0], parsed[1], **restrictions)
+        kind, named = parsed
+        if layer is not None and named is not None and layer != named:
+            raise SiteError(f"{name!r} names layer {named}, layer={layer} given")
+        return Site(kind, layer if named is None else named, **restrictions)
     return Site(name, layer, **restrictions)
 
 
@@ -223,7 +227,12 @@ def _parse_hook(name: str) -> tuple[str, int | None] | None:
     if match and match[2] in _BY_HOOK and KINDS[_BY_HOOK[match[2]]].per_layer:
         return _BY_HOOK[match[2]], int(match[1])
     if match or name.startswith(("hook_", "ln_final.", "unembed.")):
-        known = [f"blocks.{match[1]}.{hook}" if match else hook for hook in _BY_HOOK]
+        inside = bool(match)
+        known = [
+            f"blocks.{match[1]}.{hook}" if match else hook
+            for hook, kind in _BY_HOOK.items()
+            if KINDS[kind].per_layer == inside
+        ]
         raise SiteError(f"unknown hook name {name!r}{nearest(name, known)}")
     return None
 

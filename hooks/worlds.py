@@ -7,7 +7,7 @@ stacks worlds along the rows of one such run. ``shared`` computes each value onc
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,18 @@ from torch import Tensor
 
 from .audit import FIRED, INERT, PRUNED, Audit
 from .editing import Edits, source_id, world_reads
-from .errors import ModelError, nearest
+from .errors import ModelError, PlanError, nearest
 from .inputs import Inputs
 from .plan import Origin, World
 from .session import INSIDE, Session, install
 from .shared import SharedRun, record_keys
-from .sites import Site
+from .sites import Site, site
 from .tape import Tape
 
 if TYPE_CHECKING:
     from .model import Model
 
+Skip = Callable[[int, slice], bool]
 EXECUTORS = ("auto", "sequential", "batched", "shared")
 CPU_BUDGET = 1 << 30
 """Bytes of activations that a chunk of worlds may take on a CPU, unless the caller says otherwise."""
@@ -79,7 +80,8 @@ def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Cho
     if executor in ("sequential", "batched"):
         return Choice(executor)
     reason = model.unshareable()
-    mixing = next((item for w in worlds for item in w.plan if item.op.mixes), None)
+    everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
+    mixing = next((item for w in everything for item in w.plan if item.op.mixes), None)
     if not reason and mixing is not None:
         reason = f"{mixing} mixes {' and '.join(sorted(mixing.op.mixes))}"
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
@@ -93,6 +95,7 @@ def run_worlds(
     executor: str = "auto",
     budget: int | None = None,
     seed: int = 0,
+    skip: Skip | None = None,
 ) -> Iterator[Outcome]:
     """Run worlds and yield what is read of each, as chunks of worlds and rows are done (without gradients).
 
@@ -103,17 +106,21 @@ def run_worlds(
         executor: one of `EXECUTORS`.
         budget: bytes that the activations of a chunk may take; what is read does not depend on it beyond rounding.
         seed: seed of random interventions.
+        skip: says of a world (by index) and a range of rows that they need not be run.
 
     Raises:
         PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
     """
     for world in worlds:
+        if not isinstance(world, World):
+            raise PlanError(f"run_worlds runs Worlds (inputs under a plan), not {type(world).__name__}")
         model.check(world.plan)
+    reads = [site(read) for read in reads]
     for read in reads:
         model.require(read)
     limit = budget if budget is not None else default_budget(model.device)
-    if limit <= 0:
-        raise ModelError(f"a memory budget is a positive number of bytes, not {limit}")
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0 or limit == float("inf"):
+        raise ModelError(f"a memory budget is a positive number of bytes, not {limit!r}")
     held = model.held
     if len(held):
         worlds = [World(world.inputs, held + world.plan) for world in worlds]
@@ -122,7 +129,7 @@ def run_worlds(
     expose = exposed_layers(worlds, reads)
     run = _run_shared if choice.executor == "shared" else _run_hooked
     options = {} if choice.executor == "shared" else {"batch": choice.executor == "batched"}
-    outcomes = run(model, worlds, reads, limit, seed, expose, **options)
+    outcomes = run(model, worlds, reads, limit, seed, expose, skip or (lambda index, rows: False), **options)
     while True:
         # The caller's code runs between two chunks, on a model as the caller knows it.
         with model.suspended(), torch.no_grad():
@@ -176,23 +183,28 @@ def read_tapes(
     expose: frozenset[int],
     limit: int | None = None,
     only: Container[Any] | None = None,
+    graph: bool = False,
 ) -> dict[Any, Tape]:
     """Run the worlds that plans read, and those that their plans read, each once.
 
     Args:
         only: the ids of the worlds that are wanted (see `editing.source_id`); None for all.
+        graph: keep the values attached to the autograd graph.
     """
     wanted = {key: found for key, found in all_reads(worlds).items() if only is None or key in only}
     tapes = {}
     for key, (source, sites) in wanted.items():
-        for site in sites:
-            model.require(site)
-        deeper = read_tapes(model, [source], seed, expose, limit)
+        for place in sites:
+            model.require(place)
+        deeper = read_tapes(model, [source], seed, expose, limit, graph=graph)
         pieces: list[list[Tensor]] = []
-        step = rows_per_pass(model, source.inputs, limit)
+        mixing = any(item.op.mixes for item in source.plan)
+        step = rows_per_pass(model, source.inputs, None if mixing else limit)
         for start in range(0, len(source.inputs), step):
             window = slice(start, min(start + step, len(source.inputs)))
-            session, _ = hooked_pass(model, [Edits(source, model.sizes, deeper, seed, window)], [sites], expose)
+            edits = Edits(source, model.sizes, deeper, seed, window)
+            session, _ = hooked_pass(model, [edits], [sites], expose, graph)
+            edits.audit.require_fired()
             pieces.append([session.kept[0][i] for i in range(len(sites))])
         values = tuple((site, torch.cat([p[i] for p in pieces])) for i, site in enumerate(sites))
         tapes[key] = Tape(source.inputs, values, model.sizes)
@@ -223,6 +235,7 @@ def _run_hooked(
     limit: int,
     seed: int,
     expose: frozenset[int],
+    skip: Skip,
     batch: bool,
 ) -> Iterator[list[Outcome]]:
     tapes = read_tapes(model, worlds, seed, expose, limit)
@@ -242,10 +255,13 @@ def _run_hooked(
         together = max(1, fit // step) if batch else 1
         for start in range(0, len(first), step):
             window = slice(start, min(start + step, len(first)))
-            for at in range(0, len(members), together):
-                chosen = members[at : at + together]
+            left = [index for index in members if not skip(index, window)]
+            for at in range(0, len(left), together):
+                chosen = left[at : at + together]
                 edits = [Edits(worlds[i], model.sizes, tapes, seed, window) for i in chosen]
                 session, _ = hooked_pass(model, edits, [reads] * len(chosen), expose)
+                for entry in edits:
+                    entry.audit.require_fired()
                 yield [
                     Outcome(index, window, tuple(kept[i] for i in range(len(reads))), entry.audit)
                     for index, kept, entry in zip(chosen, session.kept, edits, strict=True)
@@ -253,7 +269,13 @@ def _run_hooked(
 
 
 def _run_shared(
-    model: Model, worlds: Sequence[World], reads: Sequence[Site], limit: int, seed: int, expose: frozenset[int]
+    model: Model,
+    worlds: Sequence[World],
+    reads: Sequence[Site],
+    limit: int,
+    seed: int,
+    expose: frozenset[int],
+    skip: Skip,
 ) -> Iterator[list[Outcome]]:
     groups: dict[int, list[int]] = {}
     for index, world in enumerate(worlds):
@@ -275,6 +297,9 @@ def _run_shared(
         step = max(1, min(len(inputs), int(limit // 2 // (model.bytes_per_token() * inputs.width * model.n_layers))))
         for start in range(0, len(inputs), step):
             window = slice(start, min(start + step, len(inputs)))
+            left = [i for i in order if not skip(members[i], window)]
+            if not left:
+                continue
             run = SharedRun(
                 arch=model.architecture,
                 whole=inputs,
@@ -291,8 +316,8 @@ def _run_shared(
             tapes = {**fixed, **_shared_tapes(model, run, sources, seed, window)}
             per_world = model.bytes_per_token() * inputs.width * (window.stop - window.start)
             together = max(1, int(limit // per_world))
-            for at in range(0, len(order), together):
-                chosen = [order[i] for i in range(at, min(at + together, len(order)))]
+            for at in range(0, len(left), together):
+                chosen = left[at : at + together]
                 edits = [Edits(mine[i], model.sizes, tapes, seed, window) for i in chosen]
                 yield [
                     Outcome(members[i], window, tuple(values), entry.audit)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
 from hooks.editing import Edits
-from hooks.errors import MetricError
+from hooks.errors import MetricError, PlanError
 from hooks.plan import Plan
 from hooks.sites import execution_order
 from hooks.worlds import default_budget, exposed_layers, hooked_pass, read_tapes, rows_per_pass
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
 from interp.results import Result
-from interp.sweeps import assemble, check_model, describe_run, references, source_metrics, source_of
+from interp.sweeps import assemble, check_metrics, check_model, describe_run, references, source_metrics, source_of
 
 
 def attribution(
@@ -50,13 +50,17 @@ def attribution(
         MetricError: the metric has no gradient (rank, accuracy).
     """
     check_model(model, direction)
+    check_metrics([metric])
     base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
     axes, cells = grid.cells(model, base_inputs)
     plans = [cell.plan(factory) for cell in cells]
     bound = metric.bind(model, base_inputs)
-    reference = references(model, [metric], [bound], source)[0]
+    reference = references(model, [metric], [bound], source, base_inputs)[0]
     everything = World(base_inputs, sum((plan for plan in plans), Plan()))
     model.check(everything.plan)
+    endless = next((item for item in everything.plan if item.op.writes_inf), None)
+    if endless is not None:
+        raise PlanError(f"{endless}: a change to -inf has no first-order estimate; use sweep()")
     sites = _distinct(everything.plan, model.n_layers)
     expose = exposed_layers([everything], bound.reads)
     limit = budget if budget is not None else default_budget(model.device)

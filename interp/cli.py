@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "sites",
         help="list what a model offers to read and to edit",
         description="List the sites of a model, with their shapes and TransformerLens's names. B rows, T query\n"
-        "positions, S key positions, H heads, K key/value heads, D head width, M model width, F MLP width, V vocabulary.",
+        "positions, S key positions, H heads, K key/value heads, D head width, M model width, F MLP\n"
+        "width, V vocabulary.",
         formatter_class=raw,
     )
     _model_option(sites)
@@ -164,7 +165,7 @@ def shipped_task(pairs: int) -> Any:
 
     if pairs < 1:
         raise InputsError(f"--pairs {pairs}: at least one is needed")
-    drawn = english.indirect_object(pairs, seed=0, split="names", template=0)
+    drawn = english.indirect_object(pairs, 0, "names", template=english.INDIRECT_OBJECT[0], order="ABBA")
     return Task(
         clean=tuple(e.clean for e in drawn),
         corrupt=tuple(e.corrupt for e in drawn),

@@ -97,9 +97,9 @@ class Report:
             f"  model:   {self.model}",
             f"  clean:   {e['clean']!r} -> {e['answer']!r}",
             f"  corrupt: {e['corrupt']!r} -> {e['foil']!r}",
-            f"  {_count(self.pairs, 'pair')} of prompts like these. The measure is how much higher the model scores the",
-            f"  clean answer than the other one: {self.clean_metric:+.2f} on clean prompts (right in {self.accuracy:.0%}),",
-            f"  {self.corrupt_metric:+.2f} on corrupt ones.",
+            f"  {_count(self.pairs, 'pair')} of prompts like these. The measure is how much higher the model scores",
+            f"  the clean answer than the other: {self.clean_metric:+.2f} on clean prompts (right in",
+            f"  {self.accuracy:.0%}), {self.corrupt_metric:+.2f} on corrupt ones.",
             "  A part is given the value that it has on the clean prompt, while the rest runs on the corrupt one.",
             "  What that recovers of the difference is its effect: 0% is nothing, 100% is all of it.",
         ]
@@ -116,9 +116,8 @@ class Report:
             "  Where the difference is, from the first layer to the last (the strongest position of each layer):"
         )
         for place in self.positions:
-            lines.append(
-                f"    before layer {place['layer']}: position {place['pos']} {place['token']!r}  {_share(place)}"
-            )
+            where = f"position {place['pos']} ({place['token'].strip()})"
+            lines.append(f"    before layer {place['layer']}: {where}  {_share(place)}")
         lines.append("  Whole layers of attention and MLP, strongest first:")
         for block in self.blocks:
             lines.append(f"    {block['site']} of layer {block['layer']}  {_share(block)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,14 +74,14 @@ class Grid:
 
     def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> Axis:
         sizes = {self._size(name, kind, model, inputs) for kind in self.names}
-        if value == "all":
+        if isinstance(value, str):
             if len(sizes) > 1:
                 raise SiteError(f"{', '.join(self.names)} have different numbers of {name}s {sorted(sizes)}: list them")
             value = range(sizes.pop())
         labels: tuple[str, ...] = ()
         if isinstance(value, Mapping):
             labels, value = tuple(map(str, value)), list(value.values())
-        values = tuple(tuple(v) if isinstance(v, (list, range, tuple)) else v for v in value)
+        values = tuple(self._group(name, v, max(sizes), inputs) if isinstance(v, Span) else v for v in value)
         if not values:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
@@ -88,7 +89,20 @@ class Grid:
         return Axis(name, values, labels)
 
     @staticmethod
+    def _group(name: str, span: Span, size: int, inputs: Inputs) -> tuple[int, ...]:
+        """The entries of a slice that is one entry of an axis."""
+        open_ended = span.stop is None or span.stop < 0 or (span.start or 0) < 0
+        if name in (POS, KEY) and open_ended and bool((inputs.lengths != inputs.lengths[0]).any()):
+            raise SiteError(f"{name}: the group {span} means other positions in rows of other lengths; list them")
+        chosen = tuple(range(*slice(span.start, span.stop).indices(size)))
+        if not chosen:
+            raise SiteError(f"{name}: the group {span} selects nothing of {size}")
+        return chosen
+
+    @staticmethod
     def _size(name: str, kind: str, model: Model, inputs: Inputs) -> int:
+        if (kind, 0 if KINDS[kind].per_layer else -1, None) not in model.sizes and kind != "resid_pre":
+            model.require(Site(kind, 0 if KINDS[kind].per_layer else None))
         if name == "layer":
             return model.n_layers
         if name in (POS, KEY):
@@ -150,14 +164,47 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
         lacking = [n for n in listed if (not KINDS[n].per_layer if axis == "layer" else axis not in KINDS[n].axes)]
         if lacking:
             raise SiteError(f"site {lacking[0]!r} has no axis {axis!r}; it has {KINDS[lacking[0]].axes}")
-    frozen = tuple((axis, _freeze(value)) for axis, value in axes.items())
+    frozen = tuple((axis, _freeze(axis, value)) for axis, value in axes.items())
     return Grid(listed, frozen, not isinstance(names, str))
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(axis: str, value: Any) -> Any:
+    """Bring what a user may write for an axis into one of the forms that a `Grid` keeps."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        flags = str(value.dtype).removeprefix("torch.") == "bool"
+        if axis in (POS, KEY) and (flags or value.ndim > 1):
+            return torch.as_tensor(value)
+        value = value.tolist()
     if isinstance(value, slice):
-        return Span(value.start, value.stop)
-    return tuple(value) if isinstance(value, (list, range)) else value
+        return _span(axis, value)
+    if isinstance(value, Mapping):
+        return {str(name): _entry(axis, v) for name, v in value.items()}
+    if isinstance(value, (str, Span)) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, (list, tuple, range)):
+        return tuple(_entry(axis, v) for v in value)
+    raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value")
+
+
+def _entry(axis: str, value: Any) -> Any:
+    """One entry of an axis: an int, or ints edited together."""
+    if isinstance(value, (Tensor, np.ndarray, np.integer)):
+        value = value.tolist()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, (slice, Span)):
+        return _span(axis, value)
+    if isinstance(value, (list, tuple, range)) and len(value) and all(type(v) is int for v in value):
+        return tuple(value)
+    raise SiteError(f"{axis}: an entry is an int or a group of ints, not {value!r}")
+
+
+def _span(axis: str, value: slice | Span) -> Span:
+    if axis == "layer":
+        raise SiteError(f"layer={value!r}: list the layers, as range(4, 8)")
+    if isinstance(value, slice) and value.step not in (None, 1):
+        raise SiteError(f"{axis}={value!r}: a step other than 1 is not understood; list the entries")
+    return value if isinstance(value, Span) else Span(value.start, value.stop)
 
 
 def _positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
@@ -177,14 +224,13 @@ def _positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
 
 
 def _token_labels(values: tuple, inputs: Inputs) -> tuple[str, ...]:
-    """The token at each position, where all rows agree on it; else the position's number."""
+    """The token at each position; with an ellipsis where it is only the first row's."""
     rows = [inputs.labels(row) for row in range(len(inputs))] if inputs.tokens is not None else []
     labels = []
     for value in values:
         text = str(value)
         if rows and isinstance(value, int) and all(-len(r) <= value < len(r) for r in rows):
             here = {r[value] for r in rows}
-            if len(here) == 1:
-                text = here.pop()
+            text = here.pop() if len(here) == 1 else f"{rows[0][value]}…"
         labels.append(text)
     return tuple(labels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooks import Inputs, Model, Site
 from hooks.adapters.architecture import linear_weight
-from hooks.errors import MetricError, ModelError
+from hooks.errors import InputsError, MetricError, ModelError
 from interp.metrics import Metric, Tokens, call, token_ids
 from interp.results import Axis, Result
 from interp.sweeps import assemble, describe_run
@@ -33,7 +33,10 @@ class LogitLens:
 
     def top(self, model: Model, k: int = 3, row: int = 0, pos: int = -1) -> list[list[tuple[str, float]]]:
         """The k likeliest next tokens at each point, with their probabilities, for one row and position."""
-        column = int(self.inputs.order[row, pos if pos >= 0 else pos + int(self.inputs.lengths[row])])
+        length = int(self.inputs.lengths[row])
+        if not -length <= pos < length:
+            raise InputsError(f"position {pos} is not in row {row}, which has {length} tokens")
+        column = int(self.inputs.order[row, pos % length])
         chances, ids = self.logits[:, row, column].float().softmax(-1).topk(k, dim=-1)
         name = model.decode if model.tokenizer is not None else (lambda i: str(i[0]))
         return [
@@ -98,6 +101,8 @@ def direct_logit_attribution(
     Raises:
         ModelError: the parts do not add up, so the model is not what this describes.
     """
+    if not isinstance(pos, int):
+        raise MetricError(f"direct logit attribution reads one position, not pos={pos!r}")
     arch = model.architecture
     good = token_ids(model, answer, len(inputs))
     direction = _columns(arch.unembed, good)
@@ -132,7 +137,7 @@ def direct_logit_attribution(
                 parts.append(onto(tape[Site("mlp_out", layer, pos=pos)][:, 0]))
         whole = (arch.norm(final) * direction.to(final.device)).sum(-1)
         constant = whole - onto(final)
-        if bool((constant.abs() > 0).any()):
+        if isinstance(getattr(arch.norm, "bias", None), Tensor):
             names.append("norm_bias")
             parts.append(constant)
         stacked = torch.stack(parts)

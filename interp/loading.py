@@ -34,15 +34,25 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     if text in shipped():
         model = _load_small(SHIPPED / text)
     elif (Path(name) / "config.json").exists():
-        folder = Path(name)
-        own = json.loads((folder / "config.json").read_text()).get("model_type") == "interp"
-        model = _load_small(folder) if own else _load_hub(text, local=True)
+        model = _load_folder(Path(name))
     elif Path(name).exists():
         raise ModelError(f"{text} has no config.json: it is not a saved model")
     else:
         model = _load_hub(text, local=False)
     module = model.module.to(device=device, dtype=dtype).eval()
     return wrap(module, model.tokenizer)
+
+
+def _load_folder(folder: Path) -> Model:
+    """A saved model, of ours or of transformers; whatever is wrong with it is told with its name."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        own = isinstance(config, dict) and config.get("model_type") == "interp"
+        return _load_small(folder) if own else _load_hub(str(folder), local=True)
+    except ModelError as error:
+        raise error if str(folder) in str(error) else ModelError(f"{folder}: {error}") from error
+    except Exception as error:  # a damaged file can bring about anything
+        raise ModelError(f"{folder} is not a saved model that can be read: {type(error).__name__}: {error}") from error
 
 
 def _load_small(folder: Path) -> Model:
@@ -63,8 +73,10 @@ def _load_hub(name: str, local: bool) -> Model:
 
     try:
         module = AutoModelForCausalLM.from_pretrained(name, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except OSError as error:
+        tokenizer = None
+        if not local or any((Path(name) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
         have = ", ".join(shipped()) or "none yet"
         raise ModelError(
             f"{name!r} is not a model that ships with the package ({have}{nearest(name, shipped())}), not a folder "

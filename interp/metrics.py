@@ -10,16 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Site, World, run_worlds, site
 from hooks.errors import MetricError
-from hooks.sites import Index
+from hooks.region import listed, resolve
+from hooks.sites import Index, Span
 
 Token = int | str
 Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Tensor
 Function = Callable[..., Tensor]
+PositionMean = Callable[[slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +48,13 @@ class Metric:
         bind: from a model and inputs to a `Bound`.
         reference: a world whose values of the same reads are handed to the function after the run's own; ``"source"``
             means the world that a sweep patches from. None if the metric compares with nothing.
+        stated: what it was stated with, by which an interrupted sweep knows it again.
     """
 
     name: str
     bind: Callable[[Model, Inputs], Bound]
     reference: World | str | None = None
+    stated: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return f"Metric({self.name})"
@@ -70,7 +75,7 @@ def metric(fn: Callable[..., Tensor], reads: Sequence[Site | str] | Site | str, 
     def bind(model: Model, inputs: Inputs) -> Bound:
         return Bound(listed, lambda rows, *values: fn(*values))
 
-    return Metric(name or getattr(fn, "__name__", "metric"), bind)
+    return Metric(name or getattr(fn, "__name__", "metric"), bind, stated=(fn, listed))
 
 
 def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
@@ -88,25 +93,27 @@ def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
 
     def bind(model: Model, inputs: Inputs) -> Bound:
         good, bad = token_ids(model, answer, len(inputs)), token_ids(model, foil, len(inputs))
-        width = good.shape[1]
+        width, mean = good.shape[1], _position_mean(model, inputs, pos)
 
         def fn(rows: slice, logits: Tensor) -> Tensor:
-            means = _wide(logits).mean(1)
-            return means[:, :width].mean(1) - means[:, width:].mean(1)
+            wide = _wide(logits)
+            return mean(rows, wide[..., :width].mean(2) - wide[..., width:].mean(2))
 
-        return Bound((Site("logits", pos=pos, dim=torch.cat([good, bad], 1)),), fn)
+        return Bound((Site("logits", pos=_positions(pos), dim=torch.cat([good, bad], 1)),), fn)
 
-    return Metric("logit_diff", bind)
+    return Metric("logit_diff", bind, stated=(answer, foil, pos))
 
 
 def logit(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Logit of the answer, in nats; see `logit_diff` for the arguments."""
 
     def bind(model: Model, inputs: Inputs) -> Bound:
-        good = token_ids(model, answer, len(inputs))
-        return Bound((Site("logits", pos=pos, dim=good),), lambda rows, logits: _wide(logits).mean((1, 2)))
+        good, mean = token_ids(model, answer, len(inputs)), _position_mean(model, inputs, pos)
+        return Bound(
+            (Site("logits", pos=_positions(pos), dim=good),), lambda rows, logits: mean(rows, _wide(logits).mean(2))
+        )
 
-    return Metric("logit", bind)
+    return Metric("logit", bind, stated=(answer, pos))
 
 
 def log_prob(answer: Tokens, *, pos: Index = -1) -> Metric:
@@ -117,7 +124,7 @@ def log_prob(answer: Tokens, *, pos: Index = -1) -> Metric:
     is measured at the positions *before* each of them.
     """
 
-    def fn_of(good: Tensor) -> Function:
+    def fn_of(good: Tensor, mean: PositionMean) -> Function:
         def fn(rows: slice, logits: Tensor) -> Tensor:
             logp = _wide(logits).log_softmax(-1)
             chosen = good[rows].to(logits.device)
@@ -129,7 +136,7 @@ def log_prob(answer: Tokens, *, pos: Index = -1) -> Metric:
 
         return fn
 
-    return Metric("log_prob", _bind_answers(answer, pos, fn_of))
+    return Metric("log_prob", _bind_answers(answer, pos, fn_of), stated=(answer, pos))
 
 
 def prob(answer: Tokens, *, pos: Index = -1) -> Metric:
@@ -140,34 +147,35 @@ def prob(answer: Tokens, *, pos: Index = -1) -> Metric:
         bound = inner.bind(model, inputs)
         return Bound(bound.reads, lambda rows, *values: bound.fn(rows, *values).exp())
 
-    return Metric("prob", bind)
+    return Metric("prob", bind, stated=inner.stated)
 
 
 def rank(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Number of tokens with a higher logit than the best of the answer's (0 is the top), the mean over positions."""
 
-    def fn_of(good: Tensor) -> Function:
+    def fn_of(good: Tensor, mean: PositionMean) -> Function:
         def fn(rows: slice, logits: Tensor) -> Tensor:
             chosen = good[rows].to(logits.device)[:, None].expand(-1, logits.shape[1], -1)
             best = logits.gather(2, chosen).amax(2, keepdim=True)
-            return (logits > best).sum(2).to(_wide(logits).dtype).mean(1)
+            return mean(rows, (logits > best).sum(2).to(_wide(logits).dtype))
 
         return fn
 
-    return Metric("rank", _bind_answers(answer, pos, fn_of))
+    return Metric("rank", _bind_answers(answer, pos, fn_of), stated=(answer, pos))
 
 
 def accuracy(answer: Tokens, *, pos: Index = -1) -> Metric:
     """1 where one of the answer's tokens has the highest logit, else 0; the mean over positions."""
 
-    def fn_of(good: Tensor) -> Function:
+    def fn_of(good: Tensor, mean: PositionMean) -> Function:
         def fn(rows: slice, logits: Tensor) -> Tensor:
             top = logits.argmax(-1, keepdim=True)
-            return (top == good[rows].to(logits.device)[:, None]).any(2).to(_wide(logits).dtype).mean(1)
+            hit = (top == good[rows].to(logits.device)[:, None]).any(2)
+            return mean(rows, hit.to(_wide(logits).dtype))
 
         return fn
 
-    return Metric("accuracy", _bind_answers(answer, pos, fn_of))
+    return Metric("accuracy", _bind_answers(answer, pos, fn_of), stated=(answer, pos))
 
 
 def kl(reference: World | str = "source", *, pos: Index = -1) -> Metric:
@@ -180,11 +188,16 @@ def kl(reference: World | str = "source", *, pos: Index = -1) -> Metric:
     if reference != "source" and not isinstance(reference, World):
         raise MetricError(f"kl compares with a World or with 'source', not {reference!r}")
 
-    def fn(rows: slice, logits: Tensor, other: Tensor) -> Tensor:
-        ours, theirs = _wide(logits).log_softmax(-1), _wide(other).log_softmax(-1)
-        return (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+    def bind(model: Model, inputs: Inputs) -> Bound:
+        mean = _position_mean(model, inputs, pos)
 
-    return Metric("kl", lambda model, inputs: Bound((Site("logits", pos=pos),), fn), reference)
+        def fn(rows: slice, logits: Tensor, other: Tensor) -> Tensor:
+            ours, theirs = _wide(logits).log_softmax(-1), _wide(other).log_softmax(-1)
+            return mean(rows, (theirs.exp() * (theirs - ours)).sum(-1))
+
+        return Bound((Site("logits", pos=_positions(pos)),), fn)
+
+    return Metric("kl", bind, reference, stated=(pos,))
 
 
 def cross_entropy() -> Metric:
@@ -225,7 +238,7 @@ def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor
     if measured.reference is not None:
         if not isinstance(measured.reference, World):
             raise MetricError(f"{measured.name} compares with a sweep's source; here, name a World: reference=")
-        others = {0: read_world(model, measured.reference, bound.reads, executor)}
+        others = {0: read_reference(model, measured, measured.reference, bound, world.inputs)}
     values = read_world(model, world, bound.reads, executor)
     return call(bound, measured.name, slice(0, len(world.inputs)), [*values, *others.get(0, [])])
 
@@ -234,6 +247,31 @@ def read_world(model: Model, world: World, reads: Sequence[Site], executor: str 
     """The values of sites in one world, all rows together."""
     pieces = [outcome.values for outcome in run_worlds(model, [world], reads, executor=executor)]
     return [torch.cat([piece[i] for piece in pieces]) for i in range(len(reads))]
+
+
+def read_reference(model: Model, measured: Metric, reference: World, bound: Bound, inputs: Inputs) -> list[Tensor]:
+    """What a metric compares with, row by row.
+
+    Raises:
+        MetricError: the reference has other rows or positions.
+    """
+    if len(reference.inputs) != len(inputs):
+        raise MetricError(
+            f"{measured.name} compares {len(inputs)} rows with a reference of {len(reference.inputs)}: a row is a pair"
+        )
+    unequal = bool((reference.inputs.lengths != inputs.lengths).any())
+    if unequal and any(not listed(place.pos) for place in bound.reads):
+        raise MetricError(
+            f"{measured.name} compares position by position, and the reference has prompts of other lengths"
+        )
+    values = read_world(model, reference, measured.bind(model, reference.inputs).reads)
+    for place, value in zip(bound.reads, values, strict=True):
+        shape = resolve(place, inputs, model.sizes[place.key]).shape
+        if [shape[axis] for axis in place.axes] != list(value.shape):
+            raise MetricError(
+                f"{measured.name}: the reference has {list(value.shape)} at {place}, the run {list(shape.values())}"
+            )
+    return values
 
 
 def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor]) -> Tensor:
@@ -257,31 +295,66 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
     """
 
     def one(token: Any) -> int:
-        return model.token(token) if isinstance(token, str) else int(token)
+        if isinstance(token, str):
+            return model.token(token)
+        if isinstance(token, (int, np.integer)) and not isinstance(token, bool):
+            return int(token)
+        raise MetricError(f"an answer is a token's text or its id, not {token!r}")
 
-    plain: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
-    if isinstance(plain, (int, str)):
-        listed = [[one(plain)]] * rows
+    plain: Any = tokens.tolist() if isinstance(tokens, (Tensor, np.ndarray)) else tokens
+    single = (int, str, np.integer)
+    if isinstance(plain, single):
+        table = [[one(plain)]] * rows
+    elif isinstance(plain, Sequence):
+        table = [
+            [one(i) for i in t] if isinstance(t, (Sequence, np.ndarray)) and not isinstance(t, str) else [one(t)]
+            for t in plain
+        ]
     else:
-        listed = [[one(t)] if isinstance(t, (int, str)) else [one(i) for i in t] for t in plain]
-    if len(listed) != rows:
-        raise MetricError(f"{len(listed)} answers for {rows} rows: give one token for all, or one entry for each row")
-    if len({len(row) for row in listed}) != 1 or not listed[0]:
+        raise MetricError(f"answers are a token, or one entry for each row, not {plain!r}")
+    if len(table) != rows:
+        raise MetricError(f"{len(table)} answers for {rows} rows: give one token for all, or one entry for each row")
+    if len({len(row) for row in table}) != 1 or not table[0]:
         raise MetricError("each row has the same number of answer tokens, at least one")
-    ids = torch.tensor(listed)
+    ids = torch.tensor(table)
     vocabulary = model.architecture.vocabulary
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise MetricError(f"an answer is outside the vocabulary of {vocabulary} tokens")
     return ids
 
 
-def _bind_answers(answer: Tokens, pos: Index, fn_of: Callable[[Tensor], Function]) -> Callable[[Model, Inputs], Bound]:
+def _bind_answers(
+    answer: Tokens, pos: Index, fn_of: Callable[[Tensor, PositionMean], Function]
+) -> Callable[[Model, Inputs], Bound]:
     """Bind a metric that reads every column at some positions and knows the answer's tokens."""
 
     def bind(model: Model, inputs: Inputs) -> Bound:
-        return Bound((Site("logits", pos=pos),), fn_of(token_ids(model, answer, len(inputs))))
+        return Bound(
+            (Site("logits", pos=_positions(pos)),),
+            fn_of(token_ids(model, answer, len(inputs)), _position_mean(model, inputs, pos)),
+        )
 
     return bind
+
+
+def _positions(pos: Index) -> Index:
+    """All positions as a slice: a site without restriction has the columns of the batch, padding and all."""
+    return Span() if pos is None else pos
+
+
+def _position_mean(model: Model, inputs: Inputs, pos: Index) -> Callable[[slice, Tensor], Tensor]:
+    """The mean over the positions [b, n] that each row has: a row with fewer than the widest is filled up."""
+    place = Site("logits", pos=_positions(pos))
+    valid = resolve(place, inputs, model.sizes[place.key]).valid
+    if valid is None:
+        return lambda rows, x: x.mean(1)
+    real = valid[..., 0]
+
+    def mean(rows: slice, x: Tensor) -> Tensor:
+        counts = real[rows].to(x.device)
+        return torch.where(counts, x, 0).sum(1) / counts.sum(1)
+
+    return mean
 
 
 def _wide(x: Tensor) -> Tensor:

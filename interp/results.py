@@ -369,7 +369,7 @@ class Result:
         return f"Result({text})"
 
     def _repr_html_(self) -> str:
-        """Return a summary, the five largest effects, and a heatmap whose squares tell theirs on hover, for notebooks."""
+        """Return a summary, the five largest effects, and a heatmap that tells every effect on hover, for notebooks."""
         best = self.top(5)
         of = f" on {best[0]['metric']}" if best and self.several else ""
         head = [*(axis.name for axis in self.axes), f"mean effect{of}", "95% interval"]

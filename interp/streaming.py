@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,14 +65,30 @@ class Stream:
         known = self.folder / "header.json"
         if not known.exists():
             return False
-        found = json.loads(known.read_text())
+        try:
+            found = json.loads(known.read_text())
+            identity = dict(found["identity"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ResultError(f"{known} cannot be read ({error}): delete {self.folder}, or give another path") from None
         if found == header:
-            return True
-        different = [k for k in header["identity"] if found.get("identity", {}).get(k) != header["identity"][k]]
+            return self._whole(header["shape"])
+        different = [k for k in header["identity"] if identity.get(k) != header["identity"][k]]
         what = ", ".join(different) or "shape"
         raise ResultError(
             f"{self.folder} belongs to another sweep: it differs in {what}. Delete it, or give another path."
         )
+
+    def _whole(self, shape: list[int]) -> bool:
+        """Check that the arrays are there, in the shapes that the header says."""
+        assert self.folder is not None
+        for name, expected in (("values", shape), ("status", shape[1:]), ("done", shape[1:])):
+            try:
+                found = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                raise ResultError(f"{self.folder} is damaged ({error}): delete it, or give another path") from None
+            if list(found.shape) != list(expected):
+                raise ResultError(f"{self.folder} is damaged ({name} has another shape): delete it")
+        return True
 
     def write(self, metric_values: np.ndarray, cell: int, rows: slice, status: int) -> None:
         """Note the metrics [metric, b] of a cell on some rows."""
@@ -92,7 +109,8 @@ class Stream:
         self.values, self.status, self.done = np.array(self.values), np.array(self.status), np.array(self.done)
         for name in ("header.json", "values.npy", "status.npy", "done.npy"):
             (self.folder / name).unlink(missing_ok=True)
-        self.folder.rmdir()
+        with contextlib.suppress(OSError):  # somebody else's file is in it
+            self.folder.rmdir()
 
 
 def weights_digest(model: Model) -> str:

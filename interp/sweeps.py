@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 
 from hooks import Inputs, Model, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
-from hooks.errors import InputsError, MetricError, ModelError, UnfiredError, nearest
+from hooks.digest import digest_of
+from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
 from hooks.saving import fingerprint
 from hooks.worlds import choose
 from interp.grids import Cell, Factory, Grid
-from interp.metrics import Bound, Metric, call, read_world
+from interp.metrics import Bound, Metric, call, read_reference
 from interp.results import STATUS, Axis, Result
 from interp.streaming import Stream, weights_digest
 
@@ -75,13 +76,14 @@ def sweep(
         UnfiredError: no cell changed anything (clean equals corrupt, say).
     """
     check_model(model, direction)
-    metrics, several = ([metric], False) if isinstance(metric, Metric) else (list(metric), True)
-    _check_metrics(metrics)
+    several = isinstance(metric, (list, tuple))
+    metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
+    check_metrics(metrics)
     base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
     axes, cells = grid.cells(model, base_inputs)
     worlds = _cell_worlds(model, cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
-    compared = references(model, metrics, bound, source)
+    compared = references(model, metrics, bound, source, base_inputs)
 
     identity: dict[str, str] = {}
     if path is not None:
@@ -95,7 +97,15 @@ def sweep(
     bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
     with bar:
         bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
-        for outcome in run_worlds(model, [worlds[i] for i in todo], reads, executor=executor, budget=budget, seed=seed):
+        for outcome in run_worlds(
+            model,
+            [worlds[i] for i in todo],
+            reads,
+            executor=executor,
+            budget=budget,
+            seed=seed,
+            skip=lambda i, rows: bool(stream.done[todo[i], rows].all()),
+        ):
             measured = []
             for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
                 values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
@@ -119,7 +129,7 @@ def sweep(
 def check_model(model: Model, direction: str) -> None:
     if not isinstance(model, Model):
         raise ModelError(f"a sweep takes a wrapped model: ip.wrap(model), not {type(model).__name__}")
-    if model.module.training:
+    if any(module.training for module in model.module.modules()):
         raise ModelError(
             "the model is in training mode, where dropout would be taken for an effect; call .eval() first"
         )
@@ -129,7 +139,8 @@ def check_model(model: Model, direction: str) -> None:
         )
 
 
-def _check_metrics(metrics: Sequence[Metric]) -> None:
+def check_metrics(metrics: Sequence[Any]) -> None:
+    """Raise MetricError unless these are metrics, each of its own name."""
     if not metrics:
         raise MetricError("a sweep measures something: name a metric")
     for m in metrics:
@@ -148,6 +159,8 @@ def source_of(
     Raises:
         InputsError: prompts that are not Inputs, are missing, or do not correspond.
     """
+    if intervention is not None and not callable(intervention):
+        raise PlanError(f"intervention is a function of a site, such as ip.zero, not {intervention!r}")
     for name, inputs in (("clean", clean), ("corrupt", corrupt)):
         if inputs is not None and not isinstance(inputs, Inputs):
             raise InputsError(f"{name} is {type(inputs).__name__}: prepare prompts with model.inputs(...)")
@@ -178,7 +191,7 @@ def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:
 
 
 def references(
-    model: Model, metrics: Sequence[Metric], bound: Sequence[Bound], source: World | None
+    model: Model, metrics: Sequence[Metric], bound: Sequence[Bound], source: World | None, inputs: Inputs
 ) -> list[list[Tensor]]:
     """For each metric, the values that it compares with, on all rows."""
     out = []
@@ -189,7 +202,7 @@ def references(
         world = source if m.reference == "source" else m.reference
         if not isinstance(world, World):
             raise MetricError(f"{m.name} compares with the source of a sweep, and this sweep patches from nothing")
-        out.append(read_world(model, world, b.reads))
+        out.append(read_reference(model, m, world, b, inputs))
     return out
 
 
@@ -227,12 +240,15 @@ def assemble(
         source: [metric, row], or None.
     """
     base, effect = values[:, 0], values[:, 2:] - values[:, :1]
-    status = status[2:]
-    # A cell fired if it did on any row; one that is inert on some and pruned on the rest is inert.
-    merged = np.where((status == 0).any(1), 0, np.where((status == 2).all(1), 2, 1)).astype(np.int8)
+    absent = np.zeros((len(cells), len(inputs)), bool)
     for i, cell in enumerate(cells):
         if cell is not None and cell.present is not None:
-            effect[:, i, ~cell.present.numpy()] = np.nan
+            absent[i] = ~cell.present.numpy()
+    effect[:, absent] = np.nan
+    # A cell fired if it did on any row that has it; one that is inert on some and pruned on the rest is inert.
+    code = status[2:]
+    fired, pruned = (code == 0) & ~absent, (code == 2) | absent
+    merged = np.where(fired.any(1), 0, np.where(pruned.all(1), 2, 1)).astype(np.int8)
     shape = tuple(len(axis) for axis in axes)
     effect = effect.reshape(len(metrics), *shape, len(inputs))
     rounding = np.finfo(np.float64).eps if model.dtype == torch.float64 else torch.finfo(model.dtype).eps
@@ -273,13 +289,16 @@ def _identity(
 ) -> dict[str, str]:
     """Digests of everything that a sweep's numbers depend on."""
     plans = fingerprint(tuple(fingerprint(_local(w.plan, source)) for w in worlds))
-    reads = fingerprint(tuple((m.name, *b.reads) for m, b in zip(metrics, bound, strict=True)))
+    measured = [
+        (m.name, m.stated, fingerprint(b.reads), fingerprint(m.reference) if m.reference is not None else "")
+        for m, b in zip(metrics, bound, strict=True)
+    ]
     return {
         "weights": weights_digest(model),
         "inputs": fingerprint(base),
         "source": "" if source is None else fingerprint(source),
         "plan": plans,
-        "metrics": reads,
+        "metrics": digest_of(measured),
         "seed": str(seed),
         "executor": executor,
     }

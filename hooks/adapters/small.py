@@ -11,12 +11,16 @@ from .architecture import Architecture, AttentionFunction, Block, Mlp, Projectio
 
 @contextmanager
 def swap_attention(attention: Any, function: AttentionFunction) -> Iterator[None]:
-    """Shadow the class's attention function on one module."""
+    """Shadow the class's attention function on one module, and what stood on the module itself."""
+    own = vars(attention).get("attend")
     attention.attend = function
     try:
         yield
     finally:
-        del attention.attend
+        if own is None:
+            del attention.attend
+        else:
+            attention.attend = own
 
 
 def describe(model: Any) -> Architecture:

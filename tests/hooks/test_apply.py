@@ -235,7 +235,7 @@ def test_only_some_of_the_logits():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
 def test_the_body_called_without_its_head(family):
-    """Not the module that was wrapped: the plan holds there too, or the call is refused; never an earlier call's inputs."""
+    """The plan holds there too, or the call is refused; it is never that of an earlier call."""
     model = wrapped(family)
     body = model.module.transformer if family == "gpt2" else model.module.model
     x, longer = example(model, "none"), model.inputs(*zoo.random_inputs(zoo.VOCAB, [8, 8], "right", 5))
@@ -310,7 +310,7 @@ def gradients_of_plain(model: Model, x: Inputs, target: Tensor) -> list[Tensor]:
 
 
 def test_a_strength_that_is_learned_is_the_tensor_itself():
-    """One plan, held through several steps: each step sees what the last one made of the strength, and can go back through it."""
+    """One plan, held through several steps: each sees what the last one made of the strength, and has its gradient."""
     model = fresh("small_ln_learned")
     x = example(model, "none")
     strength = torch.tensor(0.2).double().requires_grad_()
@@ -404,7 +404,7 @@ def test_a_call_that_continues_from_a_cache_is_refused(family):
     arguments[0] = x.ids[:, 4:]
     with pytest.raises(hk.errors.PlanError, match="cache"), model.apply(plan):
         model.module(*arguments, cache)
-    with pytest.raises(hk.errors.PlanError, match="cache"), model.apply(plan):
+    with pytest.raises(hk.errors.PlanError, match="cache"), model.apply(plan):  # noqa: PT012
         first = model.module(input_ids=x.ids[:, :4], use_cache=True)
         model.module(input_ids=x.ids[:, 4:], past_key_values=first.past_key_values)
 
@@ -469,9 +469,8 @@ def test_a_position_that_a_call_lacks_is_refused_in_that_call(family):
     x = example(model, "right")
     with model.apply(hk.zero(site("z", 0, pos=3))):
         model.module(**named(x))
-        with pytest.raises(hk.errors.SiteError, match="4 tokens"):
-            with model.apply(hk.zero(site("z", 0, pos=4))):
-                model.module(**named(x))
+        with pytest.raises(hk.errors.SiteError, match="4 tokens"), model.apply(hk.zero(site("z", 0, pos=4))):
+            model.module(**named(x))
         model.module(**named(x))
 
 
@@ -491,7 +490,7 @@ def test_the_seed_of_random_interventions(family):
 
 @each_family
 def test_a_held_plan_is_not_shared_with_another_wrapper(family):
-    """Two wrappers of one module: a plan held through one is seen by calls, and reported to `shared`, through the other."""
+    """Two wrappers of one module: a plan held through one is seen by runs and by worlds of the other."""
     model = fresh(family)
     twin = hk.wrap(model.module)
     x = example(model, "none")
@@ -501,3 +500,49 @@ def test_a_held_plan_is_not_shared_with_another_wrapper(family):
         torch.testing.assert_close(twin.run(x).logits, expected, **EXACT)
         (outcome,) = hk.run_worlds(twin, [World(x)], [site("logits")])
     torch.testing.assert_close(outcome.values[0], expected, **EXACT)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "small_ln_learned"])
+@torch.no_grad()
+def test_plans_held_through_two_wrappers_compose(family):
+    """As through one, at sites that are close enough to get in each other's way; or the second is refused."""
+    model = fresh(family)
+    twin = hk.wrap(model.module)
+    x = example(model, "left")
+    pairs = [("resid_post", "resid_mid"), ("resid_mid", "mlp_out"), ("q", "q_input"), ("result", "z")]
+    for outer, inner in [*pairs, ("mlp_in", "resid_mid"), ("pattern", "scores"), ("scores", "pattern"), ("z", "q")]:
+        a = hk.intervene(
+            site(outer, 0, pos=2), lambda v, ctx: torch.where(v.isfinite(), 0.6 * v + torch.cos(3.0 * v), v)
+        )
+        b = hk.intervene(site(inner, 0, pos=2), lambda v, ctx: torch.where(v.isfinite(), 1.3 * v + 0.2 * v.abs(), v))
+        expected = model.run(x, a + b).logits
+        try:
+            with model.apply(a), twin.apply(b):
+                got = logits_of(model.module(**named(x)))
+        except hk.errors.PlanError:
+            continue
+        assert float((got - expected)[x.mask].abs().max()) < 1e-10, f"{inner} in {outer}"
+
+
+@pytest.mark.parametrize("executor", ["sequential", "batched", "shared"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "small_qk_norm"])
+def test_worlds_while_a_plan_is_held(family, executor):
+    """Every world has it, and the audit of the plan says so, also where it can reach nothing that is read."""
+    model = wrapped(family)
+    x, other = example(model, "left", 1), example(model, "left", 2)
+    held, last = hk.scale(site("z", 0, head=1), 2.0), model.n_layers - 1
+    plans = [Plan(), hk.zero(site("attn_out", 1, pos=1)), patch(site("resid_post", 0, pos=1), World(other))]
+    reads = [site("logits", pos=-1)]
+
+    def run(worlds: list[World]) -> list[Tensor]:
+        found = {o.index: o.values[0] for o in hk.run_worlds(model, worlds, reads, executor=executor)}
+        return [found[index] for index in range(len(worlds))]
+
+    expected = run([World(x, Plan((held,)) + plan) for plan in plans])
+    with model.apply(held) as audit:
+        got = run([World(x, plan) for plan in plans])
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert audit[0].status == "fired"
+    with model.apply(hk.scale(site("z", last), 2.0)) as audit:
+        list(hk.run_worlds(model, [World(x)], [site("resid_pre", last)], executor=executor))
+    assert audit[0].status == ("pruned" if executor == "shared" else "fired")

@@ -1,4 +1,4 @@
-"""Errors name what was given, what was expected and the nearest valid name; nothing is skipped, broadcast, cast or cut."""
+"""Errors name what was given, what was expected and the nearest valid name; nothing is broadcast, cast or cut."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def test_a_function_that_returns_something_else(fn, executor):
 # Plans
 
 
-@pytest.mark.parametrize("given", ["zero", 3, {"z": 1}, [1, 2], [None], torch.ones(3), object(), World], ids=repr)
+@pytest.mark.parametrize("given", ["zero", 3, {"z": 1}, [1, 2], [None], torch.ones(3), World], ids=repr)
 def test_what_is_no_plan(given):
     model = wrapped("gpt2")
     x = example(model)

@@ -1,4 +1,4 @@
-"""The three executors against one another: effects, what reached, chunks, forks, early stops, and where shared gives way."""
+"""The three executors against one another: effects, what reached, chunks, early stops, and where `shared` gives way."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def sharing_a_prefix(x: Inputs, keep: int) -> Inputs:
     """Inputs whose rows agree with those of `x` in their first `keep` tokens, and in no token from there on."""
     ids = torch.where(x.mask & (x.positions >= keep), x.ids % (zoo.VOCAB - 1) + 1, x.ids)
     return Inputs.of(ids, x.mask)
+
+
+def full_rows(model: Model, x: Inputs) -> Inputs:
+    """Donors that have every position of `x`."""
+    return model.inputs(*zoo.random_inputs(zoo.VOCAB, [x.width] * 3, "right", 9))
 
 
 def counts(place: Site, value: Tensor, x: Inputs) -> Tensor:
@@ -110,7 +115,7 @@ def bend(x: Tensor, ctx: hk.Context) -> Tensor:
 
 def menu(model: Model, x: Inputs, other: Inputs, inside: bool) -> list[World]:
     """A world for nearly everything that a plan can say, with and without sites inside attention."""
-    source, reference, donors = World(other), World(sharing_a_prefix(x, 1)), World(other)
+    source, reference, donors = World(other), World(sharing_a_prefix(x, 1)), World(full_rows(model, x))
     last, plans = model.n_layers - 1, []
     ways = [
         lambda place: hk.intervene(place.at(pos=(1, 3)), bend),
@@ -189,9 +194,7 @@ def reading(model: Model, x: Inputs, inside: bool) -> dict[str, list[Site]]:
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize(
-    ("family", "layout"),
-    [(f, "left") for f in zoo.FAMILIES]
-    + [(f, n) for f in ("gpt2", "mistral", "small_attn_only") for n in ("flat", "right")],
+    ("family", "layout"), [*((f, "left") for f in zoo.FAMILIES), ("gpt2", "flat"), ("mistral", "right")]
 )
 def test_executors_agree(family, layout, inside):
     model = wrapped(family)
@@ -321,7 +324,7 @@ def test_an_attention_that_is_written_out_by_the_model(family):
 def test_a_chunked_run_equals_an_unchunked_one(family, executor, budget):
     model = wrapped(family)
     x, other = inputs(model, "left", 1), inputs(model, "left", 2)
-    worlds = menu(model, x, other, inside=False)[::3]
+    worlds = menu(model, x, other, inside=False)[:: 2 if executor == "shared" else 6]
     reads = [site("logits", pos=-1), site("logits", pos=torch.tensor([2, 0, 1]), dim=(1, 4))]
     whole, parts = Ran(model, worlds, reads, executor), Ran(model, worlds, reads, executor, budget=budget)
     assert whole.chunks == len(worlds)
@@ -335,7 +338,7 @@ def test_a_chunked_run_equals_an_unchunked_one(family, executor, budget):
 def test_reads_of_every_form_in_chunks(family, executor):
     """Spans, masks and whole sites are as wide in a chunk of short rows as they are in the whole batch."""
     model = wrapped(family)
-    for layout in ("right", "left"):
+    for layout in ("right", "left") if executor == "shared" else ("left",):
         x, other = inputs(model, layout, 1), inputs(model, layout, 2)
         worlds = [
             World(x, plan)
@@ -350,13 +353,15 @@ def test_reads_of_every_form_in_chunks(family, executor):
                 hk.zero(site("attn_out", 0)).where(torch.tensor([False, True, False])),
             )
         ]
-        for reads in (
+        sets = (
             [site("logits")],
             [site("logits", pos=slice(2, None))],
             [site("logits", pos=slice(5, None), dim=(1, 2)), site("logits", pos=0)],
             [site("resid_post", 1), site("resid_post", 0, pos=slice(5, None)), site("z", 1, head=1)],
             [site("pattern", 1), site("pattern", 0, pos=-1), site("scores", 1, pos=1, key_pos=(0, 1))],
-        ):
+        )
+        # What `shared` computes depends on what is read; the others compute everything.
+        for reads in sets if executor == "shared" else ([read for some in sets for read in some],):
             whole, parts = Ran(model, worlds, reads, executor), Ran(model, worlds, reads, executor, budget=1)
             assert parts.chunks == len(worlds) * len(x)
             agree(whole, parts, worlds, reads)
@@ -399,7 +404,7 @@ def test_random_interventions_draw_the_same_in_every_chunk(executor):
     x = inputs(model, "right", 1)
     worlds = [
         World(x, hk.noise(site("z", 0), 1.0)),
-        World(x, hk.resample(site("z", 0), World(inputs(model, "right", 2)))),
+        World(x, hk.resample(site("z", 0), World(full_rows(model, x)))),
     ]
     reads = [site("logits", pos=-1)]
     one, two = Ran(model, worlds, reads, executor), Ran(model, worlds, reads, executor, budget=1)
@@ -442,9 +447,9 @@ def test_in_the_last_layer_only_what_is_read_is_reached(family):
     reads = [site("logits", pos=3)]
     names = [name for name in ("q", "z", "result", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")]
     have = {info.name for info in model.sites()}
-    dead = [World(x, hk.scale(site(name, last, pos=2), 2.0)) for name in names if name in have]
-    live = [World(x, hk.scale(site(name, last, pos=2), 2.0)) for name in ("k", "v", "resid_pre", "attn_in")]
-    live += [World(x, hk.scale(site(name, last, pos=3), 2.0)) for name in ("q", "z", "attn_out", "resid_post")]
+    dead = [World(x, hk.intervene(site(name, last, pos=2), bend)) for name in names if name in have]
+    live = [World(x, hk.intervene(site(name, last, pos=2), bend)) for name in ("k", "v", "resid_pre", "attn_in")]
+    live += [World(x, hk.intervene(site(name, last, pos=3), bend)) for name in ("q", "z", "attn_out", "resid_post")]
     worlds = [*dead, *live, World(x)]
     ran = {executor: Ran(model, worlds, reads, executor) for executor in EXECUTORS}
     assert ran["shared"].statuses[: len(dead)] == [["pruned"]] * len(dead)
@@ -453,8 +458,7 @@ def test_in_the_last_layer_only_what_is_read_is_reached(family):
         values = [values[0] for values in ran[executor].values]
         for value in values[: len(dead)]:
             torch.testing.assert_close(value, values[-1], rtol=0.0, atol=0.0 if executor == "shared" else 1e-12)
-        if family != "small_qk_norm":
-            assert all(float((value - values[-1]).abs().max()) > 1e-6 for value in values[len(dead) : -1])
+        assert all(float((value - values[-1]).abs().max()) > 1e-6 for value in values[len(dead) : -1])
 
 
 @each_family
@@ -534,15 +538,14 @@ def test_the_audit_says_how_many_rows_and_positions(family):
 # Sources
 
 
-@pytest.mark.parametrize("layout", ["right", "left"])
 @several_families
-def test_sources_of_every_kind(family, layout):
-    model = wrapped(family)
+def test_sources_of_every_kind(family):
+    model, layout = wrapped(family), "left"
     x, other = inputs(model, layout, 1), inputs(model, layout, 2)
     third = inputs(model, layout, 3)
     at, last = site("resid_post", 0), model.n_layers - 1
     tape = model.run(other, capture=[at, site("z", last, head=1), site("k", last, pos=-1)]).tape
-    moved = inputs(model, {"left": "right", "right": "left"}.get(layout, layout), 2)
+    moved = inputs(model, "right", 2)
     elsewhere = model.run(moved, capture=[at]).tape
     edited = World(other, hk.scale(site("resid_pre", 0, pos=1), 2.0))
     nested = World(third, patch(site("z", 0), edited) + hk.zero(site("attn_out", 1, pos=0)))
@@ -562,7 +565,7 @@ def test_sources_of_every_kind(family, layout):
         patch(site("resid_post", last, pos=-1), deeper) + patch(site("z", 0, head=0), World(other)),
         patch(at.at(pos=1), deeper) + hk.mean(site("z", 1, pos=-1), nested),
         hk.interchange(at, torch.ones(model.architecture.width).double(), nested),
-        hk.resample(site("v", 1), edited),
+        hk.resample(site("v", 1, pos=(1, -1)), edited),
         hk.freeze(site("mlp_out" if family != "small_attn_only" else "attn_out", last)) + patch(at, nested),
         hk.freeze(at) + hk.zero(at) + hk.freeze(at).strength(0.5),
     ]
@@ -677,7 +680,10 @@ def test_reference_sets_with_rows_of_several_lengths(family, executor):
     z = model.run(sets[1], capture="blocks.1.attn.hook_z").tape["blocks.1.attn.hook_z"][:, 4, 0]
     expected = model.run(x, hk.clamp(site("z", 1, head=0, pos=4), z[:3].mean(0))).logits[:, -1]
     (got,) = Ran(
-        model, [World(x, hk.mean(site("z", 1, head=0, pos=4), World(sets[0])))], [site("logits", pos=-1)], executor
+        model,
+        [World(x, hk.mean(site("z", 1, head=0, pos=slice(4, 5)), World(sets[0])))],
+        [site("logits", pos=-1)],
+        executor,
     ).values
     torch.testing.assert_close(got[0][:, 0], expected, **EXACT)
 
@@ -690,14 +696,14 @@ def from_here(place: Site, read: Site) -> hk.Intervention:
 
     def add(x: Tensor, value: Tensor, ctx: hk.Context) -> Tensor:
         total = torch.where(value.isfinite(), value, 0.0).flatten(1).sum(1)
-        return x + 0.3 * torch.tanh(total).reshape([-1] + [1] * (x.ndim - 1))
+        return x + torch.tanh(total).reshape([-1] + [1] * (x.ndim - 1)) * torch.arange(x.shape[-1]).double().cos()
 
     return hk.intervene(place, add, hk.here(read))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "small_attn_only", "small_qk_norm"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "small_attn_only"])
 def test_this_world_is_read_at_any_earlier_site(family):
-    """Every pair of sites: computed earlier, and it works in each executor; at the same time or later, and it is a cycle."""
+    """Every pair of sites: one computed earlier is read alike in each executor; one that is not is a cycle."""
     model = wrapped(family)
     x = inputs(model, "left", 1)
     order = [info.name for info in model.sites()]

@@ -1,4 +1,4 @@
-"""What must hold for any model: an empty plan, clean into clean, whole residuals, composition, and padding on either side."""
+"""What must hold for any model: empty plans, clean into clean, whole residuals, composition, padding on either side."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ GROUPS = (
 @each_family
 @torch.no_grad()
 def test_composition_equals_sequence_within_a_layer(family, group):
-    """A plan held inside another gives what their sum gives, for sites that are close enough to get in each other's way."""
+    """A plan inside another gives what their sum gives, for sites close enough to get in each other's way."""
     model = wrapped(family)
     names = [info.name for info in model.sites() if info.name in group]
     if not names:
@@ -212,7 +212,7 @@ def test_composition_equals_sequence_within_a_layer(family, group):
     composes(model, inputs(model, "left", seed=1), [(site(a, 0), site(b, 0)) for a in names for b in names])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "small_rms_rotary_gqa"])
+@pytest.mark.parametrize("family", ["gpt2", "small_rms_rotary_gqa"])
 @torch.no_grad()
 def test_composition_equals_sequence_at_any_two_sites(family):
     model = wrapped(family)
@@ -348,10 +348,7 @@ def test_inputs_that_are_left_padded_read_tapes_that_are_right_padded(family, wa
         for part in (place, place.at(pos=-1), place.at(pos=(0, 2)), place.at(pos=slice(1, None))):
             plan = patch(part, tape)
             expected = model.run(right, plan).logits[right.mask]
-            if way == "run":
-                got = model.run(left, plan).logits[left.mask]
-            else:
-                got = held(model, left, plan)[left.mask]
+            got = (model.run(left, plan).logits if way == "run" else held(model, left, plan))[left.mask]
             torch.testing.assert_close(got, expected, **EXACT, msg=lambda text, part=part: f"{part}: {text}")
 
 

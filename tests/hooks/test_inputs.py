@@ -15,7 +15,7 @@ from tests import zoo
 
 
 class Words:
-    """A tokenizer of words: one token a word, a beginning-of-text token in front, "un" split off from what follows it."""
+    """A tokenizer of words: a beginning-of-text token in front, and "un" split off from what follows it."""
 
     words = ("<s>", "the", "cat", "sat", "on", "mat", "dog", "un", "happy", "done", "a", "b", "c")
 

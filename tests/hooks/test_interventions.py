@@ -1,4 +1,4 @@
-"""Every intervention against its formula, in the oracle or by hand; strength, where, randomness, gradients, refusals."""
+"""Every intervention against its formula, in the oracle or by hand; strength, where, draws, gradients, refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from hooks.plan import Op, Read, as_plan
 from hooks.random import choice, normal, uniform
 from hooks.region import resolve
 from tests import oracle, zoo
-from tests.hooks.test_oracle_sites import EXECUTORS, LOGITS, close, compare, either_side, forwards, replaced, setting, shrink
+from tests.hooks.test_oracle_sites import (
+    EXECUTORS,
+    LOGITS,
+    close,
+    compare,
+    either_side,
+    forwards,
+    replaced,
+    setting,
+    shrink,
+)
 
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 some_families = pytest.mark.parametrize("family", ["gpt2", "mistral", "small_rms_rotary_gqa", "small_attn_only"])
@@ -31,7 +41,19 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
 def places(s) -> list[Site]:
     """Sites of every form, in several layers, that a model has."""
     last = s.model.n_layers - 1
-    listed = ["embed", "resid_pre", "q_input", "k", "pattern", "z", "result", "attn_out", "mlp_post", "resid_post", "logits"]
+    listed = [
+        "embed",
+        "resid_pre",
+        "q_input",
+        "k",
+        "pattern",
+        "z",
+        "result",
+        "attn_out",
+        "mlp_post",
+        "resid_post",
+        "logits",
+    ]
     offered = {info.name for info in s.model.sites()}
     layers = {"q_input": 0, "k": 0, "pattern": last, "z": last, "result": 0, "attn_out": last, "mlp_post": 0}
     layers |= {"resid_pre": 1, "resid_post": last, "embed": None, "logits": None}
@@ -129,7 +151,7 @@ def test_knockout(family):
 def test_no_key_left_is_a_zero_pattern_and_no_nan(family):
     """Neither forwards nor backwards, for the queries of real tokens and for those of padding."""
     s = setting(family, "left")
-    places = [site("pattern", 0), site("z", 0)]
+    places = [site("pattern", 0), site("z", 0), site("scores", 0), site("scores", 1)]
     plan = hooks.knockout(site("scores", 0, pos=Span(1, 3))) + hooks.knockout(site("scores", 1, head=1))
     run = s.model.run(s.corrupt, plan, capture=places, grad=True)
     pattern = run.tape[places[0]].transpose(1, 2)
@@ -202,7 +224,12 @@ def test_a_mean_of_part_of_a_pattern():
     s = setting("small_ln_learned", "left")
     inputs, values, mask = reference(s, [7, 5, 4], "right")
     whole = spread_mean(s, site("pattern", 1), values, mask, pooled=False)
-    for restriction in ({"pos": 3}, {"pos": 3, "key_pos": (0, 2)}, {"key_pos": Span(None, 2)}, {"head": 1, "pos": (1, 2)}):
+    for restriction in (
+        {"pos": 3},
+        {"pos": 3, "key_pos": (0, 2)},
+        {"key_pos": Span(None, 2)},
+        {"head": 1, "pos": (1, 2)},
+    ):
         place = site("pattern", 1, **restriction)
         compare(s, [(as_plan(hooks.mean(place, World(inputs))), replaced(s, place, whole))], LOGITS)
 
@@ -226,7 +253,9 @@ def test_a_mean_at_the_last_position_is_over_the_last_positions():
     inputs, values, mask = reference(s, [7, 3, 5], "right")
     place = site("resid_pre", 1, pos=-1)
     expected = values["resid_pre", 1][torch.arange(3), mask.sum(1) - 1].mean(0)
-    compare(s, [(as_plan(hooks.mean(place, World(inputs))), replaced(s, place, expected.expand(*s.mask.shape, -1)))], LOGITS)
+    compare(
+        s, [(as_plan(hooks.mean(place, World(inputs))), replaced(s, place, expected.expand(*s.mask.shape, -1)))], LOGITS
+    )
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -408,7 +437,7 @@ def test_strength_is_linear_in_between(family):
     rows = torch.tensor([0.25, 1.0, -0.5], dtype=torch.float64)
     cases = []
     for place in places(s):
-        y = s.clean_values[place.name, place.layer]
+        y, one = s.clean_values[place.name, place.layer], s.chosen(place.at(pos=1))
         item = hooks.patch(place, s.tape)
         each = rows.reshape([-1] + [1] * (y.ndim - 1))
         cases += [
@@ -419,7 +448,7 @@ def test_strength_is_linear_in_between(family):
             (as_plan(item.strength(0.5).strength(rows)), edit(s, place, lambda x, y=y, e=each: x + 0.5 * e * (y - x))),
             (
                 Plan((item, hooks.zero(place.at(pos=1)))).strength(0.25),
-                edit(s, place, lambda x, y=y, w=s.chosen(place.at(pos=1)): (x + (y - x) / 4) * torch.where(w, 0.75, 1)),
+                edit(s, place, lambda x, y=y, one=one: (x + (y - x) / 4) * torch.where(one, 0.75, 1)),
             ),
         ]
     # 0.8 is rounded to float32 on the way, as written down here.
@@ -439,7 +468,10 @@ def test_strength_on_scores(family):
     y = s.clean_values["scores", 1]
     both = y.isinf()
     cases = [
-        (as_plan(hooks.patch(place, s.tape).strength(0.3)), {("scores", 1): lambda x: torch.where(both, x, 0.7 * x + 0.3 * y)}),
+        (
+            as_plan(hooks.patch(place, s.tape).strength(0.3)),
+            {("scores", 1): lambda x: torch.where(both, x, 0.7 * x + 0.3 * y)},
+        ),
         (as_plan(hooks.zero(place).strength(0.3)), {("scores", 1): lambda x: 0.7 * x}),
         (as_plan(hooks.clamp(place, 1.0).strength(torch.tensor([0.5, 0.0, 1.0]))), {}),
     ]
@@ -461,7 +493,14 @@ def test_strengths_that_are_refused():
         hooks.zero(site("z", 0)).strength(torch.ones(3, 7))
     for executor in EXECUTORS:
         with pytest.raises(ShapeError, match="2 rows"):
-            list(run_worlds(s.model, [World(s.corrupt, hooks.zero(site("z", 0)).strength(torch.ones(2)))], LOGITS, executor=executor))
+            list(
+                run_worlds(
+                    s.model,
+                    [World(s.corrupt, hooks.zero(site("z", 0)).strength(torch.ones(2)))],
+                    LOGITS,
+                    executor=executor,
+                )
+            )
 
 
 @some_families
@@ -481,11 +520,13 @@ def test_where_and_at(family):
              edit(s, place, lambda x, y=y, u=u: x + (y - x) @ span(u), only)),
             (as_plan(hooks.steer(place, u).where(only)), edit(s, place, lambda x, u=u: x + u, only)),
             (as_plan(hooks.mean(place, World(inputs)).where(only)), replaced(s, place, mean, only)),
-            (as_plan(hooks.patch(place, s.tape).where(only).strength(0.5)), edit(s, place, lambda x, y=y: 0.5 * (x + y), only)),
+            (as_plan(hooks.patch(place, s.tape).where(only).strength(0.5)),
+             edit(s, place, lambda x, y=y: 0.5 * (x + y), only)),
             (as_plan(hooks.zero(place).where(rows).where(tokens)), replaced(s, place, 0.0, tokens & rows[:, None])),
             (as_plan(hooks.zero(place).where(only).at(pos=1)), replaced(s, place.at(pos=1), 0.0, only)),
             (Plan((hooks.zero(place),)).at(pos=(1, 3)).where(tokens), replaced(s, place.at(pos=(1, 3)), 0.0, tokens)),
-            (as_plan(hooks.patch(place, s.tape).at(pos=(3, 1)).where(tokens)), replaced(s, place.at(pos=(3, 1)), y, tokens)),
+            (as_plan(hooks.patch(place, s.tape).at(pos=(3, 1)).where(tokens)),
+             replaced(s, place.at(pos=(3, 1)), y, tokens)),
         ]  # fmt: skip
     compare(s, cases, LOGITS, changes=0.9)
 
@@ -506,7 +547,9 @@ def test_what_is_read_here_stays_with_its_token():
     compare(s, [(as_plan(item), edits)], LOGITS)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(3), torch.ones(3, 7, 1, dtype=torch.bool), torch.ones((), dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(3), torch.ones(3, 7, 1, dtype=torch.bool), torch.ones((), dtype=torch.bool)]
+)
 def test_where_refuses_what_is_no_mask(mask):
     with pytest.raises(ShapeError, match="bool mask"):
         hooks.zero(site("z", 0)).where(mask)
@@ -568,7 +611,11 @@ def test_noise_differs_where_anything_differs(place):
         change_of(model, inputs, 0, hooks.noise(place, 1.0, seed=1)),
         change_of(model, inputs, 0, hooks.noise(place, 1.0), seed=1),
         change_of(model, again, 0, hooks.noise(place, 1.0)),
-        *([change_of(model, inputs, 0, hooks.noise(dataclasses.replace(place, layer=1 - place.layer), 1.0))] if place.layer is not None else []),
+        *(
+            [change_of(model, inputs, 0, hooks.noise(dataclasses.replace(place, layer=1 - place.layer), 1.0))]
+            if place.layer is not None
+            else []
+        ),
     ):
         assert (base[used] - other[used]).abs().min() > 1e-9
     # Every entry has its own number: no axis shares one.
@@ -589,8 +636,21 @@ def test_noise_of_a_part_is_part_of_the_noise():
         site("z", 1, head=(3, 0)),
         site("z", 1, pos=-1),
         site("z", 1, pos=(2, 0)),
+        site("z", 1, dim=-3),
+        site("z", 1, dim=(6, 1)),
+        site("z", 1, head=1, dim=Span(2, 5), pos=Span(1, 3)),
     ):
         assert torch.equal(model.run(inputs, hooks.noise(part, 1.0), capture=part).tape[part], whole[part]), part
+    scores = model.run(inputs, hooks.noise(site("scores", 0), 1.0), capture=site("scores", 0)).tape
+    for part in (
+        site("scores", 0, key_pos=1),
+        site("scores", 0, pos=-1, key_pos=(-1, 0)),
+        site("scores", 0, head=(2, 1)),
+    ):
+        assert torch.equal(model.run(inputs, hooks.noise(part, 1.0), capture=part).tape[part], scores[part]), part
+    logits = model.run(inputs, hooks.noise(site("logits"), 1.0), capture=site("logits")).tape
+    part = site("logits", dim=torch.tensor([[4, 40], [3, 2], [9, 8]]))
+    assert torch.equal(model.run(inputs, hooks.noise(part, 1.0), capture=part).tape[part], logits[part])
     one, two = hooks.noise(site("resid_post", 0), 1.0), hooks.noise(site("resid_pre", 1), 1.0)
     assert one == two
     assert torch.equal(model.run(inputs, one).logits, model.run(inputs, two).logits)
@@ -609,7 +669,13 @@ def test_the_executors_draw_alike():
         for budget in (None, 1):
             for outcome in run_worlds(s.model, worlds, LOGITS, executor=executor, budget=budget, seed=5):
                 mask = s.mask[outcome.rows]
-                close(outcome.values[0][mask], expected[outcome.index][outcome.rows][mask], executor, budget, plans[outcome.index])
+                close(
+                    outcome.values[0][mask],
+                    expected[outcome.index][outcome.rows][mask],
+                    executor,
+                    budget,
+                    plans[outcome.index],
+                )
                 assert (outcome.values[0] - base[outcome.rows])[mask].abs().max() > 1e-4
 
 
@@ -630,7 +696,10 @@ def test_the_moments_of_the_noise():
     model = hooks.wrap(zoo.make("small_ln_learned"))
     ids = torch.randint(1, zoo.VOCAB, (20, 64))
     inputs, place = model.inputs(ids), site("embed")
-    draw = model.run(inputs, hooks.noise(place, 2.0), capture=place).tape[place] - model.run(inputs, capture=place).tape[place]
+    draw = (
+        model.run(inputs, hooks.noise(place, 2.0), capture=place).tape[place]
+        - model.run(inputs, capture=place).tape[place]
+    )
     draw = draw / 2.0
     n = draw.numel()
     assert abs(float(draw.mean())) < 4 / n**0.5
@@ -641,14 +710,17 @@ def test_the_moments_of_the_noise():
     for axis in range(3):  # neighbours along every axis are independent
         a, b = draw.narrow(axis, 0, draw.shape[axis] - 1), draw.narrow(axis, 1, draw.shape[axis] - 1)
         assert abs(float((a * b).mean())) < 4 / a.numel() ** 0.5
-    other = model.run(inputs, hooks.noise(place, 1.0, seed=1), capture=place).tape[place] - model.run(inputs, capture=place).tape[place]
+    other = (
+        model.run(inputs, hooks.noise(place, 1.0, seed=1), capture=place).tape[place]
+        - model.run(inputs, capture=place).tape[place]
+    )
     assert abs(float((draw * other).mean())) < 4 / n**0.5
 
 
 def test_counters_to_numbers():
     grid = torch.arange(300)[:, None], torch.arange(200)[None]
     u = uniform(7, *grid)
-    assert u.shape == (300, 200) and u.dtype == torch.float64 and 0 < u.min() and u.max() < 1
+    assert u.shape == (300, 200) and u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
     assert len(u.unique()) == u.numel()
     histogram = torch.histc(u, 50, 0, 1)
     assert float(((histogram - u.numel() / 50) ** 2 / (u.numel() / 50)).sum()) < 49 + 4 * 98**0.5
@@ -703,6 +775,19 @@ def learned(t: Tiny) -> dict[str, tuple[Callable, Tensor]]:
         "project_out two": (lambda v: hooks.project_out(z, v), normals(2, head)),
         "interchange": (lambda v: hooks.interchange(resid, v, tape), normals(3, width)),
         "interchange one": (lambda v: hooks.interchange(z, v, world), normals(head)),
+        "interchange.source": (lambda v: hooks.interchange(z, normals(2, head), v), normals(2, 4, 2, head)),
+        "through an interchange": (
+            lambda v: hooks.steer(site("embed"), v) + hooks.interchange(resid, normals(3, width), tape),
+            normals(width),
+        ),
+        "through a projection": (
+            lambda v: hooks.steer(site("embed"), v) + hooks.project_out(resid, normals(3, width)),
+            normals(width),
+        ),
+        "through noise": (
+            lambda v: hooks.steer(site("embed"), v) + hooks.noise(resid, 0.3) + hooks.scale(z, 0.5),
+            normals(width),
+        ),
         "patch.source": (lambda v: hooks.patch(z, v), normals(2, 4, 2, head)),
         "mean.source": (lambda v: hooks.mean(site("z", 0), v), normals(3, 4, *t.model.sizes["z", 0, None].values())),
         "strength": (lambda a: hooks.patch(resid, tape).strength(a), torch.tensor(0.3).double()),
@@ -719,8 +804,12 @@ def learned(t: Tiny) -> dict[str, tuple[Callable, Tensor]]:
             normals(width),
         ),
         "through what is read here": (
-            lambda v: hooks.steer(site("embed"), v)
-            + hooks.intervene(site("resid_post", 1), lambda x, r, ctx: 0.1 * x + r.tanh(), here(site("attn_out", 0))),
+            lambda v: (
+                hooks.steer(site("embed"), v)
+                + hooks.intervene(
+                    site("resid_post", 1), lambda x, r, ctx: 0.1 * x + r.tanh(), here(site("attn_out", 0))
+                )
+            ),
             normals(width),
         ),
     }
@@ -797,7 +886,9 @@ def test_gradients_of_frozen_values():
     logits, _ = oracle.forward(s.module, s.corrupt.ids, s.mask, edits)
     weights = [s.module.blocks[1].attn.v_proj.weight, s.module.embed.weight]
     expected = torch.autograd.grad(logits.square().mean(), weights)
-    found = torch.autograd.grad(s.model.run(s.corrupt, plan, grad=True).logits.square().mean(), weights, materialize_grads=True)
+    found = torch.autograd.grad(
+        s.model.run(s.corrupt, plan, grad=True).logits.square().mean(), weights, materialize_grads=True
+    )
     with s.model.apply(plan):
         applied = torch.autograd.grad(s.module(s.corrupt.ids).square().mean(), weights, materialize_grads=True)
     for a, b, c in zip(found, applied, expected, strict=True):
@@ -935,7 +1026,9 @@ def test_a_value_for_all_rows_is_cut_to_those_that_run():
         hooks.steer(site("resid_pre", 0), torch.ones(32)),
         hooks.steer(site("resid_pre", 0), torch.ones(1, dtype=torch.float64)),
         hooks.steer(site("resid_pre", 0), torch.ones(1, 32, dtype=torch.float64)),
-        hooks.steer(site("resid_pre", 0), torch.ones(32, dtype=torch.float64), scale=torch.ones(3, dtype=torch.float64)),
+        hooks.steer(
+            site("resid_pre", 0), torch.ones(32, dtype=torch.float64), scale=torch.ones(3, dtype=torch.float64)
+        ),
         hooks.scale(site("z", 0), torch.ones(4, dtype=torch.float64)),
         hooks.scale(site("z", 0), torch.ones(8, 4, dtype=torch.float64)),
         hooks.clamp(site("resid_pre", 0, pos=-1), torch.ones(1, 32, dtype=torch.float64).expand(2, 32)),
@@ -984,7 +1077,8 @@ def no_hooks(model: hooks.Model) -> bool:
         lambda x, ctx: x.numpy(),
         lambda x, ctx: 0.0,
     ],
-    ids=["shorter", "one row", "broadcastable", "a number", "longer", "float32", "int", "bool", "device", "None", "tuple", "numpy", "float"],
+    ids=["shorter", "one row", "broadcastable", "a number", "longer", "float32", "int", "bool", "device", "None",
+         "tuple", "numpy", "float"],
 )  # fmt: skip
 def test_a_function_that_returns_something_else_is_refused(function):
     s = setting("gpt2", "left")
@@ -1014,7 +1108,12 @@ def test_sources_that_are_refused():
         s.model.run(s.corrupt, hooks.patch(place, s.tape.to(dtype=torch.float32)))
     with pytest.raises(SiteError, match="not kept"):
         s.model.run(s.corrupt, hooks.patch(place, s.model.run(s.clean, capture=site("z", 0)).tape))
-    for build in (hooks.patch, hooks.mean, hooks.resample, lambda p, source: hooks.interchange(p, torch.ones(32), source)):
+    for build in (
+        hooks.patch,
+        hooks.mean,
+        hooks.resample,
+        lambda p, source: hooks.interchange(p, torch.ones(32), source),
+    ):
         with pytest.raises(PlanError, match="source"):
             build(place, None)
     with pytest.raises(ShapeError, match="tensor"):
@@ -1057,13 +1156,22 @@ def test_positions_correspond_between_paddings(executor):
     assert torch.equal(s.clean.ids[s.mask], other.clean.ids[other.mask])
     pos = torch.zeros_like(s.mask)
     pos[0, 1:4], pos[1, -1], pos[2, -2:] = True, True, True
-    restrictions = [{}, {"pos": -1}, {"pos": Span(1, None)}, {"pos": (0, 2)}, {"pos": torch.tensor([1, 3, 0])}, {"pos": pos}]
+    restrictions = [
+        {},
+        {"pos": -1},
+        {"pos": Span(1, None)},
+        {"pos": (0, 2)},
+        {"pos": torch.tensor([1, 3, 0])},
+        {"pos": pos},
+    ]
     for restriction in restrictions:
         for name in ("resid_pre", "z", "pattern"):
             place = site(name, 1, **restriction)
             for source in (World(other.clean), other.tape):
                 world = World(s.corrupt, hooks.patch(place, source))
-                expected, _ = oracle.forward(s.module, s.corrupt.ids, s.mask, replaced(s, place, s.clean_values[name, 1]))
+                expected, _ = oracle.forward(
+                    s.module, s.corrupt.ids, s.mask, replaced(s, place, s.clean_values[name, 1])
+                )
                 try:
                     (outcome,) = run_worlds(s.model, [world], LOGITS, executor=executor)
                 except InterpError:

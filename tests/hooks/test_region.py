@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hooks import Inputs, Site, site
-
 from hooks.errors import ShapeError, SiteError
 from hooks.region import entire, resolve
 from hooks.sites import Span
@@ -149,6 +148,7 @@ def regions(draw: st.DrawFn) -> tuple[Site, Tensor, Tensor | None]:
     return Site(name, None if name == "logits" else 0, **restrictions), mask, only
 
 
+@settings(max_examples=100)
 @given(regions(), st.integers(0, 1000))
 def test_get_and_put_against_a_loop(case, seed):
     place, mask, only = case
@@ -195,6 +195,21 @@ def test_a_range_of_the_rows_is_resolved_as_the_whole_batch_is(case, data):
     assert torch.equal(cut.full_valid(), region.full_valid()[window])
     part = torch.randn_like(region.get(x))
     assert torch.equal(cut.put(x[window], part[window]), region.put(x, part)[window])
+
+
+@pytest.mark.parametrize("axis", ["pos", "key_pos"])
+@pytest.mark.parametrize("start", [None, -7, -4, -2, 0, 1, 3])
+def test_a_span_takes_of_each_row_what_a_slice_takes(axis, start):
+    mask = padded([6, 3, 4], "left")
+    for stop in (None, -5, -1, 1, 2, 5, 9):
+        place = site("scores", 0, **{axis: slice(start, stop)})
+        expected = chosen(place, mask, shape_of(place, mask))
+        if not expected.any():
+            assert "no token" in refused(place, mask)
+            continue
+        region = resolve(place, inputs_of(mask), sizes(place))
+        x = torch.zeros(shape_of(place, mask))
+        assert torch.equal(region.put(x, torch.ones_like(region.get(x))).bool(), expected)
 
 
 def test_entire_is_every_column():

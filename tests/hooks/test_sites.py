@@ -127,15 +127,11 @@ def test_a_hint_is_never_the_name_that_was_refused():
 
 
 def test_a_hook_name_without_its_block_says_so():
-    """`hook_resid_pre` is how TransformerLens names it inside a block; the error must not invent a layer None."""
+    """`hook_resid_pre` is how TransformerLens names it inside a block: with its layer it is the site."""
     text = message(site, "attn.hook_z")
     assert "which" in text and "layer" in text
-    try:
-        found = site("hook_resid_pre", layer=3)
-    except SiteError as error:
-        assert "layer None" not in str(error)
-    else:
-        assert found == site("resid_pre", 3)
+    assert site("hook_resid_pre", layer=3) == site("resid_pre", 3)
+    assert site("attn.hook_z", layer=0) == site("z", 0)
 
 
 @pytest.mark.parametrize("name", [3, None, ("z", 3)])
@@ -218,7 +214,10 @@ def test_an_unknown_restriction_names_the_nearest():
 def test_sites_print_what_they_mean():
     assert str(site("z", 8)) == "z.8"
     assert str(site("logits")) == "logits"
-    assert str(site("scores", 1, head=(0, 2), pos=-1, key_pos=slice(2, None))) == "scores.1[head=(0, 2), pos=-1, key_pos=2:]"
+    assert (
+        str(site("scores", 1, head=(0, 2), pos=-1, key_pos=slice(2, None)))
+        == "scores.1[head=(0, 2), pos=-1, key_pos=2:]"
+    )
     assert str(site("z", 1, pos=torch.ones(2, 3, dtype=torch.bool))) == "z.1[pos=mask[2, 3]]"
     assert str(site("z", 1, pos=torch.zeros(2, dtype=torch.long))) == "z.1[pos=ints[2]]"
     assert str(Site("z", 1, stack="encoder")) == "encoder:z.1"

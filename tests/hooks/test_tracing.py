@@ -1,4 +1,4 @@
-"""Every function of a plan as a function of tensors: pure, in each dtype, under fake tensors, vmap and torch.compile."""
+"""Every function of a plan as a function of tensors: pure, in each dtype, under fake tensors, vmap, torch.compile."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ def faked(mode: FakeTensorMode, value):
     if isinstance(value, tuple):
         return tuple(faked(mode, v) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: faked(mode, getattr(value, f.name)) for f in dataclasses.fields(value)})
+        return dataclasses.replace(
+            value, **{f.name: faked(mode, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
     return value
 
 

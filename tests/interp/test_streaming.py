@@ -109,6 +109,14 @@ def test_interrupted_again_and_again_in_small_chunks(model, tmp_path):
     assert files(tmp_path) == ["z.json", "z.safetensors"]
 
 
+@pytest.mark.parametrize("after", [1, 11, 25])
+def test_a_cell_of_which_some_rows_are_missing_is_not_done(model, tmp_path, after):
+    interrupt(model, tmp_path / "z", after, budget=1)
+    result = run(model, tmp_path / "z", budget=1)
+    assert np.isfinite(result.effect).all()
+    same(result, run(model, None))
+
+
 def test_interrupted_in_the_middle_of_the_metric(model, tmp_path):
     calls = []
 

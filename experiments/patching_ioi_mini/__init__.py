@@ -1,0 +1,1 @@
+"""Which parts of ioi-mini cause its answer: the main job, with its results committed."""

@@ -1,0 +1,1 @@
+"""The gallery: one script a figure, each drawing only from committed results."""

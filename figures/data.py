@@ -1,0 +1,22 @@
+"""Where the figures find their numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from interp.results import Result
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+PATCHING = EXPERIMENTS / "patching_ioi_mini" / "results"
+
+
+def result(name: str) -> Result:
+    """A sweep of the patching study."""
+    return Result.load(PATCHING / name)
+
+
+def read(*parts: str) -> dict[str, Any]:
+    """A JSON file of a study."""
+    return json.loads(EXPERIMENTS.joinpath(*parts).read_text())
