@@ -477,6 +477,12 @@ def test_strength_on_scores(family):
     ]
     weight = torch.tensor([0.5, 0.0, 1.0]).double()[:, None, None, None]
     cases[2][1]["scores", 1] = lambda x: torch.where(both, x, x + weight * (1.0 - x))
+    # A source in which an edge is cut: whole at 0, and cut at every other strength.
+    cut = site("scores", 1, head=1, key_pos=0)
+    source = World(s.corrupt, hooks.knockout(cut))
+    missing = s.chosen(cut) & (weight > 0)
+    item = hooks.patch(place, source).strength(torch.tensor([0.5, 0.0, 1.0]))
+    cases.append((as_plan(item), {("scores", 1): lambda x: torch.where(missing, -torch.inf, x)}))
     compare(s, cases, LOGITS)
     compare(s, cases, [place, site("pattern", 1)])
 
