@@ -80,6 +80,8 @@ def sweep(
     metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
     check_metrics(metrics)
     base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
+    if not isinstance(grid, Grid):
+        raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
     axes, cells = grid.cells(model, base_inputs)
     worlds = _cell_worlds(model, cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
@@ -162,7 +164,7 @@ def source_of(
     if intervention is not None and not callable(intervention):
         raise PlanError(f"intervention is a function of a site, such as ip.zero, not {intervention!r}")
     for name, inputs in (("clean", clean), ("corrupt", corrupt)):
-        if inputs is not None and not isinstance(inputs, Inputs):
+        if not isinstance(inputs, Inputs) and (inputs is not None or name == "clean"):
             raise InputsError(f"{name} is {type(inputs).__name__}: prepare prompts with model.inputs(...)")
     if corrupt is None:
         if intervention is None:
