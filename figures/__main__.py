@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from figures import first_order, heads, residual, speed
+from figures import first_order, heads, residual
 
 GALLERY = Path(__file__).parent / "gallery"
 
