@@ -21,16 +21,13 @@ FEW = 4
 """Cells of the other sides, which run one after another: more of them take no more memory."""
 
 
-def peak_memory(setting: Setting) -> list[dict[str, Any]]:
-    """Bytes that each sweep takes at most beyond what its process held before, every side in a process of its own.
+def peak_memory(setting: Setting, side: str) -> list[dict[str, Any]]:
+    """Bytes that each sweep of a side takes at most beyond what its process, one of its own, held before.
 
     Clean values are part of it on every side. On a GPU it is the GPU's memory that is counted.
     """
-    rows: list[dict[str, Any]] = []
-    for side in SIDES:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows += pool.submit(_peaks, setting, side).result()
-    return rows
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peaks, setting, side).result()
 
 
 def _peaks(setting: Setting, side: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 import interp as ip
 from experiments.benchmarks import machine, report, sides
-from experiments.benchmarks.memory import peak_memory
+from experiments.benchmarks.memory import SIDES, peak_memory
 from experiments.benchmarks.overhead import forward_overhead
 from experiments.benchmarks.setting import Setting, Task
 from experiments.benchmarks.timing import block_products, interleaved, ratio, timed
@@ -77,32 +77,40 @@ def measure_sweep(setting: Setting, models: Models, task: Task) -> dict[str, Any
     }
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Everything, as JSON data."""
+def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything, as JSON data; `save` is given what there is after each part, so that a run cut off loses little."""
     start = time.perf_counter()
     torch.set_num_threads(setting.threads)
     bare = setting.model()
     models = Models(ip.wrap(bare), setting.bridge(bare), bare)
-    sweeps = []
-    for tokens in setting.lengths:
-        for shared in setting.shared:
-            for site in ("resid_pre", "z"):
-                sweeps.append(measure_sweep(setting, models, setting.task(site, tokens, shared)))
-                print(f"{time.perf_counter() - start:4.0f} s  {report.sweep_line(sweeps[-1])}", flush=True)
-    forwards = [forward_overhead(setting, models.wrapped, *size) for size in setting.forwards]
-    print(f"{time.perf_counter() - start:4.0f} s  forward passes", flush=True)
-    del models, bare
-    memory = peak_memory(setting)
-    return {
+    record: dict[str, Any] = {
         "setting": asdict(setting),
         "versions": machine.versions(),
         "commit": machine.commit(),
         "machine": machine.describe(setting.device),
-        "sweeps": sweeps,
-        "forwards": forwards,
-        "memory": memory,
-        "took_seconds": time.perf_counter() - start,
+        "forwards": [],
+        "sweeps": [],
+        "memory": [],
     }
+
+    def done(what: str) -> None:
+        record["took_seconds"] = time.perf_counter() - start
+        save(record)
+        print(f"{record['took_seconds']:4.0f} s  {what}", flush=True)
+
+    for size in setting.forwards:
+        record["forwards"].append(forward_overhead(setting, models.wrapped, *size))
+        done(report.forward_line(record["forwards"][-1]))
+    for tokens in setting.lengths:
+        for shared in setting.shared:
+            for site in ("resid_pre", "z"):
+                record["sweeps"].append(measure_sweep(setting, models, setting.task(site, tokens, shared)))
+                done(report.sweep_line(record["sweeps"][-1]))
+    del models, bare
+    for side in SIDES:
+        record["memory"] += peak_memory(setting, side)
+        done(f"memory of {side}")
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,9 +128,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.write_readme(args.out, Path(__file__).parent / "README.md")
         return
     setting = Setting(device=args.device, threads=args.threads)
-    record = measure(setting.tiny() if args.quick else setting)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = measure(setting.tiny() if args.quick else setting, partial(_write, args.out))
     print(report.tables(record))
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

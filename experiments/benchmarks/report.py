@@ -30,6 +30,12 @@ def sweep_line(sweep: dict[str, Any]) -> str:
     return f"{_which(sweep)}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
 
 
+def forward_line(forward: dict[str, Any]) -> str:
+    """One size of forward passes in a line, while the rest is running."""
+    ratios = ", ".join(f"{name} {found['ratio']:.3f}" for name, found in forward["over_bare"].items())
+    return f"forward pass, {forward['batch']} × {forward['tokens']} tokens, over bare: {ratios}"
+
+
 def tables(record: dict[str, Any]) -> str:
     """All tables, in Markdown."""
     setting, machine = record["setting"], record["machine"]

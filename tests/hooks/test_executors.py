@@ -584,6 +584,21 @@ def test_sources_of_every_kind(family):
 
 
 @each_executor
+def test_strength_goes_from_the_value_to_the_functions_value(executor):
+    """x + s (f(x) - x), for a number and for one number a row."""
+    model = wrapped("small_ln_learned")
+    x = inputs(model, "right", 1)
+    place = site("attn_out", 0, pos=1)
+    kept = model.run(x, capture=place).tape[place]
+    strengths = torch.tensor([0.25, 0.75, 1.0]).double()
+    plans = [hk.zero(place).strength(strengths), *(hk.zero(place).strength(s) for s in strengths.tolist())]
+    expected = [patch(place, kept * (1 - s)) for s in (strengths[:, None, None], *strengths.tolist())]
+    reads = [site("logits", pos=-1)]
+    got, wanted = (Ran(model, [World(x, plan) for plan in some], reads, executor).values for some in (plans, expected))
+    torch.testing.assert_close(got, wanted, **EXACT)
+
+
+@each_executor
 def test_strength_is_exact_at_its_ends_also_where_infinity_is_read(executor):
     """A forbidden edge's score, patched in at strength 0 and 1 in one batch."""
     model = wrapped("llama")

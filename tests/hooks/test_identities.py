@@ -234,6 +234,14 @@ def test_within_a_site_the_order_of_the_plan_decides(family):
     one, two = model.run(x, a + b).logits, model.run(x, b + a).logits
     assert float((one - two).abs().max()) > 1e-3
     torch.testing.assert_close(held(model, x, b, a), two, **EXACT)
+    # What the last one sets stands, for every way of applying both.
+    for name in EXECUTORS:
+        zeroed, set_to_one = (
+            model.run(x, plan).logits.flatten(0, 1) for plan in (hk.zero(place), hk.clamp(place, 1.0))
+        )
+        worlds = [World(x, hk.clamp(place, 1.0) + hk.zero(place)), World(x, hk.zero(place) + hk.clamp(place, 1.0))]
+        torch.testing.assert_close(logits(model, worlds, name), [zeroed, set_to_one], **EXACT)
+    torch.testing.assert_close(held(model, x, hk.clamp(place, 1.0), hk.zero(place)).flatten(0, 1), zeroed, **EXACT)
     twice = model.run(x, hk.scale(place, 3.0) + hk.scale(place, 3.0)).logits
     torch.testing.assert_close(twice, model.run(x, hk.scale(place, 9.0)).logits, **EXACT)
 
