@@ -159,6 +159,7 @@ class Chunk:
         base_resid = self.base(("resid_pre", 0, None) if layer == 0 else ("resid_post", layer - 1, None))
         z = self.attention(layer, block, self.visit(("attn_in", layer, None), x, entering), needed)
         attn = self.flat_map(lambda v: block.out(v.flatten(1)), z)
+        self.count(layer, "out", attn)
         attn = self.results(layer, block, z, attn, needed)
         attn = self.visit(("attn_out", layer, None), attn, needed)
         residual = x.to(attn.dirty, base_resid)
@@ -168,7 +169,6 @@ class Chunk:
             out = self.mlp(layer, block, self.visit(("mlp_in", layer, None), x, needed), needed)
             x = x.to(out.dirty, self.base(("resid_mid", layer, None)))
             x = Packed(out.dirty, x.values + out.values, self.rows)
-        self.run_.forwards += len(x.values) / max(1, int(self.run_.inputs.mask.sum())) / len(self.arch.blocks)
         return self.visit(("resid_post", layer, None), x, needed)
 
     def flat_map(self, function: Callable[[Tensor], Tensor], x: Packed) -> Packed:
@@ -196,7 +196,13 @@ class Chunk:
                 return mlp.down(post(mlp.pre(read), read))
 
             out = self.flat_map(whole, x)
+        self.count(layer, "mlp", out)
         return self.visit(("mlp_out", layer, None), out, needed)
+
+    def count(self, layer: int, part: str, x: Packed) -> None:
+        """Count the work of a part of a block."""
+        if self.run_.meter is not None:
+            self.run_.meter.block(layer, part, len(x.values))
 
     def involved(self, key: Key) -> bool:
         """Whether a site has to be computed by itself."""
@@ -212,6 +218,7 @@ class Chunk:
         for name, need in (("q", needed), ("k", entering), ("v", entering)):
             source = normed if name != "q" or same_tokens else normed.to(asking.dirty, None)
             part = self.flat_map(getattr(block, name), source)
+            self.count(layer, name, part)
             parts.append(self.split_inputs(name, layer, block, keyed, part, need))
         q = self.visit(("q", layer, None), parts[0], needed)
         k = self.visit(("k", layer, None), parts[1], entering)
@@ -340,6 +347,8 @@ class Chunk:
         chosen = (place >= 0).nonzero().squeeze(1)
         members = flat[chosen] // width
         values = self.columns(x.values.index_select(0, chosen.to(run.device)), members % self.rows, region)
+        if run.meter is not None:
+            run.meter.unembedding(*values.shape)
         dense = base.expand(len(self.worlds), *base.shape).clone()
         dense.view(-1, base.shape[-1]).index_copy_(0, (members * n + place[chosen]).to(run.device), values)
         outputs = list(dense.unbind(0))

@@ -87,6 +87,9 @@ class Block:
     window: int | None = None
     norm2: nn.Module | None = None
     mlp: Mlp | None = None
+    parallel: bool = False
+    post1: nn.Module | None = None
+    post2: nn.Module | None = None
 
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
