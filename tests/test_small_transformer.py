@@ -82,7 +82,7 @@ def test_config_from_dict_refuses():
 @pytest.mark.parametrize("d_mlp", [None, 16])
 @torch.no_grad()
 def test_without_norms(d_mlp):
-    """The residual goes as it is into the parts of a block and the unembedding, and the engine's sites are the hand's."""
+    """The residual goes as it is into the parts of a block and the unembedding, and the engine's sites say so."""
     module = zoo.prepare(Transformer(TransformerConfig(**options(norm="none", d_mlp=d_mlp))))
     assert not any("ln" in name for name in module.state_dict())
     ids, mask = zoo.random_inputs(11, [6, 4], "left")

@@ -35,7 +35,7 @@ class Prompts:
     mask: Tensor
 
     def columns(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Where those positions are [B,T], counting real tokens (from the end if negative); which rows have them [B]."""
+        """Where the positions are [B,T], counting real tokens (from the end if negative); which rows have them [B]."""
         place, length = oracle.positions(self.mask), self.mask.sum(1)
         where, has = torch.zeros_like(self.mask), torch.ones_like(length, dtype=torch.bool)
         for p in positions:
@@ -58,7 +58,7 @@ class Trace:
 
 
 def normed(norm: Norm | NoNorm, x: Tensor, held: Tensor | None) -> Tensor:
-    """Normalise x; with `held`, by the scale that the norm has there instead of at x (x loses its own mean either way)."""
+    """Normalise x; with `held`, by the scale that the norm has there instead (x loses its own mean either way)."""
     if isinstance(norm, NoNorm) or held is None:
         return norm(x)
     if norm.centered:
@@ -312,9 +312,7 @@ def edge_set(
     return forward(model, edited, override, held=held, query_heads=query_heads).logits
 
 
-def frozen_path(
-    model: nn.Module, edited: Prompts, copied: Written, path: str, *, norms: str = "recompute"
-) -> Tensor:
+def frozen_path(model: nn.Module, edited: Prompts, copied: Written, path: str, *, norms: str = "recompute") -> Tensor:
     """Node by node, what each writes more because the node before it writes more; all off the path is held.
 
     A node of the path is a writer, so its head is a query head, and the input in brackets is the one it is entered by:

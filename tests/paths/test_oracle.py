@@ -11,6 +11,7 @@ from torch import Tensor
 from tests import oracle as sites
 from tests import zoo
 from tests.paths import networks, oracle
+from tests.paths.cases import all_edges
 from tests.paths.networks import INDUCTION, PREVIOUS, A, B, C, D, X
 
 CLOSE = {"rtol": 0.0, "atol": 1e-10}
@@ -102,14 +103,18 @@ def test_an_edge_is_an_edit_of_one_readers_input(family):
 
 @each_family
 @torch.no_grad()
-def test_edges_do_something(family):
-    model, (clean, corrupt) = zoo.make(family), pair()
-    base, copied = oracle.forward(model, corrupt), patched(model, corrupt, clean)
-    change = [
-        (oracle.edge(model, corrupt, copied, e, base=base) - base.logits)[corrupt.mask].abs().max() > 1e-6
-        for e in oracle.edges(model)
-    ]
-    assert all(change)
+def test_many_edges_at_once_are_one_after_another(family):
+    model, (clean, corrupt), spans = zoo.make(family), pair(), {"some": (0, 2)}
+    copied, real = patched(model, corrupt, clean), corrupt.mask
+    for query_heads, place in ((False, ""), (True, "@some")):
+        base = oracle.forward(model, corrupt, query_heads=query_heads)
+        given = {"base": base, "spans": spans, "query_heads": query_heads}
+        which = [edge + place for edge in oracle.edges(model, query_heads)]
+        together = all_edges(model, corrupt, copied, which, **given)
+        assert ((together - base.logits)[:, real].flatten(1).abs().amax(1) > 1e-6).all()
+        for i in random.sample(range(len(which)), 40):
+            alone = oracle.edge(model, corrupt, copied, which[i], **given)
+            torch.testing.assert_close(together[i][real], alone[real], **CLOSE)
 
 
 @each_family
