@@ -18,12 +18,33 @@ CLOSE = {"rtol": 0, "atol": 1e-10}
 RAGGED = (5, 3, 6)
 ANSWER, FOIL = 7, 9
 METRIC = ip.logit_diff(ANSWER, FOIL)
-MEASURE = oracle.logit_diff(ANSWER, FOIL)
 DIRECTIONS = ("denoising", "noising")
 REFERENCE = (6, 4, 6, 5)  # lengths of the reference rows; those of 6 can stand in for any prompt
 
 Edit = Callable[[oracle.Prompts, dict[str, Tensor]], Tensor]
 """From the prompts of the run that is edited and what is written instead to the logits of edited runs [run,B,T,V]."""
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""From logits [B,T,V] and the mask [B,T] to a number for each row [B]."""
+
+
+def at_last(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits [B,V] at each row's last real token."""
+    last = torch.arange(mask.shape[1]).where(mask, -1).amax(1)
+    return logits[torch.arange(len(logits)), last]
+
+
+def logit_diff(answer: int, foil: int) -> Measure:
+    """Logit of the answer minus logit of the foil."""
+    return lambda logits, mask: at_last(logits, mask)[:, answer] - at_last(logits, mask)[:, foil]
+
+
+def kl(other: Tensor, other_mask: Tensor) -> Measure:
+    """KL(other || run) of the next token, from the other run's logits [B,T,V]."""
+    theirs = at_last(other, other_mask).log_softmax(-1)
+    return lambda logits, mask: (theirs.exp() * (theirs - at_last(logits, mask).log_softmax(-1))).sum(-1)
+
+
+MEASURE = logit_diff(ANSWER, FOIL)
 
 
 class Case:
@@ -69,7 +90,7 @@ class Case:
         *,
         direction: str = "denoising",
         values: str = "patch",
-        measure: oracle.Measure = MEASURE,
+        measure: Measure = MEASURE,
         **options,
     ) -> np.ndarray:
         """The effect of each edited run, [run, row]; `options` go to `oracle.replaced`."""
@@ -112,7 +133,7 @@ class Case:
 
         return self.effects(apply, **options)[0]
 
-    def measured(self, name: str, measure: oracle.Measure = MEASURE) -> np.ndarray:
+    def measured(self, name: str, measure: Measure = MEASURE) -> np.ndarray:
         """A measure of one of the runs unedited, [row]."""
         run = self.prompts(name)
         with torch.no_grad():

@@ -22,8 +22,6 @@ from tests.oracle import LayerWeights, NoNorm, Norm, Spec
 Written = Mapping[str, Tensor]
 Override = Callable[[str, Tensor, Written], Tensor]
 """From a reader, what it would read [B,T,M] and what has been written so far to what it reads instead."""
-Measure = Callable[[Tensor, Tensor], Tensor]
-"""From logits [B,T,V] and the mask [B,T] to a number for each row [B]."""
 Spans = Mapping[str, "int | Sequence[int]"]
 
 
@@ -342,23 +340,3 @@ def frozen_path(model: nn.Module, edited: Prompts, copied: Written, path: str, *
         more = new - base.writers[name]
     was = base.readers["logits"]
     return unembed(spec, was + more, was if frozen else None)
-
-
-# Measures
-
-
-def at_last(logits: Tensor, mask: Tensor) -> Tensor:
-    """The logits [B,V] at each row's last real token."""
-    last = torch.arange(mask.shape[1]).where(mask, -1).amax(1)
-    return logits[torch.arange(len(logits)), last]
-
-
-def logit_diff(answer: int, foil: int) -> Measure:
-    """Logit of the answer minus logit of the foil."""
-    return lambda logits, mask: at_last(logits, mask)[:, answer] - at_last(logits, mask)[:, foil]
-
-
-def kl(other: Tensor, other_mask: Tensor) -> Measure:
-    """KL(other || run) of the next token, from the other run's logits [B,T,V]."""
-    theirs = at_last(other, other_mask).log_softmax(-1)
-    return lambda logits, mask: (theirs.exp() * (theirs - at_last(logits, mask).log_softmax(-1))).sum(-1)

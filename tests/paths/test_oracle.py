@@ -11,7 +11,7 @@ from torch import Tensor
 from tests import oracle as sites
 from tests import zoo
 from tests.paths import networks, oracle
-from tests.paths.cases import all_edges
+from tests.paths.cases import all_edges, logit_diff
 from tests.paths.networks import INDUCTION, PREVIOUS, A, B, C, D, X
 
 CLOSE = {"rtol": 0.0, "atol": 1e-10}
@@ -134,7 +134,7 @@ def test_all_edges_make_the_other_run_and_none_makes_this_one(family, query_head
 @torch.no_grad()
 def test_padding_changes_nothing(family):
     model, right, left = zoo.make(family), pair("right"), pair("left")
-    measure = oracle.logit_diff(7, 9)
+    measure = logit_diff(7, 9)
     for which in random.sample(oracle.edges(model), 8):
         for values, options in (("patch", {}), ("mean", {"pooled": True}), ("zero", {})):
             found = []
