@@ -43,6 +43,13 @@ class Norm:
         return x if self.bias is None else x + self.bias
 
 
+class NoNorm:
+    """What stands in a norm's place in a model without norms."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
     """W_Q [H,D,M], W_K and W_V [K,D,M], W_O [H,D,M]; biases [H,D], [K,D], [K,D], [M], zero where the model has none."""
@@ -75,9 +82,9 @@ class MLPWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    norm1: Norm
+    norm1: Norm | NoNorm
     attn: AttentionWeights
-    norm2: Norm | None
+    norm2: Norm | NoNorm | None
     mlp: MLPWeights | None
 
 
@@ -88,7 +95,7 @@ class Spec:
     W_E: Tensor
     W_pos: Tensor | None
     layers: tuple[LayerWeights, ...]
-    norm: Norm
+    norm: Norm | NoNorm
     W_U: Tensor
     rotary_base: float | None
     angle_dtype: torch.dtype  # what the rotary angles are computed in
@@ -222,6 +229,10 @@ def read_small(model: nn.Module) -> Spec:
     """The project's own `Transformer`, all its options."""
     config, p = model.config, Parameters(model)
     norm = (config.norm_eps, config.norm == "layernorm")
+
+    def norm_at(name: str) -> Norm | NoNorm | None:
+        return NoNorm() if config.norm == "none" else p.norm(name, *norm)
+
     layers = []
     for i in range(config.n_layers):
         at = f"blocks.{i}"
@@ -229,12 +240,12 @@ def read_small(model: nn.Module) -> Spec:
         if config.d_mlp is not None:
             mlp = p.mlp(f"{at}.mlp.gate", f"{at}.mlp.up", f"{at}.mlp.down", config.activation)
         attn = p.attention(f"{at}.attn", config.d_head, norm, window=None)
-        layers.append(LayerWeights(p.norm(f"{at}.ln1", *norm), attn, p.norm(f"{at}.ln2", *norm), mlp))
+        layers.append(LayerWeights(norm_at(f"{at}.ln1"), attn, norm_at(f"{at}.ln2"), mlp))
     return Spec(
         W_E=p["embed.weight"],
         W_pos=p["pos_embed.weight"] if config.positions == "learned" else None,
         layers=tuple(layers),
-        norm=p.norm("ln_final", *norm),
+        norm=norm_at("ln_final"),
         W_U=p["unembed.weight"],
         rotary_base=config.rotary_base if config.positions == "rotary" else None,
         angle_dtype=torch.promote_types(p["embed.weight"].dtype, torch.float32),
