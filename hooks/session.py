@@ -154,7 +154,8 @@ def install(session: Session, arch: Architecture, stack: ExitStack, expose: Iter
         on_output(arch.norm, final)
     logits = visitor("logits")
     if logits:
-        on_output(arch.unembed, logits)
+        stack.enter_context(arch.lift_cap())
+        on_output(arch.unembed, lambda x: logits(arch.capped(x)))
 
 
 def _install_block(
@@ -221,7 +222,7 @@ def _install_block(
     if "result" in names:
         on_output(block.out, lambda out: out + head_results_change(block, held["z"], lambda x: visit("result", x)))
     if "attn_out" in names:
-        on_output(block.attention, lambda x: visit("attn_out", x))
+        on_output(block.attention_end, lambda x: visit("attn_out", x))
     if block.mlp is not None and block.norm2 is not None:
         if names & {"resid_mid", "mlp_in"}:
 
@@ -240,7 +241,7 @@ def _install_block(
                 held["mlp_out"] = visit("mlp_out", x)
                 return held["mlp_out"]
 
-            on_output(block.mlp.module, mlp_out)
+            on_output(block.mlp_end, mlp_out)
     if names & {"resid_post", "resid_mid"}:
 
         def resid_post(x: Tensor) -> Tensor:
@@ -278,8 +279,8 @@ def _exposed(block: Block, visit: Callable[..., Tensor], names: set[str]) -> Cal
             if name in names:
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
                 q, k = (x, k) if name == "rot_q" else (q, x)
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], causal=True, device=q.device)
+        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, block.window)
         scaling = block.scaling if scaling is None else scaling
-        return exposed_attention(q, k, v, allowed, scaling, visit, bias, dropout), None
+        return exposed_attention(q, k, v, allowed, scaling, visit, bias, dropout, block.softcap), None
 
     return attend

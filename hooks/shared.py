@@ -31,7 +31,7 @@ COMPANIONS = {
     "v_input": ("attn_in", "v"),
     "scores": ("z",),
     "pattern": ("z",),
-    "result": ("z", "attn_out"),
+    "result": ("z",),
     "mlp_pre": ("mlp_in",),
     "mlp_post": ("mlp_in",),
 }

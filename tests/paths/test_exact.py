@@ -159,7 +159,7 @@ def test_edges_between_blocks(family):
 @each_direction
 def test_edges_at_every_position(family, direction):
     given = case(family, (5, 3, 4), 1)
-    graph = paths.Graph.of(given.model, positions="all")
+    graph = paths.Graph.of(given.model, positions=range(5))
     chosen = [e for e in given.edges if e.split("->")[1] in ("a1.h0<q>", "a1.h1<k>", "a1.h0<v>", "m1", "logits")]
     names = [f"{name}@{p}" for name in chosen for p in range(5)]
     readers = sorted({e.split("->")[1] for e in chosen})
