@@ -56,8 +56,8 @@ def edge_scores(
     - "eap" (Syed et al. 2023): sum over positions of <d_u, gradient of the metric at in_v>, in the run that is edited.
     - "eap-ig" (Hanna et al. 2024): the gradient averaged over `steps` points between the two prompts' embeddings,
       corrupt + k / steps (clean - corrupt) for k = 1 .. steps.
-    - "receiver-exact": <gradient at what v computes, the exact change of that when v reads in_v + d_u>: the norm, and an
-      MLP's nonlinearity, are exact, and what follows is first-order. Edges into the logits are exact.
+    - "receiver-exact": <gradient at what v computes, the exact change of that when v reads in_v + d_u>: the norm, and
+      an MLP's nonlinearity, are exact, and what follows is first-order. Edges into the logits are exact.
     - "exact": `edge_sweep`.
     - "adaptive": "receiver-exact", then the `top` largest and a random `sample` of the rest exactly; see `adaptive`.
 
