@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from hooks.meter import Meter
 from hooks.worlds import default_budget, exposed_layers, hooked_pass, rows_per_pass
 from interp.metrics import Metric, call
 from interp.paths.adaptive import adaptive
-from interp.paths.exact import cells_of, describe, edge_sweep, port
-from interp.paths.graph import QKV, Edge, Graph, Writer
+from interp.paths.exact import cells_of, describe, edge_sweep
+from interp.paths.graph import QKV, Graph
 from interp.paths.measuring import Measure
 from interp.paths.readers import responses
 from interp.paths.rewire import span_tokens
@@ -28,6 +27,8 @@ from interp.results import Axis, Result
 from interp.sweeps import assemble, check_model, source_metrics
 
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact", "adaptive")
+SOME = 16
+"""Writers whose changes are held at a time."""
 BACKWARD = 2
 """A backward pass costs about two forward passes."""
 
@@ -148,38 +149,29 @@ def _scores(
     base = np.zeros(0)
     points = _points(pair, method, steps)
     line = pair.stack(graph.writers[:1])[0]
+    exactly = method == "receiver-exact"
     for fraction in points:
         gradients = _Gradients(measure, graph, pair, window, fraction, line)
         if fraction == 0.0:
             base = gradients.metric
-        exactly = method == "receiver-exact"
-        for kind, layer, edges in _ports(graph):
-            if exactly and kind == "logits":
+        for layer in range(graph.layers + 1):
+            readers = [i for i, reader in enumerate(graph.readers) if reader.layer == layer]
+            if exactly and layer == graph.layers:
                 continue
-            writers = tuple(dict.fromkeys(edge.writer for edge in edges))
-            respond = gradients.at_output if exactly else gradients.at_input
-            for some, part in respond(kind, layer, writers):
-                _add(scores, graph, edges, some, part / len(points))
+            last = max(graph.readers[i].time for i in readers)
+            writers = [i for i, writer in enumerate(graph.writers) if writer.time < last]
+            respond = gradients.at_outputs if exactly else gradients.at_inputs(layer)
+            # A layer's worth of writers at a time, so that memory does not grow with their number.
+            for start in range(0, len(writers), SOME):
+                some = writers[start : start + SOME]
+                changes = pair.stack([graph.writers[i] for i in some])
+                part = respond(layer, changes)  # [S, U, R, b]
+                edges = graph.table[np.ix_(range(len(graph.span_names)), some, readers)]
+                there = edges >= 0
+                scores[edges[there]] += part.to("cpu", torch.float64).numpy()[there] / len(points)
     if not len(base):
         base = measure.all([World(measure.inputs)])[0, window]
     return scores, base
-
-
-def _ports(graph: Graph) -> Iterator[tuple[str, int, list[Edge]]]:
-    """The edges into the readers of one kind and layer, together."""
-    for (_, kind, layer), group in groupby(sorted(graph.listed, key=port), key=port):
-        yield kind, layer, list(group)
-
-
-def _add(scores: np.ndarray, graph: Graph, edges: list[Edge], writers: tuple[Writer, ...], part: Tensor) -> None:
-    """Add a part [S, U, R, b] to the scores of the edges that it belongs to."""
-    numbers = part.detach().to("cpu", torch.float64).numpy()
-    at = {writer: i for i, writer in enumerate(writers)}
-    spans = {span: i for i, span in enumerate(graph.span_names)}
-    for edge in edges:
-        if edge.writer in at:
-            head = edge.reader.head or 0
-            scores[graph.index[edge.name]] += numbers[spans[edge.span], at[edge.writer], head]
 
 
 class _Gradients:
@@ -228,42 +220,39 @@ class _Gradients:
             for span in graph.span_names
         ]
 
-    def at_input(
-        self, kind: str, layer: int, writers: tuple[Writer, ...]
-    ) -> Iterator[tuple[tuple[Writer, ...], Tensor]]:
-        """<d_u, gradient at in_v> summed over positions, [S, U, R, b], some writers at a time."""
-        gradient = self._of_input(kind, layer)
-        for some in _some(writers):
-            changes = self.pair.stack(some)
-            yield some, self._summed("ubtm,btrm->surb", changes, gradient)
+    def at_inputs(self, layer: int) -> Callable[[int, Tensor], Tensor]:
+        """What gives <d_u, gradient at in_v> summed over positions, [S, U, R, b], of changes [U, b, T, M]."""
+        gradient = torch.cat([self._of_input(kind, layer) for kind in _kinds(self.graph, layer)], 2)
 
-    def at_output(
-        self, kind: str, layer: int, writers: tuple[Writer, ...]
-    ) -> Iterator[tuple[tuple[Writer, ...], Tensor]]:
+        def respond(layer: int, changes: Tensor) -> Tensor:
+            return torch.stack([torch.einsum("ubtm,btrm->urb", c, gradient) for c in self._by_span(changes)])
+
+        return respond
+
+    def at_outputs(self, layer: int, changes: Tensor) -> Tensor:
         """<what v computes from in_v + d_u less what it does, the gradient there>, [S, U, R, b]."""
-        base = self.pair.base
-        names = {"mlp": ("mlp_out",), "attn": QKV}.get(kind, (kind,))
-        for some in _some(writers):
-            changes = self.pair.stack(some)
+        found = []
+        for masked in self._by_span(changes):
             parts = []
-            for span in self.spans:
-                masked = changes if span is None else changes * span.to(changes)[..., None]
-                now, before = (self._computed(kind, layer, base, c) for c in (masked, torch.zeros_like(masked[:1])))
+            for kind in _kinds(self.graph, layer):
+                now, before = (self._computed(kind, layer, change) for change in (masked, torch.zeros_like(masked[:1])))
                 total: Any = 0
-                for name in names:
+                for name in now:
                     gradient = self.gradients[Site(name, layer).key]
-                    moved = now[name] - before[name]
-                    if kind == "mlp":
-                        total = total + torch.einsum("ubtm,btm->ub", moved, gradient).unsqueeze(1)
-                    elif kind == "attn":
-                        total = total + torch.einsum("ubthd,bthd->ub", moved, gradient).unsqueeze(1)
-                    else:
-                        total = total + torch.einsum("ubthd,bthd->uhb", moved, gradient)
+                    per_head = (
+                        "ubtm,btm->ub" if kind == "mlp" else "ubthd,bthd->uhb" if kind in QKV else "ubthd,bthd->ub"
+                    )
+                    product = torch.einsum(per_head, now[name] - before[name], gradient)
+                    total = total + (product if kind in QKV else product.unsqueeze(1))
                 parts.append(total)
-            yield some, torch.stack(parts)
+            found.append(torch.cat(parts, 1))
+        return torch.stack(found)
 
-    def _computed(self, kind: str, layer: int, base: Any, change: Tensor) -> dict[str, Tensor]:
-        block = self.arch.blocks[layer]
+    def _by_span(self, changes: Tensor) -> list[Tensor]:
+        return [changes if span is None else changes * span.to(changes)[..., None] for span in self.spans]
+
+    def _computed(self, kind: str, layer: int, change: Tensor) -> dict[str, Tensor]:
+        base, block = self.pair.base, self.arch.blocks[layer]
         meter, tokens = self.measure.meter, change[..., 0].numel()
         if kind == "mlp":
             assert block.mlp is not None
@@ -277,13 +266,6 @@ class _Gradients:
         if meter is not None:
             meter.block(layer, kind, tokens)
         return responses(base, kind, layer, change)
-
-    def _summed(self, equation: str, changes: Tensor, gradient: Tensor) -> Tensor:
-        parts = []
-        for span in self.spans:
-            masked = changes if span is None else changes * span.to(changes)[..., None]
-            parts.append(torch.einsum(equation.replace("->s", "->"), masked, gradient))
-        return torch.stack(parts)
 
     def _of_input(self, kind: str, layer: int) -> Tensor:
         """The gradient at what each reader of a kind reads, [b, T, R, M]."""
@@ -303,7 +285,6 @@ def _masked(gradient: Tensor, real: Tensor) -> Tensor:
     return gradient * real.reshape(*real.shape, *[1] * (gradient.ndim - 2)).to(gradient)
 
 
-def _some(writers: tuple[Writer, ...], count: int = 16) -> Iterator[tuple[Writer, ...]]:
-    """Writers, a layer's worth at a time: so memory does not grow with their number."""
-    for start in range(0, len(writers), count):
-        yield writers[start : start + count]
+def _kinds(graph: Graph, layer: int) -> list[str]:
+    """The kinds of a layer's readers, in the graph's order."""
+    return list(dict.fromkeys(reader.kind for reader in graph.readers if reader.layer == layer))
