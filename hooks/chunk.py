@@ -13,7 +13,7 @@ from .adapters.architecture import Block, linear_weight, rotate
 from .attention import exposed_attention
 from .editing import Edits, Guard, Key
 from .packed import Packed, tiled
-from .packed_attention import allowed_keys, packed_attention, reach
+from .packed_attention import allowed_keys, packed_attention, reach, seen_by
 from .region import Region
 from .session import head_results_change
 from .sites import Site, execution_order
@@ -74,11 +74,7 @@ class Chunk:
 
     def entering(self, layer: int) -> Tensor:
         """Tokens whose residual before a layer can matter."""
-        return self.needed[layer - 1] if layer else self.before(self.needed[0]) & self.real
-
-    @staticmethod
-    def before(needed: Tensor) -> Tensor:
-        return needed.flip(1).long().cumsum(1).flip(1) > 0
+        return self.needed[layer - 1] if layer else seen_by(self.needed[0], self.arch.causal) & self.real
 
     def base(self, key: Key) -> Tensor | None:
         """The base's value [b, T, ...] of a site; None while the base itself is computed."""
@@ -219,7 +215,7 @@ class Chunk:
         q, k = self.turn(q, block.q_norm), self.turn(k, block.k_norm)
         q = self.visit(("rot_q", layer, None), q, needed)
         k = self.visit(("rot_k", layer, None), k, entering)
-        out = (reach(k.dirty | v.dirty, block.window) | q.dirty) & self.real & needed
+        out = (reach(k.dirty | v.dirty, block.window, self.arch.causal) | q.dirty) & self.real & needed
         looks = {(name, layer, None) for name in INSIDE}
         inside = [w for w, keys in enumerate(self.touched) if keys & looks]
         if looks & set(self.captured):
@@ -285,7 +281,8 @@ class Chunk:
             plain = plain.clone() if plain is out else plain
             plain[w * self.rows : (w + 1) * self.rows] = False
         bases = (self.base(("rot_q", layer, None)), self.base(("rot_k", layer, None)), self.base(("v", layer, None)))
-        z = packed_attention(block, self.run_.inputs, plain, (q, k, v), bases, layer in self.run_.exposed)
+        exposed, causal = layer in self.run_.exposed, self.arch.causal
+        z = packed_attention(block, self.run_.inputs, plain, (q, k, v), bases, exposed, causal)
         return self.attend_inside(layer, block, (q, k, v), bases, z, out, inside) if inside else z
 
     def attend_inside(
@@ -294,7 +291,8 @@ class Chunk:
         """Attention of the worlds that edit or keep scores or patterns, over all their positions."""
         inputs = self.run_.inputs
         every = torch.arange(inputs.width).expand(self.rows, -1)
-        allowed = allowed_keys(inputs, torch.arange(self.rows), every, block.window).to(self.run_.device)
+        allowed = allowed_keys(inputs, torch.arange(self.rows), every, block.window, self.arch.causal)
+        allowed = allowed.to(self.run_.device)
         streams = [(stream, stream.offsets(), base) for stream, base in zip(qkv, bases, strict=True)]
         z_base, results = self.base(("z", layer, None)), {}
         for w in inside:
@@ -325,16 +323,17 @@ class Chunk:
         """One read of the logits, of every world; those that edit the logits bring theirs."""
         run = self.run_
         region = run.region(site)
-        n, width = region.cols.shape[1], x.dirty.shape[1]
+        cols = run.unembedded(region)
+        n, width = cols.shape[1], x.dirty.shape[1]
         if index not in run.base_logits:
             rows = torch.arange(self.rows).repeat_interleave(n)
-            at = (region.cols + torch.arange(self.rows)[:, None] * width).flatten().to(run.device)
+            at = (cols + torch.arange(self.rows)[:, None] * width).flatten().to(run.device)
             final = run.base["ln_final", -1, None].flatten(0, 1).index_select(0, at)
             run.base_logits[index] = self.columns(final, rows, region).unflatten(0, (self.rows, n))
         base = run.base_logits[index]
         if self.is_base:
             return [base]
-        slot = torch.full_like(run.inputs.ids, -1).scatter_(1, region.cols, torch.arange(n).expand_as(region.cols))
+        slot = torch.full_like(run.inputs.ids, -1).scatter_(1, cols, torch.arange(n).expand_as(cols))
         flat = x.flat()
         place = slot.flatten()[flat % slot.numel()]
         chosen = (place >= 0).nonzero().squeeze(1)
@@ -366,6 +365,8 @@ class Chunk:
         for w, keys in enumerate(self.touched):
             if key in keys:
                 final = x.world(w, self.base(("ln_final", -1, None)), offsets[w], offsets[w + 1])
+                if self.arch.readout is not None:
+                    final = final[:, self.arch.readout, None]
                 full[w] = self.worlds[w].visit(key, self.arch.unembed(final))
         return full
 

@@ -154,7 +154,9 @@ def install(session: Session, arch: Architecture, stack: ExitStack, expose: Iter
         on_output(arch.norm, final)
     logits = visitor("logits")
     if logits:
-        on_output(arch.unembed, logits)
+        # A classifier unembeds one position of each row, which its output has no axis for.
+        one = (lambda x: logits(x.unsqueeze(1)).squeeze(1)) if arch.readout is not None else logits
+        on_output(arch.unembed, one)
 
 
 def _install_block(
@@ -208,7 +210,7 @@ def _install_block(
         on_output(module, project)
 
     if names & INSIDE or expose:
-        stack.enter_context(arch.swap_attention(block.attention, _exposed(block, visit, names)))
+        stack.enter_context(arch.swap_attention(block.attention, _exposed(block, visit, names, arch.causal)))
 
     if names & {"z", "result"}:
 
@@ -241,6 +243,14 @@ def _install_block(
                 return held["mlp_out"]
 
             on_output(block.mlp.module, mlp_out)
+        if block.dropout is not None and "resid_mid" in names:
+
+            def dropped(x: Tensor) -> Tensor:
+                # Whatever a block drops of both sublayers, what it drops of the MLP comes last.
+                held["mlp_out"] = x
+                return x
+
+            on_output(block.dropout, dropped)
     if names & {"resid_post", "resid_mid"}:
 
         def resid_post(x: Tensor) -> Tensor:
@@ -261,7 +271,9 @@ def head_results_change(block: Block, z: Tensor, edit: Callable[[Tensor], Tensor
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)
 
 
-def _exposed(block: Block, visit: Callable[..., Tensor], names: set[str]) -> Callable[..., tuple[Tensor, None]]:
+def _exposed(
+    block: Block, visit: Callable[..., Tensor], names: set[str], causal: bool
+) -> Callable[..., tuple[Tensor, None]]:
     """An attention function that shows its inside, in the form that models call theirs."""
 
     def attend(
@@ -278,7 +290,7 @@ def _exposed(block: Block, visit: Callable[..., Tensor], names: set[str]) -> Cal
             if name in names:
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
                 q, k = (x, k) if name == "rot_q" else (q, x)
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], causal=True, device=q.device)
+        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], causal=causal, device=q.device)
         scaling = block.scaling if scaling is None else scaling
         return exposed_attention(q, k, v, allowed, scaling, visit, bias, dropout), None
 

@@ -83,7 +83,11 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole model: W_E and W_U [V,M], W_pos [positions,M] if positions are learned, rotary_base if rotary."""
+    """A whole model: W_E and W_U [V,M], W_pos [positions,M] if positions are learned, rotary_base if rotary.
+
+    One that takes images has W_E [M,channels,height,width] and b_E [M] of a patch, and the embedding of its class token
+    [M]; every token sees every other, and the class token alone is read, by W_U and b_U.
+    """
 
     W_E: Tensor
     W_pos: Tensor | None
@@ -92,6 +96,9 @@ class Spec:
     W_U: Tensor
     rotary_base: float | None
     angle_dtype: torch.dtype  # what the rotary angles are computed in
+    class_token: Tensor | None = None
+    b_E: Tensor | None = None
+    b_U: Tensor | None = None
 
 
 class Parameters:
@@ -241,6 +248,36 @@ def read_small(model: nn.Module) -> Spec:
     )
 
 
+def read_vit(model: nn.Module) -> Spec:
+    """A vision transformer with a classifier: LayerNorm, biases everywhere."""
+    config, p = model.config, Parameters(model)
+    assert config.hidden_act == "gelu"
+    norm = (config.layer_norm_eps, True)
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at = f"vit.layers.{i}"
+        layers.append(
+            LayerWeights(
+                norm1=p.norm(f"{at}.layernorm_before", *norm),
+                attn=p.attention(f"{at}.attention", config.hidden_size // config.num_attention_heads, norm, None),
+                norm2=p.norm(f"{at}.layernorm_after", *norm),
+                mlp=p.mlp(f"{at}.mlp.gate", f"{at}.mlp.fc1", f"{at}.mlp.fc2", "gelu"),
+            )
+        )
+    return Spec(
+        W_E=p["vit.embeddings.patch_embeddings.projection.weight"],
+        W_pos=p["vit.embeddings.position_embeddings"][0],
+        layers=tuple(layers),
+        norm=p.norm("vit.layernorm", *norm),
+        W_U=p["classifier.weight"],
+        rotary_base=None,
+        angle_dtype=torch.float32,
+        class_token=p["vit.embeddings.cls_token"][0, 0],
+        b_E=p["vit.embeddings.patch_embeddings.projection.bias"],
+        b_U=p["classifier.bias"],
+    )
+
+
 READERS: dict[str, Callable[[nn.Module], Spec]] = {
     "GPT2LMHeadModel": read_gpt2,
     "LlamaForCausalLM": read_llama,
@@ -248,6 +285,7 @@ READERS: dict[str, Callable[[nn.Module], Spec]] = {
     "Qwen2ForCausalLM": read_llama,
     "Qwen3ForCausalLM": read_llama,
     "Transformer": read_small,
+    "ViTForImageClassification": read_vit,
 }
 
 
@@ -259,6 +297,17 @@ def read(model: nn.Module) -> Spec:
 def positions(mask: Tensor) -> Tensor:
     """Return the position ids [B,T] that padding asks for: real tokens so far - 1, and 0 before the first."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def embed_image(spec: Spec, pixels: Tensor) -> Tensor:
+    """Embed pixels [B,channels,height,width]: the class token, then patch by patch, each with its position."""
+    height, width = spec.W_E.shape[2:]
+    tokens = [spec.class_token.expand(len(pixels), -1)]
+    for top in range(0, pixels.shape[2], height):
+        for left in range(0, pixels.shape[3], width):
+            patch = pixels[:, :, top : top + height, left : left + width]
+            tokens.append(torch.einsum("bchw,mchw->bm", patch, spec.W_E) + spec.b_E)
+    return torch.stack(tokens, dim=1) + spec.W_pos
 
 
 def rotate(x: Tensor, position: Tensor, base: float, dtype: torch.dtype) -> Tensor:
@@ -284,14 +333,14 @@ def forward(
 
     Args:
         model: a model of a family in `READERS`; only its parameters and config are read.
-        ids: token ids [B,T].
+        ids: token ids [B,T], or pixels [B,channels,height,width].
         mask: bool [B,T], True at real tokens. Masks keys alone, as the models do: a padded query before the first real
             token attends to nothing (its pattern is zero), one after the last still sees the real tokens before it.
         edits: (site, layer or None) -> function from the site's whole tensor to a new one of the same shape, applied in
             execution order. An edit of `resid_post` comes before one of the next layer's `resid_pre`.
 
     Returns:
-        The logits [B,T,V], and every site's value after editing by (site, layer or None).
+        The logits [B,T,V] ([B,1,V] of a classifier), and every site's value after editing by (site, layer or None).
 
     Raises:
         ValueError: an edit of a site that the model does not have, or one that changes the shape.
@@ -310,12 +359,13 @@ def forward(
         cache[name, layer] = x
         return x
 
-    T = ids.shape[1]
+    T = mask.shape[1]
     position = positions(mask)
     query, key = torch.arange(T, device=ids.device)[:, None], torch.arange(T, device=ids.device)[None, :]
 
-    resid = at("embed", None, spec.W_E[ids])
-    if spec.W_pos is not None:
+    images = spec.class_token is not None
+    resid = at("embed", None, embed_image(spec, ids) if images else spec.W_E[ids])
+    if spec.W_pos is not None and not images:
         resid = resid + at("pos_embed", None, spec.W_pos[position])
 
     for layer, w in enumerate(spec.layers):
@@ -338,7 +388,7 @@ def forward(
             q = at("rot_q", layer, rotate(q, position, spec.rotary_base, spec.angle_dtype))
             k = at("rot_k", layer, rotate(k, position, spec.rotary_base, spec.angle_dtype))
 
-        allowed = (key <= query) & mask[:, None, None, :]
+        allowed = mask[:, None, None, :] & ((key <= query) | images)
         if a.window is not None:
             allowed = allowed & (key > query - a.window)
         group = torch.arange(H, device=ids.device) // (H // K)  # the key/value head that each query head reads
@@ -366,7 +416,8 @@ def forward(
         resid = at("resid_post", layer, resid + mlp_out)
 
     final = at("ln_final", None, spec.norm(resid))
-    logits = at("logits", None, torch.einsum("btm,vm->btv", final, spec.W_U))
+    read_out = torch.einsum("btm,vm->btv", final[:, :1] if images else final, spec.W_U)
+    logits = at("logits", None, read_out if spec.b_U is None else read_out + spec.b_U)
     if pending:
         raise ValueError(f"{type(model).__name__} has no sites {sorted(pending, key=str)}")
     return logits, cache

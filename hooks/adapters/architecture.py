@@ -1,4 +1,4 @@
-"""What the engine needs to know of a decoder: its parts, named once, for both ways of running it.
+"""What the engine needs to know of a transformer: its parts, named once, for both ways of running it.
 
 Forward hooks are placed on these modules, and the copy-on-write executor calls them on packed tokens. A part is a
 module of the user's model, never a copy of its weights.
@@ -71,8 +71,26 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class ImageFormat:
+    """The images that a model takes, which it cuts into patches from left to right and from top to bottom.
+
+    Attributes:
+        channels, height, width: of an image, in numbers and pixels.
+        patch: height and width of a patch, in pixels; what is left over on the right and below belongs to none.
+    """
+
+    channels: int
+    height: int
+    width: int
+    patch: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Block:
-    """One pre-norm block, attention and then the MLP (None in an attention-only model)."""
+    """One pre-norm block, attention and then the MLP (None in an attention-only model).
+
+    `dropout` is a module of the block's own between the MLP and the residual, or None where there is none.
+    """
 
     module: nn.Module
     norm1: nn.Module
@@ -87,6 +105,7 @@ class Block:
     window: int | None = None
     norm2: nn.Module | None = None
     mlp: Mlp | None = None
+    dropout: nn.Module | None = None
 
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -94,18 +113,22 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parts of a causal decoder.
+    """The parts of a transformer: a causal decoder, unless it says otherwise.
 
     Attributes:
         family: what the adapter calls it.
-        embed: token embedding; `pos_embed`: learned positions, a module called on positions, or None.
+        embed: token embedding, called on ids (or on pixels, for every token of an image and with its position);
+            `pos_embed`: learned positions, a module called on positions, or None.
         blocks: the blocks in order.
         norm: the final norm; `unembed`: the module from it to logits.
-        width: M; vocabulary: V.
+        width: M; vocabulary: V, the tokens or classes that there are logits for.
         rotary: from positions [...] and a dtype to (cos, sin), each [..., D], or None where there is no rotary
             embedding.
         swap_attention: context manager that makes one attention module call a given function
             ``f(module, q [B,H,T,D], k [B,K,S,D], v, mask, scaling=..., dropout=...) -> (z [B,T,H,D], None)``.
+        causal: whether a token attends to those before it and itself, or to all.
+        readout: the position whose final state alone is unembedded, in a classifier; None where every one is.
+        images: what images the model takes, or None where it takes tokens.
     """
 
     family: str
@@ -118,6 +141,9 @@ class Architecture:
     vocabulary: int
     swap_attention: Callable[[Any, AttentionFunction], AbstractContextManager[None]]
     rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]] | None = None
+    causal: bool = True
+    readout: int | None = None
+    images: ImageFormat | None = None
 
 
 def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
