@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .adapters.architecture import softcap
+
 Visit = Callable[[str, Tensor, "tuple[Tensor, float] | None"], Tensor]
 
 
@@ -19,6 +21,7 @@ def exposed_attention(
     visit: Visit,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    cap: float | None = None,
 ) -> Tensor:
     """Softmax attention that shows its scores and its pattern.
 
@@ -31,6 +34,7 @@ def exposed_attention(
             allowed.
         bias: added to the scores.
         dropout: probability with which pattern entries are dropped.
+        cap: what the scaled scores are soft-capped to, before anything is added to them or forbidden.
 
     Returns:
         z [B, T, H, D]. A query that may attend to nothing has a zero pattern.
@@ -39,6 +43,8 @@ def exposed_attention(
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2)) * scaling
+    if cap is not None:
+        scores = softcap(scores, cap)
     if bias is not None:
         scores = scores + bias
     if allowed is not None:
@@ -56,17 +62,21 @@ def exposed_attention(
     return (pattern @ v).transpose(1, 2)
 
 
-def read_mask(mask: Tensor | None, queries: int, keys: int, causal: bool, device: torch.device):
+def read_mask(
+    mask: Tensor | None, queries: int, keys: int, device: torch.device, window: int | None = None, causal: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """Split a mask in whatever form a model hands to its attention into what is allowed and what is added.
 
     Args:
-        mask: None (causal, if `causal`), bool 4-D, additive float 4-D, or 2-D [B, S] of real keys.
+        mask: bool 4-D, additive float 4-D, 2-D [B, S] of real keys, or None, where all keys are real.
+        window: width of the layer's sliding window, which a mask that is 2-D or None does not tell.
+        causal: whether the attention is, which such a mask does not tell either.
 
     Returns:
         (allowed, bias): bool broadcastable to [B, H, T, S] or None, and a float bias or None.
     """
     if mask is None or mask.ndim == 2:
-        allowed = causal_mask(queries, keys, device) if causal else None
+        allowed = causal_mask(queries, keys, device, window) if causal else None
         if mask is not None:
             real = mask.bool()[:, None, None, :]
             allowed = real if allowed is None else allowed & real
@@ -77,7 +87,9 @@ def read_mask(mask: Tensor | None, queries: int, keys: int, causal: bool, device
     return allowed, torch.where(allowed, mask, 0)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """bool [1, 1, T, S]: the last query sees every key, each earlier one a key less."""
-    last = torch.arange(keys - queries, keys, device=device)
-    return (torch.arange(keys, device=device) <= last[:, None])[None, None]
+def causal_mask(queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
+    """bool [1, 1, T, S]: the last query's own key is the last one; each sees that and those before, in a window."""
+    own = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    allowed = key <= own
+    return (allowed if window is None else allowed & (key > own - window))[None, None]

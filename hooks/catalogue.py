@@ -60,8 +60,10 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
         if arch.rotary is not None:
             here |= {"rot_q": q, "rot_k": k}
         if block.mlp is not None:
-            here |= {name: width for name in ("resid_mid", "mlp_in", "mlp_out")}
+            here |= {name: width for name in ("mlp_in", "mlp_out")}
             here |= {name: {DIM: block.mlp.width} for name in ("mlp_pre", "mlp_post")}
+            if not block.parallel:
+                here["resid_mid"] = width
         for name, size in here.items():
             sizes[Site(name, layer).key] = size
     sizes["ln_final", -1, None] = width

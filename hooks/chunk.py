@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .adapters.architecture import Block, linear_weight, rotate
+from .adapters.architecture import Block, rotate
 from .attention import exposed_attention
 from .editing import Edits, Guard, Key
 from .packed import Packed, tiled
 from .packed_attention import allowed_keys, packed_attention, reach, seen_by
-from .region import Region
+from .readout import read_out
 from .session import head_results_change
-from .sites import Site, execution_order
+from .sites import execution_order
 
 if TYPE_CHECKING:
     from .shared import SharedRun
@@ -28,6 +28,8 @@ INSIDE = ("scores", "pattern")
 """Sites for which a world's attention is computed whole, with its inside exposed."""
 ALWAYS = frozenset({"embed", "resid_pre", "rot_q", "rot_k", "v", "resid_mid", "resid_post", "ln_final"})
 """Sites whose base value every run needs: what worlds read where they have not changed it."""
+BESIDE = frozenset({"attn_out", "mlp_out"})
+"""The same in a parallel block, where attention may have changed tokens that the MLP has not, and the reverse."""
 
 
 @dataclass(eq=False)
@@ -70,7 +72,7 @@ class Chunk:
             if len(x.values) or layer in used:
                 x = self.block(layer, x)
         self.mark_pruned()
-        return self.read_out(x) if stop == depth else self.collect([])
+        return self.collect(read_out(self, x) if stop == depth else [])
 
     def entering(self, layer: int) -> Tensor:
         """Tokens whose residual before a layer can matter."""
@@ -92,7 +94,8 @@ class Chunk:
 
     def record(self, key: Key, x: Packed) -> None:
         """Keep the base's value where worlds will need it, and the worlds' values where they are read."""
-        if self.is_base and (key in self.run_.recorded or key[0] in ALWAYS):
+        always = key[0] in ALWAYS or (key[0] in BESIDE and self.arch.blocks[key[1]].parallel)
+        if self.is_base and (always or key in self.run_.recorded):
             self.run_.base[key] = x.world(0, None, 0, len(x.values))
         if key in self.captured:
             offsets = x.offsets()
@@ -152,20 +155,34 @@ class Chunk:
         """One block, from the residual before it to the residual after it."""
         block, needed = self.arch.blocks[layer], self.needed[layer]
         entering = self.entering(layer)
-        base_resid = self.base(("resid_pre", 0, None) if layer == 0 else ("resid_post", layer - 1, None))
+        before: Key = ("resid_pre", 0, None) if layer == 0 else ("resid_post", layer - 1, None)
         z = self.attention(layer, block, self.visit(("attn_in", layer, None), x, entering), needed)
         attn = self.flat_map(lambda v: block.out(v.flatten(1)), z)
+        self.count(layer, "out", attn)
         attn = self.results(layer, block, z, attn, needed)
-        attn = self.visit(("attn_out", layer, None), attn, needed)
-        residual = x.to(attn.dirty, base_resid)
-        x = Packed(attn.dirty, residual.values + attn.values, self.rows)
-        if block.mlp is not None and block.norm2 is not None:
-            x = self.visit(("resid_mid", layer, None), x, needed)
+        if block.post1 is not None:
+            attn = self.flat_map(block.post1, attn)
+        added: dict[Key, Packed] = {("attn_out", layer, None): self.visit(("attn_out", layer, None), attn, needed)}
+        if block.mlp is not None:
+            if not block.parallel:
+                before, x = ("resid_mid", layer, None), self.add(x, before, added)
+                x, added = self.visit(before, x, needed), {}
             out = self.mlp(layer, block, self.visit(("mlp_in", layer, None), x, needed), needed)
-            x = x.to(out.dirty, self.base(("resid_mid", layer, None)))
-            x = Packed(out.dirty, x.values + out.values, self.rows)
-        self.run_.forwards += len(x.values) / max(1, int(self.run_.inputs.mask.sum())) / len(self.arch.blocks)
+            added["mlp_out", layer, None] = out
+        x = self.add(x, before, added)
         return self.visit(("resid_post", layer, None), x, needed)
+
+    def add(self, x: Packed, key: Key, added: dict[Key, Packed]) -> Packed:
+        """The residual x, which is the base's site `key`, with what sublayers add to it.
+
+        Each of them has changed at least the needed tokens that x has.
+        """
+        dirty = torch.stack([stream.dirty for stream in added.values()]).any(0)
+        values = x.to(dirty, self.base(key)).values
+        for name, stream in added.items():
+            whole = stream if torch.equal(stream.dirty, dirty) else stream.to(dirty, self.base(name))
+            values = values + whole.values
+        return Packed(dirty, values, self.rows)
 
     def flat_map(self, function: Callable[[Tensor], Tensor], x: Packed) -> Packed:
         return Packed(x.dirty, tiled(function, x.values, self.tile), self.rows)
@@ -179,20 +196,29 @@ class Chunk:
         def post(hidden: Tensor, read: Tensor) -> Tensor:
             return mlp.act(hidden) if mlp.up is None else mlp.act(hidden) * mlp.up(read)
 
+        def down(hidden: Tensor) -> Tensor:
+            return mlp.down(hidden) if block.post2 is None else block.post2(mlp.down(hidden))
+
         if self.involved(pre_key) or self.involved(post_key):
             hidden = self.visit(pre_key, self.flat_map(lambda v: mlp.pre(norm(v)), x), needed)
             x = x.to(hidden.dirty, self.base(("mlp_in", layer, None)))
             hidden = Packed(hidden.dirty, post(hidden.values, norm(x.values)), self.rows)
             hidden = self.visit(post_key, hidden, needed)
-            out = self.flat_map(mlp.down, hidden)
+            out = self.flat_map(down, hidden)
         else:
 
             def whole(v: Tensor) -> Tensor:
                 read = norm(v)
-                return mlp.down(post(mlp.pre(read), read))
+                return down(post(mlp.pre(read), read))
 
             out = self.flat_map(whole, x)
+        self.count(layer, "mlp", out)
         return self.visit(("mlp_out", layer, None), out, needed)
+
+    def count(self, layer: int, part: str, x: Packed) -> None:
+        """Count the work of a part of a block."""
+        if self.run_.meter is not None:
+            self.run_.meter.block(layer, part, len(x.values))
 
     def involved(self, key: Key) -> bool:
         """Whether a site has to be computed by itself."""
@@ -208,6 +234,7 @@ class Chunk:
         for name, need in (("q", needed), ("k", entering), ("v", entering)):
             source = normed if name != "q" or same_tokens else normed.to(asking.dirty, None)
             part = self.flat_map(getattr(block, name), source)
+            self.count(layer, name, part)
             parts.append(self.split_inputs(name, layer, block, keyed, part, need))
         q = self.visit(("q", layer, None), parts[0], needed)
         k = self.visit(("k", layer, None), parts[1], entering)
@@ -257,7 +284,7 @@ class Chunk:
         edited = [w for w, keys in enumerate(self.touched) if key in keys]
         if not edited and key not in self.captured:
             return attn
-        z_offsets, offsets, results = z.offsets(), attn.offsets(), {}
+        z_offsets, results = z.offsets(), {}
         for w in range(len(self.worlds)) if key in self.captured else edited:
             whole = z.world(w, self.base(("z", layer, None)), z_offsets[w], z_offsets[w + 1])
 
@@ -268,8 +295,7 @@ class Chunk:
 
             delta = head_results_change(block, whole, edit)
             if w in edited:
-                old = attn.world(w, self.base(("attn_out", layer, None)), offsets[w], offsets[w + 1])
-                results[w] = (old + delta, (delta != 0).any(2).cpu())
+                results[w] = (block.out(whole.flatten(2)) + delta, (delta != 0).any(2).cpu())
         return self.adopt([key], attn, needed, results) if results else attn
 
     def attend(
@@ -303,72 +329,12 @@ class Chunk:
                 self.keep((name, layer, None), w, x)
                 return x
 
-            mixed = exposed_attention(q, k, v, allowed, block.scaling, look)
+            mixed = exposed_attention(q, k, v, allowed, block.scaling, look, cap=block.softcap)
             change = out[w * self.rows : (w + 1) * self.rows]
             if z_base is not None:
                 change = change | (mixed != z_base).flatten(2).any(2).cpu()
             results[w] = (mixed, change)
         return self.adopt([(name, layer, None) for name in INSIDE], z, self.needed[layer], results)
-
-    def read_out(self, x: Packed) -> list[list[Tensor]]:
-        """The final norm and, of the unembedding, the tokens and columns that are read."""
-        needed = self.needed[-1]
-        x = self.flat_map(self.arch.norm, x)
-        x = self.visit(("ln_final", -1, None), x, needed)
-        edited = self.edited_logits(x)
-        wanted = [(index, site) for index, site in enumerate(self.run_.reads) if site.name == "logits"]
-        return self.collect([self.logits(x, site, index, edited) for index, site in wanted])
-
-    def logits(self, x: Packed, site: Site, index: int, edited: dict[int, Tensor]) -> list[Tensor]:
-        """One read of the logits, of every world; those that edit the logits bring theirs."""
-        run = self.run_
-        region = run.region(site)
-        cols = run.unembedded(region)
-        n, width = cols.shape[1], x.dirty.shape[1]
-        if index not in run.base_logits:
-            rows = torch.arange(self.rows).repeat_interleave(n)
-            at = (cols + torch.arange(self.rows)[:, None] * width).flatten().to(run.device)
-            final = run.base["ln_final", -1, None].flatten(0, 1).index_select(0, at)
-            run.base_logits[index] = self.columns(final, rows, region).unflatten(0, (self.rows, n))
-        base = run.base_logits[index]
-        if self.is_base:
-            return [base]
-        slot = torch.full_like(run.inputs.ids, -1).scatter_(1, cols, torch.arange(n).expand_as(cols))
-        flat = x.flat()
-        place = slot.flatten()[flat % slot.numel()]
-        chosen = (place >= 0).nonzero().squeeze(1)
-        members = flat[chosen] // width
-        values = self.columns(x.values.index_select(0, chosen.to(run.device)), members % self.rows, region)
-        dense = base.expand(len(self.worlds), *base.shape).clone()
-        dense.view(-1, base.shape[-1]).index_copy_(0, (members * n + place[chosen]).to(run.device), values)
-        outputs = list(dense.unbind(0))
-        for w, full in edited.items():
-            outputs[w] = region.get(full)
-        return outputs
-
-    def columns(self, hidden: Tensor, rows: Tensor, region: Region) -> Tensor:
-        """Logits [N, C] of final activations [N, M] that belong to base rows `rows`, in the columns of a region."""
-        site = region.site
-        if site.dim is None:
-            return tiled(self.arch.unembed, hidden, self.tile)
-        index = next(i for axis, i in region.steps if axis == 2).to(hidden.device)
-        weight, bias = linear_weight(self.arch.unembed)
-        if index.ndim == 1:
-            return torch.nn.functional.linear(hidden, weight[index], None if bias is None else bias[index])
-        index = index[rows.to(hidden.device)]
-        out = torch.einsum("nm,ncm->nc", hidden, weight[index])
-        return out if bias is None else out + bias[index]
-
-    def edited_logits(self, x: Packed) -> dict[int, Tensor]:
-        """All logits [b, T, V] of the worlds that edit them; right at the positions that are read."""
-        key, offsets, full = ("logits", -1, None), x.offsets(), {}
-        for w, keys in enumerate(self.touched):
-            if key in keys:
-                final = x.world(w, self.base(("ln_final", -1, None)), offsets[w], offsets[w + 1])
-                if self.arch.readout is not None:
-                    final = final[:, self.arch.readout, None]
-                full[w] = self.worlds[w].visit(key, self.arch.unembed(final))
-        return full
 
     def collect(self, logits: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """The reads of each world, in the order in which they were asked for."""

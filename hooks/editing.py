@@ -281,6 +281,6 @@ def check_reads(plan: Plan, n_layers: int) -> None:
                     raise PlanError(f"{item}: a read of this world needs the site that it reads")
                 if execution_order(read.site.key, n_layers) >= execution_order(item.site.key, n_layers):
                     raise CycleError(
-                        f"{item}: {read.site} is computed from {item.site}, so it cannot be read there; "
+                        f"{item}: {read.site} is not computed before {item.site}, so it cannot be read there; "
                         "read it from another World, or with freeze() from this one unedited"
                     )

@@ -437,8 +437,8 @@ def wrap(
     """Wrap a model of the user's, which stays as it is.
 
     Args:
-        model: a GPT-2, Llama, Mistral, Qwen 2 or Qwen 3 with a language-model head or a ViT with a classifier (of
-            transformers), the project's own small transformer, or any module with an adapter.
+        model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
+            classifier (of transformers), the project's own small transformer, or any module with an adapter.
         tokenizer: for prompts that are text, and for printing tokens.
         adapter: a function that says where the model keeps its parts, for a family that is not known.
 

@@ -99,8 +99,9 @@ def packed_attention(
         if slots is not None:
             queries = queries.new_zeros((real.numel(), *queries.shape[1:])).index_copy_(0, slots, queries)
         queries = queries.unflatten(0, (len(group), most)).transpose(1, 2)
-        if exposed:
-            mixed = exposed_attention(queries, keys, values, allowed, block.scaling, lambda _name, x, _guard: x)
+        # No fused kernel of torch's caps its scores.
+        if exposed or block.softcap is not None:
+            mixed = exposed_attention(queries, keys, values, allowed, block.scaling, _unseen, cap=block.softcap)
         else:
             mixed = torch.nn.functional.scaled_dot_product_attention(
                 queries,
@@ -113,6 +114,10 @@ def packed_attention(
         mixed = mixed.flatten(0, 1)
         z[asked] = mixed if slots is None else mixed.index_select(0, slots)
     return Packed(out, z, q.rows)
+
+
+def _unseen(_name: str, x: Tensor, _guard: object) -> Tensor:
+    return x
 
 
 def _filled(stream: Packed, group: Tensor, rows: Tensor, changed: Tensor, base: Tensor | None) -> Tensor:

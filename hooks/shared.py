@@ -20,6 +20,7 @@ from .adapters.architecture import Architecture
 from .chunk import Chunk
 from .editing import Edits, Key
 from .inputs import Inputs
+from .meter import Meter
 from .packed import Packed
 from .packed_attention import seen_by
 from .region import Region, entire, resolve
@@ -31,7 +32,7 @@ COMPANIONS = {
     "v_input": ("attn_in", "v"),
     "scores": ("z",),
     "pattern": ("z",),
-    "result": ("z", "attn_out"),
+    "result": ("z",),
     "mlp_pre": ("mlp_in",),
     "mlp_post": ("mlp_in",),
 }
@@ -57,6 +58,7 @@ class SharedRun:
         exposed: layers whose attention is computed with its inside exposed, for every world alike.
         recorded: sites of which the base's value will be needed, besides those that every run needs.
         trim: whether tokens that no read depends on may be dropped.
+        meter: counts the work.
     """
 
     arch: Architecture
@@ -69,8 +71,8 @@ class SharedRun:
     recorded: frozenset[Key]
     trim: bool = True
     base: dict[Key, Tensor] = field(default_factory=dict)
+    meter: Meter | None = None
     base_logits: dict[int, Tensor] = field(init=False, default_factory=dict)
-    forwards: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         depth = len(self.arch.blocks)

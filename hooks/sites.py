@@ -62,7 +62,7 @@ KINDS: dict[str, Kind] = {
         Kind("logits", _RESID, "BTV", "unembed.hook_out", per_layer=False),
     )
 }
-"""Every kind of site, in the order in which a pre-norm sequential block computes them."""
+"""Every kind of site, in the order in which a block computes them, be its attention and MLP sequential or parallel."""
 
 _ORDER = {name: index for index, name in enumerate(KINDS)}
 _BY_HOOK = {kind.hook: kind.name for kind in KINDS.values()} | {"hook_unembed": "logits"}

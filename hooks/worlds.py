@@ -19,6 +19,7 @@ from .audit import FIRED, INERT, PRUNED, Audit
 from .editing import Edits, source_id, world_reads
 from .errors import ModelError, PlanError, nearest
 from .inputs import Inputs
+from .meter import Meter
 from .plan import Origin, World
 from .session import INSIDE, Session, install
 from .shared import SharedRun, record_keys
@@ -96,6 +97,7 @@ def run_worlds(
     budget: int | None = None,
     seed: int = 0,
     skip: Skip | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[Outcome]:
     """Run worlds and yield what is read of each, as chunks of worlds and rows are done (without gradients).
 
@@ -107,6 +109,7 @@ def run_worlds(
         budget: bytes that the activations of a chunk may take; what is read does not depend on it beyond rounding.
         seed: seed of random interventions.
         skip: says of a world (by index) and a range of rows that they need not be run.
+        meter: counts the work of the worlds (not of those that they read).
 
     Raises:
         PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
@@ -130,7 +133,7 @@ def run_worlds(
     expose = exposed_layers(worlds, reads)
     run = _run_shared if choice.executor == "shared" else _run_hooked
     options = {} if choice.executor == "shared" else {"batch": choice.executor == "batched"}
-    outcomes = run(model, worlds, reads, limit, seed, expose, skip or (lambda index, rows: False), **options)
+    outcomes = run(model, worlds, reads, limit, seed, expose, skip or (lambda index, rows: False), meter, **options)
     while True:
         # The caller's code runs between two chunks, on a model as the caller knows it.
         with model.suspended(), torch.no_grad():
@@ -239,6 +242,7 @@ def _run_hooked(
     seed: int,
     expose: frozenset[int],
     skip: Skip,
+    meter: Meter | None,
     batch: bool,
 ) -> Iterator[list[Outcome]]:
     tapes = read_tapes(model, worlds, seed, expose, limit)
@@ -263,6 +267,8 @@ def _run_hooked(
                 chosen = left[at : at + together]
                 edits = [Edits(worlds[i], model.sizes, tapes, seed, window) for i in chosen]
                 session, _ = hooked_pass(model, edits, [reads] * len(chosen), expose)
+                if meter is not None:
+                    meter.whole(len(chosen) * first.ids[window].numel())
                 for entry in edits:
                     entry.audit.require_fired()
                 yield [
@@ -279,6 +285,7 @@ def _run_shared(
     seed: int,
     expose: frozenset[int],
     skip: Skip,
+    meter: Meter | None,
 ) -> Iterator[list[Outcome]]:
     groups: dict[int, list[int]] = {}
     for index, world in enumerate(worlds):
@@ -314,6 +321,7 @@ def _run_shared(
                 recorded=record_keys(keys),
                 # A value read from another position of the same world may be one that nothing else needs.
                 trim=not own,
+                meter=meter,
             )
             run.run_base(Edits(World(inputs), model.sizes, {}, seed, window))
             tapes = {**fixed, **_shared_tapes(model, run, sources, seed, window)}
@@ -353,9 +361,9 @@ def _shared_tapes(
             run.recorded,
             trim=False,
             base=run.base,
+            meter=run.meter,
         )
         values = view.run_worlds([Edits(source, model.sizes, {}, seed, window)])[0]
-        run.forwards += view.forwards
         kept = tuple(zip(sites, values, strict=True))
         tapes[key] = Tape(source.inputs, kept, model.sizes, window)
     return tapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hooks import Inputs, Model, Site
-from hooks.adapters.architecture import linear_weight
+from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import InputsError, MetricError, ModelError
 from interp.metrics import Metric, Tokens, call, token_ids
 from interp.results import Axis, Result
@@ -73,7 +74,7 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     points = ("embed", *(str(layer) for layer in range(model.n_layers)))
     if metric is None:
         with torch.no_grad():
-            logits = torch.stack([arch.unembed(arch.norm(run.tape[place])).cpu() for place in sites])
+            logits = torch.stack([arch.logits(arch.norm(run.tape[place])).cpu() for place in sites])
         return LogitLens(logits, points, inputs)
     bound = metric.bind(model, inputs)
     if metric.reference is not None or any(r.name != "logits" for r in bound.reads):
@@ -84,7 +85,7 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     with torch.no_grad():
         for i, place in enumerate(sites):
             final = run.tape[place] if arch.readout is None else run.tape[place][:, arch.readout, None]
-            logits = arch.unembed(arch.norm(final))
+            logits = arch.logits(arch.norm(final))
             parts = [resolve(r, inputs, model.sizes[r.key]).get(logits) for r in bound.reads]
             values[0, i + 2] = call(bound, metric.name, slice(0, len(inputs)), parts).to("cpu", torch.float64).numpy()
     return _as_result(values, Axis("layer", points), metric.name, inputs, model, "logit lens")
@@ -96,7 +97,8 @@ def direct_logit_attribution(
     """Split the logit of the answer (minus the foil's) into what each component writes to the residual stream.
 
     The final norm's scale is held at its value, which makes the logits linear in the residual stream; the parts then
-    add up to the whole, which is checked (Elhage et al. 2021; Wang et al. 2022).
+    add up to the whole, which is checked (Elhage et al. 2021; Wang et al. 2022). For single heads, so is the scale of a
+    norm that stands after attention. Where a model soft-caps its logits, the whole is the logit before that.
 
     Args:
         model: a wrapped model.
@@ -134,14 +136,16 @@ def direct_logit_attribution(
     tape = model.run(inputs, capture=wanted).tape
     with torch.no_grad():
         final = tape[last][:, 0]
-        onto = _frozen_norm(arch.norm, final, direction.to(final.device))
+        frozen, towards = _frozen_norm(arch.norm, final), direction.to(final.device)
+
+        def onto(part: Tensor) -> Tensor:
+            return (frozen(part) * towards).sum(-1)
+
         names, parts = ["embed"], [onto(tape[wanted[0]][:, 0])]
         for layer, block in enumerate(arch.blocks):
             out = tape[Site("attn_out", layer, pos=pos)][:, 0]
             if heads:
-                weight, bias = linear_weight(block.out)
-                z = tape[Site("z", layer, pos=pos)][:, 0]
-                each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.q.heads, block.q.width)))
+                each, bias = _heads(block, tape[Site("z", layer, pos=pos)][:, 0])
                 names += [f"{layer}.h{h}" for h in range(block.q.heads)]
                 parts += [onto(each[:, h]) for h in range(block.q.heads)]
                 if bias is not None:
@@ -153,7 +157,7 @@ def direct_logit_attribution(
             if block.mlp is not None:
                 names.append(f"{layer}.mlp")
                 parts.append(onto(tape[Site("mlp_out", layer, pos=pos)][:, 0]))
-        whole = (arch.norm(final) * direction.to(final.device)).sum(-1)
+        whole = (arch.norm(final) * towards).sum(-1)
         if isinstance(getattr(arch.norm, "bias", None), Tensor):
             names.append("norm_bias")
             parts.append(whole - onto(final))
@@ -179,17 +183,31 @@ def _columns(weight: Tensor, tokens: Tensor) -> Tensor:
     return weight.detach()[tokens.to(weight.device)].mean(1)
 
 
-def _frozen_norm(norm: nn.Module, x: Tensor, direction: Tensor):
-    """From a part [B, M] of the residual x [B, M] to its share of <norm(x), direction>, the scale being that of x."""
+def _heads(block: Block, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What each head [B, H, M] and the biases together ([B, M] or [M], None without any) add to the residual."""
+    weight, bias = linear_weight(block.out)
+    each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.q.heads, block.q.width)))
+    if block.post1 is None:
+        return each, bias
+    frozen, own = _frozen_norm(block.post1, block.out(z.flatten(1))[:, None]), getattr(block.post1, "bias", None)
+    if bias is not None:
+        bias = frozen(bias)[:, 0]
+    return frozen(each), own if bias is None else bias if own is None else bias + own
+
+
+def _frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A norm without its bias, as a linear function of parts of x [..., M]: the scale is that of x."""
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         raise ModelError(f"the final norm, {type(norm).__name__}, is not a LayerNorm or an RMSNorm with a weight")
     eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if getattr(norm, n, None) is not None), 0.0)
     if isinstance(norm, nn.LayerNorm):
         scale = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
-        return lambda part: ((part - part.mean(-1, keepdim=True)) / scale * weight * direction).sum(-1)
+        return lambda part: (part - part.mean(-1, keepdim=True)) / scale * weight
     scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    return lambda part: (part / scale * weight * direction).sum(-1)
+    # A norm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones, whose scale is 1.
+    gain = norm(x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
+    return lambda part: part / scale * gain
 
 
 def _as_result(values: np.ndarray, axis: Axis, name: str, inputs: Inputs, model: Model, what: str) -> Result:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,13 @@ class Norm:
         return x if self.bias is None else x + self.bias
 
 
+class NoNorm:
+    """What stands in a norm's place in a model without norms."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
     """W_Q [H,D,M], W_K and W_V [K,D,M], W_O [H,D,M]; biases [H,D], [K,D], [K,D], [M], zero where the model has none."""
@@ -58,6 +65,8 @@ class AttentionWeights:
     q_norm: Norm | None
     k_norm: Norm | None
     window: int | None  # a query sees at most this many keys, itself included
+    scale: float | None = None  # factor of q k; 1 / sqrt(D) where it is not given
+    cap: float | None = None  # scores stay between -cap and cap
 
 
 @dataclass(frozen=True)
@@ -75,15 +84,21 @@ class MLPWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    norm1: Norm
+    norm1: Norm | NoNorm
     attn: AttentionWeights
-    norm2: Norm | None
+    norm2: Norm | NoNorm | None
     mlp: MLPWeights | None
+    parallel: bool = False  # the MLP reads what attention reads, not what it makes of it
+    post1: Norm | None = None  # of what attention adds
+    post2: Norm | None = None  # of what the MLP adds
 
 
 @dataclass(frozen=True)
 class Spec:
     """A whole model: W_E and W_U [V,M], W_pos [positions,M] if positions are learned, rotary_base if rotary.
+
+    `rotary_width` is how many dimensions of a head are turned (None: all), `embed_scale` the factor of the embedding,
+    `cap` what the logits stay below.
 
     One that takes images has W_E [M,channels,height,width] and b_E [M] of a patch, and the embedding of its class token
     [M]; every token sees every other, and the class token alone is read, by W_U and b_U.
@@ -92,13 +107,22 @@ class Spec:
     W_E: Tensor
     W_pos: Tensor | None
     layers: tuple[LayerWeights, ...]
-    norm: Norm
+    norm: Norm | NoNorm
     W_U: Tensor
     rotary_base: float | None
     angle_dtype: torch.dtype  # what the rotary angles are computed in
+    rotary_width: int | None = None
+    embed_scale: float = 1.0
+    cap: float | None = None
     class_token: Tensor | None = None
     b_E: Tensor | None = None
     b_U: Tensor | None = None
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Logits [..., V] of the final norm's output [..., M]."""
+        logits = torch.einsum("...m,vm->...v", final, self.W_U)
+        logits = logits if self.b_U is None else logits + self.b_U
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class Parameters:
@@ -191,6 +215,38 @@ def read_gpt2(model: nn.Module) -> Spec:
     )
 
 
+def read_neox(model: nn.Module) -> Spec:
+    """GPT-NeoX: LayerNorm, partial rotary, q/k/v side by side for each head, parallel blocks or sequential ones."""
+    config, p = model.config, Parameters(model)
+    assert config.hidden_act == "gelu"
+    assert config.rope_parameters["rope_type"] == "default"
+    heads, norm = config.num_attention_heads, (config.layer_norm_eps, True)
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at = f"gpt_neox.layers.{i}"
+        fused = p[f"{at}.attention.query_key_value.weight"]
+        W_Q, W_K, W_V = fused.unflatten(0, (heads, 3, -1)).unbind(1)
+        b_Q, b_K, b_V = p.bias(f"{at}.attention.query_key_value.bias", fused).unflatten(0, (heads, 3, -1)).unbind(1)
+        W_O = p[f"{at}.attention.dense.weight"]
+        b_O = p.bias(f"{at}.attention.dense.bias", W_O)
+        W_O = W_O.T.unflatten(0, (heads, -1))
+        attn = AttentionWeights(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, b_O, q_norm=None, k_norm=None, window=None)
+        mlp = p.mlp("", f"{at}.mlp.dense_h_to_4h", f"{at}.mlp.dense_4h_to_h", "gelu")
+        norms = p.norm(f"{at}.input_layernorm", *norm), p.norm(f"{at}.post_attention_layernorm", *norm)
+        layers.append(LayerWeights(norms[0], attn, norms[1], mlp, parallel=config.use_parallel_residual))
+    width = config.hidden_size // heads
+    return Spec(
+        W_E=p["gpt_neox.embed_in.weight"],
+        W_pos=None,
+        layers=tuple(layers),
+        norm=p.norm("gpt_neox.final_layer_norm", *norm),
+        W_U=p["lm_head.weight"],
+        rotary_base=config.rope_parameters["rope_theta"],
+        angle_dtype=torch.float32,
+        rotary_width=int(width * config.rope_parameters["partial_rotary_factor"]),
+    )
+
+
 def read_llama(model: nn.Module) -> Spec:
     """Llama, Mistral, Qwen2, Qwen3: RMSNorm, rotary, gated; biases, q/k norms and windows where a model has them."""
     config, p = model.config, Parameters(model)
@@ -225,10 +281,52 @@ def read_llama(model: nn.Module) -> Spec:
     )
 
 
+def read_gemma(model: nn.Module) -> Spec:
+    """Gemma 2: RMSNorm by 1 + weight before and after each sublayer, capped scores and logits, some layers' windows."""
+    config, p = model.config, Parameters(model)
+    assert config.hidden_activation == "gelu_pytorch_tanh"
+    assert config.rope_parameters["rope_type"] == "default"
+
+    def norm(name: str) -> Norm:
+        return Norm(1 + p[f"{name}.weight"], None, config.rms_norm_eps, centered=False)
+
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        window = config.sliding_window if config.layer_types[i] == "sliding_attention" else None
+        attn = p.attention(f"{at}.self_attn", config.head_dim, (0.0, False), window)
+        attn = replace(attn, scale=config.query_pre_attn_scalar**-0.5, cap=config.attn_logit_softcapping)
+        layers.append(
+            LayerWeights(
+                norm1=norm(f"{at}.input_layernorm"),
+                attn=attn,
+                norm2=norm(f"{at}.pre_feedforward_layernorm"),
+                mlp=p.mlp(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", f"{at}.mlp.down_proj", "gelu_tanh"),
+                post1=norm(f"{at}.post_attention_layernorm"),
+                post2=norm(f"{at}.post_feedforward_layernorm"),
+            )
+        )
+    return Spec(
+        W_E=p["model.embed_tokens.weight"],
+        W_pos=None,
+        layers=tuple(layers),
+        norm=norm("model.norm"),
+        W_U=p["lm_head.weight"],
+        rotary_base=config.rope_parameters["rope_theta"],
+        angle_dtype=torch.float32,
+        embed_scale=float(torch.tensor(config.hidden_size**0.5, dtype=torch.float32)),  # in which transformers keeps it
+        cap=config.final_logit_softcapping,
+    )
+
+
 def read_small(model: nn.Module) -> Spec:
     """The project's own `Transformer`, all its options."""
     config, p = model.config, Parameters(model)
     norm = (config.norm_eps, config.norm == "layernorm")
+
+    def norm_at(name: str) -> Norm | NoNorm | None:
+        return NoNorm() if config.norm == "none" else p.norm(name, *norm)
+
     layers = []
     for i in range(config.n_layers):
         at = f"blocks.{i}"
@@ -236,12 +334,12 @@ def read_small(model: nn.Module) -> Spec:
         if config.d_mlp is not None:
             mlp = p.mlp(f"{at}.mlp.gate", f"{at}.mlp.up", f"{at}.mlp.down", config.activation)
         attn = p.attention(f"{at}.attn", config.d_head, norm, window=None)
-        layers.append(LayerWeights(p.norm(f"{at}.ln1", *norm), attn, p.norm(f"{at}.ln2", *norm), mlp))
+        layers.append(LayerWeights(norm_at(f"{at}.ln1"), attn, norm_at(f"{at}.ln2"), mlp))
     return Spec(
         W_E=p["embed.weight"],
         W_pos=p["pos_embed.weight"] if config.positions == "learned" else None,
         layers=tuple(layers),
-        norm=p.norm("ln_final", *norm),
+        norm=norm_at("ln_final"),
         W_U=p["unembed.weight"],
         rotary_base=config.rotary_base if config.positions == "rotary" else None,
         angle_dtype=torch.promote_types(p["embed.weight"].dtype, torch.float32),
@@ -280,6 +378,8 @@ def read_vit(model: nn.Module) -> Spec:
 
 READERS: dict[str, Callable[[nn.Module], Spec]] = {
     "GPT2LMHeadModel": read_gpt2,
+    "Gemma2ForCausalLM": read_gemma,
+    "GPTNeoXForCausalLM": read_neox,
     "LlamaForCausalLM": read_llama,
     "MistralForCausalLM": read_llama,
     "Qwen2ForCausalLM": read_llama,
@@ -318,6 +418,13 @@ def rotate(x: Tensor, position: Tensor, base: float, dtype: torch.dtype) -> Tens
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., : D // 2], x[..., D // 2 :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_some(x: Tensor, position: Tensor, spec: Spec) -> Tensor:
+    """Turn the first dimensions of each head as `rotate` does, as many as the model turns."""
+    assert spec.rotary_base is not None
+    n = x.shape[-1] if spec.rotary_width is None else spec.rotary_width
+    return torch.cat((rotate(x[..., :n], position, spec.rotary_base, spec.angle_dtype), x[..., n:]), dim=-1)
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -364,7 +471,7 @@ def forward(
     query, key = torch.arange(T, device=ids.device)[:, None], torch.arange(T, device=ids.device)[None, :]
 
     images = spec.class_token is not None
-    resid = at("embed", None, embed_image(spec, ids) if images else spec.W_E[ids])
+    resid = at("embed", None, embed_image(spec, ids) if images else spec.W_E[ids] * spec.embed_scale)
     if spec.W_pos is not None and not images:
         resid = resid + at("pos_embed", None, spec.W_pos[position])
 
@@ -385,39 +492,44 @@ def forward(
         if a.q_norm is not None and a.k_norm is not None:
             q, k = a.q_norm(q), a.k_norm(k)
         if spec.rotary_base is not None:
-            q = at("rot_q", layer, rotate(q, position, spec.rotary_base, spec.angle_dtype))
-            k = at("rot_k", layer, rotate(k, position, spec.rotary_base, spec.angle_dtype))
+            q = at("rot_q", layer, rotate_some(q, position, spec))
+            k = at("rot_k", layer, rotate_some(k, position, spec))
 
         allowed = mask[:, None, None, :] & ((key <= query) | images)
         if a.window is not None:
             allowed = allowed & (key > query - a.window)
         group = torch.arange(H, device=ids.device) // (H // K)  # the key/value head that each query head reads
-        scores = torch.einsum("bthd,bshd->bhts", q, k[:, :, group]) / math.sqrt(D)
+        scores = torch.einsum("bthd,bshd->bhts", q, k[:, :, group]) * (1 / math.sqrt(D) if a.scale is None else a.scale)
+        if a.cap is not None:
+            scores = a.cap * torch.tanh(scores / a.cap)
         scores = at("scores", layer, scores.masked_fill(~allowed, -torch.inf)).masked_fill(~allowed, -torch.inf)
         pattern = at("pattern", layer, softmax(scores)).masked_fill(~allowed, 0.0)
         cache["scores", layer], cache["pattern", layer] = scores, pattern  # an edit never opens a forbidden edge
         z = at("z", layer, torch.einsum("bhts,bshd->bthd", pattern, v[:, :, group]))
         result = at("result", layer, torch.einsum("bthd,hdm->bthm", z, a.W_O))
-        attn_out = at("attn_out", layer, result.sum(dim=2) + a.b_O)
+        attn_out = result.sum(dim=2) + a.b_O
+        attn_out = at("attn_out", layer, attn_out if w.post1 is None else w.post1(attn_out))
 
         if w.mlp is None or w.norm2 is None:
             resid = at("resid_post", layer, resid + attn_out)
             continue
-        resid = at("resid_mid", layer, resid + attn_out)
+        mid = resid + attn_out
+        if not w.parallel:
+            mid = at("resid_mid", layer, mid)
         m = w.mlp
-        normed = w.norm2(at("mlp_in", layer, resid))
+        normed = w.norm2(at("mlp_in", layer, resid if w.parallel else mid))
         up = torch.einsum("btm,fm->btf", normed, m.W_up) + m.b_up
         if m.W_gate is None or m.b_gate is None:
             hidden = m.act(at("mlp_pre", layer, up))
         else:
             hidden = m.act(at("mlp_pre", layer, torch.einsum("btm,fm->btf", normed, m.W_gate) + m.b_gate)) * up
         hidden = at("mlp_post", layer, hidden)
-        mlp_out = at("mlp_out", layer, torch.einsum("btf,mf->btm", hidden, m.W_down) + m.b_down)
-        resid = at("resid_post", layer, resid + mlp_out)
+        mlp_out = torch.einsum("btf,mf->btm", hidden, m.W_down) + m.b_down
+        mlp_out = at("mlp_out", layer, mlp_out if w.post2 is None else w.post2(mlp_out))
+        resid = at("resid_post", layer, mid + mlp_out)
 
     final = at("ln_final", None, spec.norm(resid))
-    read_out = torch.einsum("btm,vm->btv", final[:, :1] if images else final, spec.W_U)
-    logits = at("logits", None, read_out if spec.b_U is None else read_out + spec.b_U)
+    logits = at("logits", None, spec.logits(final[:, :1] if images else final))
     if pending:
         raise ValueError(f"{type(model).__name__} has no sites {sorted(pending, key=str)}")
     return logits, cache

@@ -15,6 +15,7 @@ from tests import oracle, zoo
 HF = [family for family in zoo.FAMILIES if not family.startswith("small")]
 ROTARY = [family for family in zoo.FAMILIES if family not in ("gpt2", "small_ln_learned", "small_qk_norm")]
 WITH_MLP = [family for family in zoo.FAMILIES if family != "small_attn_only"]
+WITH_MID = [family for family in WITH_MLP if family != "neox"]  # whose blocks are parallel
 PADDINGS = {"none": ([7, 7], "right"), "right": ([9, 4, 6], "right"), "left": ([9, 4, 6], "left")}
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
@@ -54,8 +55,8 @@ def test_logits_equal_the_model(family, padding):
 @pytest.mark.parametrize("family", HF)
 @torch.no_grad()
 def test_logits_equal_the_model_with_its_own_norms(family):
-    """Widening the norms to float64 is all that the zoo changes in a model, and it changes rounding alone."""
-    lengths, side = PADDINGS["left"]
+    """Widening norms and eager attention is all that the zoo changes in a model, and it changes rounding alone."""
+    lengths, side = PADDINGS["none" if family == "gemma2" else "left"]  # eager, so NaN in float64 where it has no key
     ids, mask = zoo.random_inputs(zoo.VOCAB, lengths, side)
     model = zoo.make(family, widen=False)
     logits, _ = oracle.forward(model, ids, mask)
@@ -190,6 +191,39 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
             "mlp": "mlp_out",
         },
     ),
+    "neox": (
+        {"gpt_neox.embed_in": "embed", "gpt_neox.final_layer_norm": "ln_final", "lm_head": "logits"},
+        "gpt_neox.layers.{}",
+        {
+            "<": "resid_pre",
+            "": "resid_post",
+            "<input_layernorm": "attn_in",
+            "<attention.dense": "z",
+            "attention": "attn_out",
+            "<post_attention_layernorm": "mlp_in",
+            "mlp.dense_h_to_4h": "mlp_pre",
+            "<mlp.dense_4h_to_h": "mlp_post",
+            "mlp": "mlp_out",
+        },
+    ),
+    "gemma2": (
+        {"model.embed_tokens": "embed", "model.norm": "ln_final", "": "logits"},
+        "model.layers.{}",
+        {
+            "<": "resid_pre",
+            "": "resid_post",
+            "<input_layernorm": "attn_in",
+            "self_attn.q_proj": "q",
+            "self_attn.k_proj": "k",
+            "self_attn.v_proj": "v",
+            "<self_attn.o_proj": "z",
+            "post_attention_layernorm": "attn_out",
+            "<pre_feedforward_layernorm": "resid_mid",
+            "mlp.gate_proj": "mlp_pre",
+            "<mlp.down_proj": "mlp_post",
+            "post_feedforward_layernorm": "mlp_out",
+        },
+    ),
     "small": (
         {"embed": "embed", "pos_embed": "pos_embed", "ln_final": "ln_final", "unembed": "logits"},
         "blocks.{}",
@@ -214,7 +248,8 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
 def boundaries(family: str, model: nn.Module, layers: int) -> Iterator[tuple[nn.Module, bool, oracle.Key]]:
     """Each module of the model that bounds a site, whether by what it reads, and the site."""
     modules = dict(model.named_modules())
-    top, block, inside = BOUNDARIES["small" if family.startswith("small") else "gpt2" if family == "gpt2" else "llama"]
+    kind = family if family in BOUNDARIES else family.split("_")[0]
+    top, block, inside = BOUNDARIES.get(kind, BOUNDARIES["llama"])
     places = [(path, (site, None)) for path, site in top.items()]
     for layer in range(layers):
         for path, site in inside.items():
@@ -236,7 +271,7 @@ def hooked(places: list[tuple[nn.Module, bool, oracle.Key]]) -> Iterator[dict[or
     def recorder(key: oracle.Key, reads: bool) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple, kwargs: dict, out: Tensor | tuple) -> None:
             value = (args[0] if args else kwargs["hidden_states"]) if reads else out
-            seen[key] = (value[0] if isinstance(value, tuple) else value).detach().clone()
+            seen[key] = (value if isinstance(value, Tensor) else value[0]).detach().clone()
 
         return record
 
@@ -258,7 +293,7 @@ def test_cache_equals_forward_hooks(family, padding):
         logits_of(model, ids, mask)
     _, cache = oracle.forward(model, ids, mask)
 
-    in_a_layer = {"gpt2": 9, "small_attn_only": 8}.get(family, 12)
+    in_a_layer = {"gpt2": 9, "neox": 9, "neox_sequential": 9, "small_attn_only": 8}.get(family, 12)
     assert len(seen) == 3 + (("pos_embed", None) in cache) + in_a_layer * layers
     for key, value in seen.items():
         torch.testing.assert_close(cache[key][mask].flatten(1), value[mask].flatten(1), **EXACT, msg=f"{key}")
@@ -274,6 +309,33 @@ def test_gpt2_queries_keys_and_values_are_the_fused_projection():
     for layer in range(2):
         fused = torch.cat([cache[site, layer].flatten(2) for site in ("q", "k", "v")], dim=-1)
         torch.testing.assert_close(fused[mask], seen["qkv", layer][mask], **EXACT)
+
+
+@pytest.mark.parametrize("family", ["neox", "neox_sequential"])
+@torch.no_grad()
+def test_neox_queries_keys_and_values_are_side_by_side_for_each_head(family):
+    model, ids, mask = example(family)
+    with hooked([(model.gpt_neox.layers[1].attention.query_key_value, False, ("qkv", 1))]) as seen:
+        logits_of(model, ids, mask)
+    _, cache = oracle.forward(model, ids, mask)
+    fused = torch.cat([cache[site, 1] for site in ("q", "k", "v")], dim=-1).flatten(2)
+    torch.testing.assert_close(fused[mask], seen["qkv", 1][mask], **EXACT)
+
+
+@torch.no_grad()
+def test_caps_and_windows_of_gemma_matter():
+    """Without any one of them the logits are others: so the zoo's gemma tests each."""
+    model, ids, mask = example("gemma2", "none")
+    logits, cache = oracle.forward(model, ids, mask)
+    assert cache["scores", 1][..., 0].abs().max() < model.config.attn_logit_softcapping
+    assert logits.abs().max() < model.config.final_logit_softcapping
+    windows = [attn.window for attn in (layer.attn for layer in oracle.read(model).layers)]
+    assert windows == [zoo.WINDOW, None, zoo.WINDOW]
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "query_pre_attn_scalar"):
+        kept = getattr(model.config, name)
+        setattr(model.config, name, 8 if name == "query_pre_attn_scalar" else type(kept)(1000))
+        assert differs(oracle.forward(model, ids, mask)[0], logits, mask), name
+        setattr(model.config, name, kept)
 
 
 @pytest.mark.parametrize("family", HF)
@@ -326,8 +388,10 @@ def test_shapes_and_sites(family):
     shapes |= {"scores": (B, H, T, T), "pattern": (B, H, T, T)}
     if family in ROTARY:
         shapes |= {"rot_q": (B, T, H, D), "rot_k": (B, T, K, D)}
+    if family in WITH_MID:
+        shapes["resid_mid"] = (B, T, M)
     if mlp is not None:
-        shapes |= dict.fromkeys(("resid_mid", "mlp_in", "mlp_out"), (B, T, M))
+        shapes |= dict.fromkeys(("mlp_in", "mlp_out"), (B, T, M))
         shapes |= dict.fromkeys(("mlp_pre", "mlp_post"), (B, T, len(mlp.W_up)))
     expected: dict[oracle.Key, tuple[int, ...]] = {
         (name, layer): shape for name, shape in shapes.items() for layer in range(len(spec.layers))
@@ -401,7 +465,7 @@ def test_the_whole_residual_of_another_run_reproduces_it(family):
     cuts.append([("embed", None), ("pos_embed", None)] if spec.W_pos is not None else [("embed", None)])
     for layer in range(len(spec.layers)):
         cuts += [[("resid_pre", layer)], [("resid_post", layer)]]
-        if spec.layers[layer].mlp is not None:
+        if family in WITH_MID:
             cuts += [[("resid_mid", layer)]]
     for keys in cuts:
         edited, cache = oracle.forward(model, ids, mask, {key: lambda x, key=key: other[key] for key in keys})
@@ -452,6 +516,18 @@ def test_attn_in_and_mlp_in_are_copies(family):
     def shifted(*keys: oracle.Key) -> tuple[Tensor, dict[oracle.Key, Tensor]]:
         return oracle.forward(model, ids, mask, {key: lambda x: x + delta for key in keys})
 
+    if family in WITH_MLP and family not in WITH_MID:
+        whole, _ = shifted(("resid_pre", 1))
+        both, alone = shifted(("attn_in", 1), ("mlp_in", 1), ("resid_post", 1))
+        torch.testing.assert_close(both, whole, **EXACT)
+        added = cache["resid_pre", 1] + alone["attn_out", 1] + alone["mlp_out", 1]
+        torch.testing.assert_close(alone["resid_post", 1], added + delta, **EXACT)
+        for one in ("attn_in", "mlp_in"):
+            read, alone = shifted((one, 1))
+            assert differs(read, whole, mask)
+            added = cache["resid_pre", 1] + alone["attn_out", 1] + alone["mlp_out", 1]
+            torch.testing.assert_close(alone["resid_post", 1], added, **EXACT)
+        return
     after = "resid_mid" if family in WITH_MLP else "resid_post"
     read, alone = shifted(("attn_in", 1))
     whole, _ = shifted(("resid_pre", 1))

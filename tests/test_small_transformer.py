@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import interp as ip
 from hooks.errors import InterpError
 from interp.models import Transformer, TransformerConfig
-from tests import zoo
+from tests import oracle, zoo
 
 SMALL = [family for family in zoo.FAMILIES if family.startswith("small")]
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -42,11 +43,12 @@ def ones(ids: torch.Tensor) -> torch.Tensor:
         ({"n_kv_heads": 3}, r"n_heads \(4\) must be a multiple of n_kv_heads \(3\)"),
         ({"positions": "rotary"}, "d_head must be even; got 3"),
         ({"positions": "rotery"}, "positions must be one of learned, rotary, none.*did you mean 'rotary'"),
-        ({"norm": "layer_norm"}, "norm must be one of layernorm, rmsnorm.*did you mean 'layernorm'"),
+        ({"norm": "layer_norm"}, "norm must be one of layernorm, rmsnorm, none.*did you mean 'layernorm'"),
         ({"activation": "swish"}, "activation must be one of gelu, gelu_tanh, relu, silu"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
         ({"rotary_base": -1.0}, "rotary_base must be positive"),
         ({"gated": True, "d_mlp": None}, "gated=True needs an MLP"),
+        ({"qk_norm": True, "norm": "none"}, "qk_norm=True needs a norm"),
     ],
 )
 def test_config_refuses(changes, message):
@@ -75,6 +77,35 @@ def test_config_from_dict_refuses():
 
 
 # Structure
+
+
+@pytest.mark.parametrize("d_mlp", [None, 16])
+@torch.no_grad()
+def test_without_norms(d_mlp):
+    """The residual goes as it is into the parts of a block and the unembedding, and the engine's sites say so."""
+    module = zoo.prepare(Transformer(TransformerConfig(**options(norm="none", d_mlp=d_mlp))))
+    assert not any("ln" in name for name in module.state_dict())
+    ids, mask = zoo.random_inputs(11, [6, 4], "left")
+    logits, cache = oracle.forward(module, ids, mask)
+    torch.testing.assert_close(module(ids, mask)[mask], logits[mask], **EXACT)
+    assert torch.equal(cache["ln_final", None], cache["resid_post", 1])
+
+    model = ip.wrap(module)
+    sites = [ip.site("q_input", 1), ip.site("attn_in", 1), ip.site("resid_post", 1), ip.site("ln_final")]
+    run = model.run(model.inputs(ids, mask), capture=sites)
+    for site in sites:
+        torch.testing.assert_close(run.tape[site][mask], cache[site.name, site.layer][mask], **EXACT)
+
+
+@torch.no_grad()
+def test_without_norms_one_token_goes_through_a_linear_map():
+    """A single key takes the whole pattern, so nothing in an attention-only model without norms or biases bends."""
+    config = TransformerConfig(**options(norm="none", d_mlp=None, bias=False, positions="none"))
+    model = zoo.prepare(Transformer(config))
+    a, b = torch.randn(2, 3, 1, 12, dtype=torch.float64)
+    logits = model(inputs_embeds=a), model(inputs_embeds=b)
+    torch.testing.assert_close(model(inputs_embeds=2 * a - 3 * b), 2 * logits[0] - 3 * logits[1], **EXACT)
+    assert logits[0].abs().max() > 1e-3
 
 
 @each_family

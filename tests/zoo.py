@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from interp.models import Transformer, TransformerConfig
 VOCAB = 50
 IMAGE, PATCH = (2, 8, 8), 4  # channels, height and width of vit's images, and the side of a patch: 5 tokens
 CLASSES = 6
-WINDOW = 4  # mistral's sliding window, in tokens: shorter than the sequences of most tests
+WINDOW = 4  # mistral's and gemma's sliding window, in tokens: shorter than the sequences of most tests
 
 
 def _gpt2() -> nn.Module:
@@ -113,6 +114,50 @@ def _qwen3() -> nn.Module:
     )
 
 
+def _neox(parallel: bool) -> nn.Module:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2 if parallel else 3,
+            num_attention_heads=4,
+            use_parallel_residual=parallel,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def _gemma2() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=VOCAB,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=5,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=4.0,
+            max_position_embeddings=64,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
 def _small_ln_learned() -> nn.Module:
     return Transformer(TransformerConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, d_mlp=48, n_ctx=64))
 
@@ -182,6 +227,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "neox": partial(_neox, parallel=True),
+    "neox_sequential": partial(_neox, parallel=False),
     "small_ln_learned": _small_ln_learned,
     "small_rms_rotary_gqa": _small_rms_rotary_gqa,
     "small_attn_only": _small_attn_only,
@@ -199,9 +247,10 @@ def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, widen: 
         family: one of `FAMILIES`, or of `IMAGE_BUILDERS`.
         seed: of the weights; the same in every dtype, up to rounding.
         dtype: of the weights.
-        widen: make the RMSNorms of transformers compute in the model's own dtype where that is wider than float32. By
-            themselves they round to float32, and two ways of computing one number in float64 then differ by 1e-7
-            wherever they round to different neighbours.
+        widen: make the RMSNorms and the eager attention of transformers compute in the model's own dtype where that is
+            wider than float32. By themselves they round to float32, and two ways of computing one number in float64
+            then differ by 1e-7 wherever they round to different neighbours; the largest number of float64, which
+            eager attention's masks are made of, becomes an infinity, and a row without a key NaN.
     """
     with torch.random.fork_rng(devices=[]):  # constructors initialise their weights: leave the caller's generator alone
         model = (BUILDERS | IMAGE_BUILDERS)[family]()
@@ -214,6 +263,8 @@ def prepare(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64,
     model = model.to(dtype).eval()
     if widen:
         widen_norms(model)
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
+            widen_attention(model)
     return model
 
 
@@ -239,12 +290,53 @@ class _WideNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class _WideGemmaNorm(nn.Module):
+    """The same of Gemma's, whose gain is 1 + weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+
+
 def widen_norms(model: nn.Module) -> None:
     """Give each of transformers' RMSNorms, in place, a subclass of its own class that does not narrow float64."""
     for module in model.modules():
         kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        if kind.__name__ == "Gemma2RMSNorm":
+            module.__class__ = type(kind.__name__, (_WideGemmaNorm, kind), {})
+        elif kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.__class__ = type(kind.__name__, (_WideNorm, kind), {})
+
+
+def widen_attention(model: nn.Module) -> None:
+    """Make a model's eager attention softmax in the scores' dtype or float32, whichever is wider."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("wide_eager", _wide_eager)
+    AttentionMaskInterface.register("wide_eager", eager_mask)
+    model.set_attn_implementation("wide_eager")
+
+
+def _wide_eager(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.mT) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    pattern = (scores + mask).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return (torch.nn.functional.dropout(pattern, dropout) @ v).transpose(1, 2), pattern
 
 
 def random_inputs(vocab: int, lengths: Sequence[int], padding: str = "right", seed: int = 0) -> tuple[Tensor, Tensor]:

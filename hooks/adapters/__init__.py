@@ -17,7 +17,9 @@ from .architecture import Architecture
 
 _HERE = __name__
 _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
+    "gemma2": f"{_HERE}.gemma",
     "gpt2": f"{_HERE}.gpt2",
+    "gpt_neox": f"{_HERE}.neox",
     "llama": f"{_HERE}.llama",
     "mistral": f"{_HERE}.llama",
     "qwen2": f"{_HERE}.llama",

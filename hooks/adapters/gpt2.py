@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError
 from .architecture import Architecture, Block, Mlp, Projection
-from .huggingface import swap_attention
+from .huggingface import swap_attention, unembedding
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-2 with a language-model head."""
-    if not hasattr(model, "lm_head"):
-        raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+    head = unembedding(model)
     body = model.transformer
     blocks = []
     for block in body.h:
@@ -41,7 +39,7 @@ def describe(model: Any) -> Architecture:
         pos_embed=body.wpe,
         blocks=tuple(blocks),
         norm=body.ln_f,
-        unembed=model.lm_head,
+        unembed=head,
         width=model.config.hidden_size,
         vocabulary=model.config.vocab_size,
         swap_attention=swap_attention,

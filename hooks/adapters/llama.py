@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..errors import ModelError
 from .architecture import Architecture, Block, Mlp, Projection
-from .huggingface import swap_attention
+from .huggingface import rotary, swap_attention, unembedding
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a decoder of the Llama family with a language-model head."""
-    if not hasattr(model, "lm_head"):
-        raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+    head = unembedding(model)
     body, config = model.model, model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     blocks = []
@@ -39,24 +34,16 @@ def describe(model: Any) -> Architecture:
                 mlp=Mlp(mlp, mlp.gate_proj, mlp.down_proj, mlp.act_fn, up=mlp.up_proj, width=config.intermediate_size),
             )
         )
-    rotary_module = body.rotary_emb
-
-    def rotary(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        like = torch.empty((), dtype=dtype, device=positions.device)
-        cos, sin = rotary_module(like, positions.reshape(1, -1))
-        shape = (*positions.shape, cos.shape[-1])
-        return cos.reshape(shape), sin.reshape(shape)
-
     return Architecture(
         family=config.model_type,
         embed=body.embed_tokens,
         pos_embed=None,
         blocks=tuple(blocks),
         norm=body.norm,
-        unembed=model.lm_head,
+        unembed=head,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
-        rotary=rotary,
+        rotary=rotary(body.rotary_emb),
         swap_attention=swap_attention,
     )
 

@@ -40,7 +40,8 @@ def describe(model: Any) -> Architecture:
                 scaling=attention.scaling,
                 norm2=layer.layernorm_after,
                 mlp=Mlp(mlp, mlp.fc1, mlp.fc2, mlp.activation_fn, width=config.intermediate_size),
-                dropout=layer.dropout,
+                drop1=layer.dropout,
+                drop2=layer.dropout,
             )
         )
     patches = body.embeddings.patch_embeddings

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hooks.errors import ModelError, nearest
 
-NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm, "none": nn.Identity}
 POSITIONS = ("learned", "rotary", "none")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -36,14 +36,15 @@ class TransformerConfig:
         d_head: width of a head D, even with rotary positions; None means ``d_model // n_heads``.
         d_mlp: hidden width of the MLP F; None makes the model attention-only.
         n_ctx: tokens in the learned position table (the other positions have no limit).
-        norm: "layernorm" or "rmsnorm", for the blocks, the final norm and the q/k norms.
+        norm: "layernorm" or "rmsnorm", for the blocks, the final norm and the q/k norms; or "none", which makes an
+            attention-only model linear but for its patterns.
         norm_eps: added to the variance in every norm.
         positions: "learned" (added to the embedding), "rotary" or "none".
         rotary_base: base of the rotary wavelengths, in tokens.
         activation: "gelu", "gelu_tanh", "relu" or "silu".
         gated: whether the MLP multiplies ``act(gate(x))`` into ``up(x)``.
         bias: whether the linear layers of attention and MLP have biases.
-        qk_norm: whether each head's queries and keys are normalised (before rotary).
+        qk_norm: whether each head's queries and keys are normalised (before rotary); not with norm="none".
         tied: whether the unembedding is the embedding matrix.
 
     Raises:
@@ -94,6 +95,8 @@ class TransformerConfig:
             raise ModelError(f"rotary positions turn pairs of dimensions: d_head must be even; got {self.d_head}")
         if self.gated and self.d_mlp is None:
             raise ModelError("gated=True needs an MLP: give d_mlp, or leave gated=False for an attention-only model")
+        if self.qk_norm and self.norm == "none":
+            raise ModelError('qk_norm=True needs a norm to apply: give norm="layernorm" or "rmsnorm"')
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON data, defaults filled in."""

@@ -365,7 +365,7 @@ def test_an_optimiser_changes_the_model_while_a_plan_is_held(family):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox_sequential", "gemma2"])
 def test_gradient_checkpointing(family):
     """Parts of the forward run a second time, backwards: the plan has to do there what it did the first time."""
     model = fresh(family)
@@ -430,7 +430,8 @@ def test_generation_is_correct_or_refused(family):
     model = wrapped(family)
     x = example(model, "left")
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    plan = hk.steer(site("resid_post", 0, pos=1), 20.0 * torch.arange(model.architecture.width).double().cos())
+    vector = 20.0 * torch.arange(model.architecture.width).double().cos()
+    plan = hk.steer(site("resid_post", 0, pos=slice(1, None)), vector)
     plan = plan + hk.scale(site("attn_out", 1, pos=slice(0, 4)), -3.0)
     ids, mask = x.ids, x.mask
     for _ in range(4):
@@ -502,7 +503,7 @@ def test_a_held_plan_is_not_shared_with_another_wrapper(family):
     torch.testing.assert_close(outcome.values[0], expected, **EXACT)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "small_ln_learned"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox_sequential", "gemma2", "small_ln_learned"])
 @torch.no_grad()
 def test_plans_held_through_two_wrappers_compose(family):
     """As through one, at sites that are close enough to get in each other's way; or the second is refused."""

@@ -103,7 +103,7 @@ def test_a_head_that_the_layer_lacks():
             model.run(x, capture=site("z", 1, head=head))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "small_rms_rotary_gqa"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "small_rms_rotary_gqa"])
 @pytest.mark.parametrize("name", ["k", "v", "k_input", "v_input", "rot_k"])
 def test_a_query_head_where_the_site_has_key_value_heads(family, name):
     model = wrapped(family)

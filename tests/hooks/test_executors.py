@@ -16,7 +16,7 @@ from tests import zoo
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LAYOUTS = {"flat": ([6, 6], "right"), "right": ([7, 4, 5], "right"), "left": ([7, 4, 5], "left")}
 EXECUTORS = ("sequential", "batched", "shared")
-SEVERAL = ["gpt2", "mistral", "qwen3", "small_rms_rotary_gqa", "small_attn_only", "small_qk_norm"]
+SEVERAL = ["gpt2", "mistral", "qwen3", "neox", "gemma2", "small_rms_rotary_gqa", "small_attn_only", "small_qk_norm"]
 
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 several_families = pytest.mark.parametrize("family", SEVERAL)
@@ -167,7 +167,7 @@ def menu(model: Model, x: Inputs, other: Inputs, inside: bool) -> list[World]:
 
 def reading(model: Model, x: Inputs, inside: bool) -> dict[str, list[Site]]:
     last, rows = model.n_layers - 1, len(x)
-    mid = site("attn_out" if model.architecture.blocks[0].mlp is None else "resid_mid", last)
+    mid = site("resid_mid" if ("resid_mid", last, None) in model.sizes else "attn_out", last)
     sets = {
         "last": [site("logits", pos=-1)],
         "second": [site("logits", pos=2)],

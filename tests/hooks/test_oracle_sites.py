@@ -315,7 +315,7 @@ def test_a_part_patched(family, padding):
     compare(s, cases, narrow(s), executors=["shared"], changes=None)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3", "small_attn_only"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3", "neox", "gemma2", "small_attn_only"])
 def test_every_site_by_itself(family):
     """The copy-on-write executor keeps of the base what the worlds of a call need: here each world is the only one."""
     s = setting(family, "left")
@@ -470,7 +470,7 @@ def summary(read: Tensor, square: bool, like: Tensor, axis: int) -> Tensor:
     return torch.tanh(total).reshape([n if i in (0, axis) else 1 for i, n in enumerate(like.shape)])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "small_attn_only", "small_qk_norm"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "neox", "gemma2", "small_attn_only", "small_qk_norm"])
 def test_every_earlier_site_can_be_read_at_every_later_one(family):
     """A read of this world gives the value, as edited, that the model has computed by then; a later one is refused."""
     # Without padding: at padded columns, of which a part of a site has none, the oracle's edits would differ.
@@ -533,7 +533,7 @@ def test_gradients_of_every_site(family, padding):
         assert mine.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "small_rms_rotary_gqa", "small_attn_only"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "neox", "gemma2", "small_rms_rotary_gqa", "small_attn_only"])
 def test_gradients_of_a_part_that_is_kept(family):
     """What is kept of a site is what the model went on with, also where only a part of it is kept."""
     s = setting(family, "left")

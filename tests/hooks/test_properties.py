@@ -246,7 +246,7 @@ def test_random_plans_that_raise_leave_nothing_behind(family):
     check()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "small_qk_norm"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "neox", "gemma2", "small_qk_norm"])
 def test_random_plans_held_on_the_model_do_what_runs_do(family):
     @settings(max_examples=15)
     @given(cases(family))

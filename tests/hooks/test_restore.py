@@ -248,7 +248,7 @@ def test_after_an_exception_in_the_users_model(family, monkeypatch):
         assert torch.equal(model.run(x, plan).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "small_ln_learned", "small_attn_only"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "neox", "gemma2", "small_ln_learned", "small_attn_only"])
 def test_after_an_exception_while_hooks_are_placed(family, monkeypatch):
     """Whichever of the hooks is the one that cannot be placed."""
     model = wrapped(family)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_every_residual_read_out_as_if_it_were_the_last(model, padding):
     for row, cache in enumerate(caches(model, rows)):
         residuals = [cache["resid_pre", 0]] + [cache["resid_post", layer] for layer in range(model.n_layers)]
         for point, residual in enumerate(residuals):
-            expected = (spec.norm(residual) @ spec.W_U.T)[0].detach()
+            expected = spec.logits(spec.norm(residual))[0].detach()
             torch.testing.assert_close(lens.logits[point, row, columns(inputs, row)], expected, **CLOSE)
         torch.testing.assert_close(lens.logits[-1, row, columns(inputs, row)], cache["logits", None][0], **CLOSE)
     assert not lens.logits.requires_grad
@@ -89,7 +91,7 @@ def test_a_metric_of_every_point(model, padding):
     logits = []
     for cache in caches(model, rows):
         residuals = [cache["resid_pre", 0]] + [cache["resid_post", layer] for layer in range(model.n_layers)]
-        logits.append([(spec.norm(r) @ spec.W_U.T)[0].detach() for r in residuals])
+        logits.append([spec.logits(spec.norm(r))[0].detach() for r in residuals])
     for metric, by_hand in (
         (ip.logit_diff(ANSWER, FOIL), lambda x: x[-1, ANSWER] - x[-1, FOIL]),
         (ip.log_prob(ANSWER, pos=1), lambda x: x[1].log_softmax(-1)[ANSWER]),
@@ -133,20 +135,36 @@ def test_what_the_lens_does_not_measure():
 # Direct logit attribution
 
 
+def uncapped(model: ip.Model) -> ip.Model:
+    """The same model without the cap of its logits, which attribution is not of."""
+    if model.architecture.cap is None:
+        return model
+    module = copy.deepcopy(model.module)
+    module.config.final_logit_softcapping = None
+    return ip.wrap(module)
+
+
+def held(norm: oracle.Norm, x: Tensor, part: Tensor) -> Tensor:
+    """What a norm makes of a part of x [M]: its own centring, the scale of the whole, and the gain."""
+    centre = (lambda x: x - x.mean()) if norm.centered else (lambda x: x)
+    return centre(part) / (centre(x).pow(2).mean() + norm.eps).sqrt() * norm.weight
+
+
 def by_hand(model: ip.Model, cache: dict, pos: int, direction: Tensor) -> dict[str, float]:
-    """Each component's share: its own centring, the scale of the whole residual, and the gain of the final norm."""
+    """Each component's share."""
     spec = oracle.read(model.module)
     norm, last = spec.norm, cache["resid_post", model.n_layers - 1][0, pos]
-    centre = (lambda x: x - x.mean()) if norm.centered else (lambda x: x)
-    scale = (centre(last).pow(2).mean() + norm.eps).sqrt()
 
     def share(x: Tensor) -> float:
-        return float((centre(x) / scale * norm.weight * direction).sum().detach())
+        return float((held(norm, last, x) * direction).sum().detach())
 
     found = {"embed": share(cache["resid_pre", 0][0, pos])}
     for layer, weights in enumerate(spec.layers):
         for head, W_O in enumerate(weights.attn.W_O):
-            found[f"{layer}.h{head}"] = share(cache["z", layer][0, pos, head] @ W_O)
+            result = cache["z", layer][0, pos, head] @ W_O
+            if weights.post1 is not None:
+                result = held(weights.post1, cache["result", layer][0, pos].sum(0) + weights.attn.b_O, result)
+            found[f"{layer}.h{head}"] = share(result)
         if bool(weights.attn.b_O.any()):
             found[f"{layer}.attn_bias"] = share(weights.attn.b_O)
         if weights.mlp is not None:
@@ -168,10 +186,10 @@ def test_components_by_hand_and_their_sum(model, padding, pos):
         expected = by_hand(model, cache, pos, direction)
         assert list(names) == list(expected)  # what a model has, and nothing that is only rounding
         np.testing.assert_allclose(result.effect[:, row], list(expected.values()), **CLOSE)
-        whole = cache["logits", None][0, pos]
-        np.testing.assert_allclose(result.effect[:, row].sum(), float(whole[ANSWER] - whole[FOIL]), **CLOSE)
+        whole = spec.W_U @ cache["ln_final", None][0, pos]
+        np.testing.assert_allclose(result.effect[:, row].sum(), float((whole[ANSWER] - whole[FOIL]).detach()), **CLOSE)
     assert np.abs(result.effect).max() > 1e-2
-    value = ip.evaluate(model, inputs, ip.logit_diff(ANSWER, FOIL, pos=pos))
+    value = ip.evaluate(uncapped(model), inputs, ip.logit_diff(ANSWER, FOIL, pos=pos))
     np.testing.assert_allclose(result.effect.sum(0), value, **CLOSE)
 
 
@@ -200,7 +218,7 @@ def test_answers_of_each_row_and_of_several_tokens(model):
         result = ip.direct_logit_attribution(model, inputs, answer, foil)
         metric = ip.logit(answer) if foil is None else ip.logit_diff(answer, foil)
         assert result.metrics == (metric.name,)
-        np.testing.assert_allclose(result.effect.sum(0), ip.evaluate(model, inputs, metric), **CLOSE)
+        np.testing.assert_allclose(result.effect.sum(0), ip.evaluate(uncapped(model), inputs, metric), **CLOSE)
 
 
 def test_what_attribution_of_logits_refuses():

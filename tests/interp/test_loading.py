@@ -15,7 +15,7 @@ from interp import loading
 from interp.models import Transformer, TransformerConfig
 from tests import zoo
 
-HUB = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
+HUB = [family for family in zoo.FAMILIES if not family.startswith("small")]
 
 
 def ids() -> torch.Tensor:
@@ -130,11 +130,9 @@ def test_a_folder_whose_weights_are_of_another_model(tmp_path):
 
 
 def test_a_family_that_is_not_known(tmp_path):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import OPTConfig, OPTForCausalLM
 
-    config = GPTNeoXConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "m")
+    config = OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "m")
     with pytest.raises(ModelError):
         ip.load(tmp_path / "m")

@@ -181,10 +181,8 @@ def test_resid_pre_by_layer_and_position(family):
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_ragged_rows(family, padding):
     pair = Pair(family, RAGGED, padding)
-    expected = pair.brute(
-        places("resid_mid" if "attn_only" not in family else "attn_out", layer=range(2), pos=range(6))
-    )
-    site = "attn_out" if "attn_only" in family else "resid_mid"
+    site = "resid_mid" if ("resid_mid", 0, None) in pair.model.sizes else "attn_out"
+    expected = pair.brute(places(site, layer=range(2), pos=range(6)))
     for result in pair.sweeps(ip.grid(site, layer=[0, 1], pos="all")):
         agrees(result, expected)
         assert np.isnan(result.effect[:, 3:, 1]).all() and np.isnan(result.effect[:, 5, 0]).all()

@@ -1,0 +1,58 @@
+"""Counting the floating-point work of a run, in the unit that people compare by: forward passes of one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .adapters.architecture import Architecture, Block
+
+
+def block_costs(block: Block) -> dict[str, int]:
+    """Multiplications a token of a block's linear layers: q, k, v, the output projection, and the MLP."""
+    width = _outputs(block.out)
+    costs = {name: width * getattr(block, name).heads * getattr(block, name).width for name in ("q", "k", "v")}
+    costs["out"] = width * block.q.heads * block.q.width
+    matrices = 0 if block.mlp is None else 2 + (block.mlp.up is not None)
+    costs["mlp"] = 0 if block.mlp is None else matrices * width * block.mlp.width
+    return costs
+
+
+def _outputs(module: object) -> int:
+    weight = module.weight  # type: ignore[attr-defined]
+    return weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
+
+
+@dataclass(eq=False)
+class Meter:
+    """The work of the linear layers, in multiplications; attention's own products are left out.
+
+    Attributes:
+        arch: the model's parts.
+        work: multiplications so far.
+    """
+
+    arch: Architecture
+    work: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.costs = [block_costs(block) for block in self.arch.blocks]
+
+    def block(self, layer: int, part: str, tokens: int) -> None:
+        """Count a part of a block on some tokens."""
+        self.work += self.costs[layer][part] * tokens
+
+    def unembedding(self, tokens: int, columns: int) -> None:
+        """Count columns of the logits at some tokens."""
+        self.work += self.arch.width * columns * tokens
+
+    def whole(self, tokens: int) -> None:
+        """Count a plain forward pass over some tokens, unembedding and all."""
+        self.work += self.row(tokens)
+
+    def row(self, tokens: int) -> float:
+        """The work of a plain forward pass of one row of some tokens."""
+        return tokens * (sum(sum(c.values()) for c in self.costs) + self.arch.width * self.arch.vocabulary)
+
+    def forwards(self, tokens: float) -> float:
+        """The work so far in forward passes of one row of that many tokens."""
+        return self.work / (tokens * self.row(1))

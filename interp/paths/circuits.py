@@ -1,0 +1,299 @@
+"""A circuit: the edges of a graph that carry a behaviour, as a value that runs, compares, saves and draws itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hooks import Inputs, Model, Plan, World
+from hooks.errors import PathError
+from hooks.html import table
+from interp.metrics import Metric
+from interp.paths.graph import Edge, Graph
+from interp.paths.measuring import Measure
+from interp.paths.rewire import rewire
+from interp.paths.sources import Pair, pair_of
+from interp.paths.streams import require_additive
+from interp.results import Result
+from interp.sweeps import check_model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Some edges of a graph, immutable.
+
+    Attributes:
+        graph: the whole.
+        members: bool [edges], which are in.
+        scores: float64 [edges], by which they were chosen; nan where there is none.
+        config: JSON data: how it was found.
+
+    Raises:
+        PathError: arrays of another size than the graph.
+    """
+
+    graph: Graph
+    members: np.ndarray
+    scores: np.ndarray
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        members, scores = np.array(self.members), np.array(self.scores, np.float64)
+        if members.dtype != bool or members.shape != (len(self.graph),) or scores.shape != members.shape:
+            raise PathError(
+                f"a circuit of {self.graph} has bool members and scores [{len(self.graph)}], got {members.dtype} "
+                f"{list(members.shape)} and {list(scores.shape)}"
+            )
+        members.flags.writeable = scores.flags.writeable = False
+        object.__setattr__(self, "members", members)
+        object.__setattr__(self, "scores", scores)
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        edges: Iterable[str | Edge],
+        scores: Result | np.ndarray | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> Circuit:
+        """A circuit of named edges.
+
+        Args:
+            graph: the whole.
+            edges: names.
+            scores: a result over every edge of the graph, or float [edges].
+            config: how it was found.
+
+        Raises:
+            PathError: an edge that the graph lacks, or scores of other edges.
+        """
+        return cls(graph, graph.mask(edges), score_array(graph, scores), config or {})
+
+    @classmethod
+    def all(cls, graph: Graph) -> Circuit:
+        """Every edge."""
+        return cls(graph, np.ones(len(graph), bool), score_array(graph, None))
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """The names of its edges, in the graph's order."""
+        return tuple(self.graph.edges[i] for i in np.flatnonzero(self.members))
+
+    @cached_property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes that its edges touch, in the order of time."""
+        touched = {edge.writer.name for edge in self._listed} | {edge.reader.node for edge in self._listed}
+        order = [*(writer.name for writer in self.graph.writers), "logits"]
+        return tuple(name for name in order if name in touched)
+
+    @property
+    def _listed(self) -> list[Edge]:
+        return [self.graph.listed[i] for i in np.flatnonzero(self.members)]
+
+    def __len__(self) -> int:
+        return int(self.members.sum())
+
+    def __contains__(self, edge: str | Edge) -> bool:
+        return bool(self.members[self.graph.index[self.graph.edge(edge).name]])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        return self.graph.edges == other.graph.edges and bool((self.members == other.members).all())
+
+    def __hash__(self) -> int:
+        return hash(self.members.tobytes())
+
+    def __repr__(self) -> str:
+        return f"Circuit({len(self)} of {len(self.graph)} edges, {len(self.nodes)} nodes)"
+
+    def without(self, edges: Iterable[str | Edge] = (), node: str | None = None) -> Circuit:
+        """The circuit less some edges, or less every edge of a node.
+
+        Raises:
+            PathError: an edge or a node that the graph lacks.
+        """
+        members = self.members & ~self.graph.mask(edges)
+        if node is not None:
+            if node not in {w.name for w in self.graph.writers} | {r.node for r in self.graph.readers}:
+                self.graph.writer(node)  # which says that there is none
+            touches = [edge.writer.name == node or edge.reader.node == node for edge in self.graph.listed]
+            members &= ~np.array(touches)
+        return Circuit(self.graph, members, self.scores, self.config)
+
+    def pruned(self) -> Circuit:
+        """The circuit less its dangling edges: those of nodes that nothing reaches, or that reach no logits."""
+        members = self.members.copy()
+        listed = self.graph.listed
+        feeds = {reader: set(self.graph.feeds(reader)) for reader in self.graph.readers}
+        while True:
+            mine = [listed[i] for i in np.flatnonzero(members)]
+            read = {writer for edge in mine for writer in feeds[edge.reader]} | set(self.graph.writers[:1])
+            used = {edge.writer for edge in mine}
+            kept = np.array(
+                [
+                    inside and edge.writer in read and (edge.reader.kind == "logits" or bool(feeds[edge.reader] & used))
+                    for inside, edge in zip(members, listed, strict=True)
+                ]
+            )
+            if (kept == members).all():
+                return Circuit(self.graph, members, self.scores, self.config)
+            members = kept
+
+    def plan(self, model: Model, pair: Pair) -> Plan:
+        """The plan that runs it: every edge outside it carries the values of the pair's source."""
+        return rewire(self.graph, ~self.members, pair.source, model)
+
+    def compare(self, other: Circuit) -> dict[str, Any]:
+        """Edges in common and apart, and their Jaccard overlap.
+
+        Raises:
+            PathError: circuits of different graphs.
+        """
+        if self.graph.edges != other.graph.edges:
+            raise PathError(f"circuits of different graphs cannot be compared: {self.graph} and {other.graph}")
+        both, either = self.members & other.members, self.members | other.members
+        name = np.array(self.graph.edges, dtype=object)
+        return {
+            "common": tuple(name[both]),
+            "only_first": tuple(name[self.members & ~other.members]),
+            "only_second": tuple(name[other.members & ~self.members]),
+            "jaccard": float(both.sum() / either.sum()) if either.any() else 1.0,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as JSON; see `interp.paths.files`."""
+        from interp.paths.files import save_circuit
+
+        return save_circuit(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Circuit:
+        """Read what `save` wrote.
+
+        Raises:
+            PathError: the file is not a saved circuit.
+        """
+        from interp.paths.files import load_circuit
+
+        return load_circuit(path)
+
+    def draw(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw it as a layered graph; see `interp.paths.drawing.draw`."""
+        from interp.paths.drawing import draw
+
+        return draw(self, ax, **options)
+
+    def figure(self, **options: Any) -> Figure:
+        """A figure of it, sized to its layers and heads."""
+        from interp.paths.drawing import figure
+
+        return figure(self, **options)
+
+    def _repr_html_(self) -> str:
+        from interp.paths.drawing import svg
+
+        strongest = sorted(self._listed, key=lambda e: -abs(np.nan_to_num(self.scores[self.graph.index[e.name]])))[:5]
+        rows = [(edge.name, f"{self.scores[self.graph.index[edge.name]]:+.4g}") for edge in strongest]
+        return table(("edge", "score"), rows, caption=repr(self)) + svg(self)
+
+
+def score_array(graph: Graph, scores: Result | np.ndarray | None) -> np.ndarray:
+    """Mean scores float64 [edges] of a result over a graph's edges.
+
+    Raises:
+        PathError: the result is about other edges.
+    """
+    if scores is None:
+        return np.full(len(graph), np.nan)
+    if not isinstance(scores, Result):
+        return np.asarray(scores, np.float64)
+    if len(scores.axes) != 1 or scores.axes[0].name != "edge" or scores.several:
+        raise PathError("scores are a result with one axis, 'edge', and one metric, as edge_scores gives")
+    names = scores.axes[0].values
+    if set(names) != set(graph.edges):
+        raise PathError(f"the scores are of {len(names)} edges, the graph has {len(graph)}: score all of this graph's")
+    mean = scores.mean()
+    return np.array([mean[i] for i in np.argsort([graph.index[name] for name in names])])
+
+
+@torch.no_grad()
+def circuit_metric(
+    model: Model,
+    circuits: Circuit | Sequence[Circuit],
+    clean: Inputs,
+    corrupt: Inputs | None,
+    *,
+    metric: Metric,
+    values: str = "patch",
+    reference: Inputs | None = None,
+    pooled: bool = False,
+    executor: str = "auto",
+    budget: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """The metric of the model reduced to circuits: on clean prompts, every edge outside carries other values.
+
+    Args:
+        model, clean, corrupt, metric, values, reference, pooled, executor, budget, seed: as in `edge_sweep`, noising.
+        circuits: one, or several.
+
+    Returns:
+        float64 [rows], or [circuits, rows].
+    """
+    run = CircuitRunner.of(
+        model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, executor=executor,
+        budget=budget, seed=seed,
+    )  # fmt: skip
+    found = run([circuits] if isinstance(circuits, Circuit) else circuits)
+    return found[0] if isinstance(circuits, Circuit) else found
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitRunner:
+    """Circuits of one model on one set of prompts."""
+
+    model: Model
+    pair: Pair
+    measure: Measure
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        clean: Inputs,
+        corrupt: Inputs | None,
+        metric: Metric,
+        *,
+        values: str = "patch",
+        reference: Inputs | None = None,
+        pooled: bool = False,
+        executor: str = "auto",
+        budget: int | None = None,
+        seed: int = 0,
+    ) -> CircuitRunner:
+        """Run the prompts, and check that the graph describes the model."""
+        check_model(model, "noising")
+        with torch.no_grad():
+            pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
+            require_additive(pair.base)
+        source = None if pair.source.run is None else World(pair.source.run.inputs)
+        options: dict[str, Any] = {"executor": executor, "budget": budget, "seed": seed}
+        return cls(model, pair, Measure.of(model, metric, pair.base.inputs, source, **options))
+
+    @torch.no_grad()
+    def __call__(self, circuits: Sequence[Circuit]) -> np.ndarray:
+        """The metric of each circuit, float64 [circuits, rows]."""
+        plans = [circuit.plan(self.model, self.pair) for circuit in circuits]
+        return self.measure.all([World(self.pair.base.inputs, plan) for plan in plans])

@@ -1,0 +1,202 @@
+"""The effect of one edge, of a set of edges, or of a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooks import Inputs, Model, Plan, Site, World, recompute, run_worlds
+from hooks.errors import PathError, nearest
+from hooks.meter import Meter
+from interp.metrics import Metric
+from interp.paths.exact import describe, edge_sweep
+from interp.paths.graph import Edge, Graph, Reader
+from interp.paths.measuring import Measure
+from interp.paths.readers import check_norms, forced, responses
+from interp.paths.rewire import rewire
+from interp.paths.sources import Pair, pair_of
+from interp.paths.streams import head_outputs, post_norm, require_additive
+from interp.results import Result
+from interp.sweeps import assemble, check_model, source_metrics
+
+SEMANTICS = ("edge", "set", "frozen")
+
+
+@torch.no_grad()
+def path_patch(
+    model: Model,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    what: str | Edge | Sequence[Any],
+    *,
+    semantics: str,
+    metric: Metric,
+    graph: Graph | None = None,
+    direction: str = "denoising",
+    values: str = "patch",
+    reference: Inputs | None = None,
+    pooled: bool = False,
+    norms: str = "recompute",
+    executor: str = "auto",
+    budget: int | None = None,
+    seed: int = 0,
+) -> Result:
+    """Measure the effect of an edge, a set of edges, or a path.
+
+    With a the run that is edited, c what it is edited with, and d_u = c_u - a_u:
+
+    - ``semantics="edge"``: an edge, "a0.h1->a2.h3<q>"; see `edge_sweep`.
+    - ``semantics="set"``: several edges, or a sender and its receivers, ``("a0.h1", ["a2.h3<q>", "m2"])`` (path
+      patching, Goldowsky-Dill et al. 2023, Wang et al. 2022): each reader v reads its live input, changed by c_u - live_u
+      for the edges listed, and everything is computed again. The sender's change reaches the rest through them only.
+    - ``semantics="frozen"``: a path, "input->a0.h1<v>->m1->logits": D_0 = d_u of its first node, D_{i+1} = f_{i+1}(in + D_i) -
+      f_{i+1}(in), everything off the path held at a. Heads on the way are query heads; a key/value head that one is
+      entered by is its group's.
+
+    Args:
+        what: as `semantics` needs it.
+        model, clean, corrupt, metric, graph, direction, values, reference, pooled, norms, executor, budget, seed: as in
+            `edge_sweep`.
+
+    Returns:
+        A `Result` of one cell, whose config says the semantics.
+
+    Raises:
+        PathError: edges that the model lacks or that run backwards, a path that does not end in the logits, norms that
+            are frozen under "set".
+    """
+    if semantics not in SEMANTICS:
+        raise PathError(
+            f"semantics is one of {', '.join(SEMANTICS)}, not {semantics!r}{nearest(str(semantics), SEMANTICS)}"
+        )
+    options = {"direction": direction, "values": values, "reference": reference, "pooled": pooled, "seed": seed}
+    graph = Graph.of(model) if graph is None else graph
+    if semantics == "edge":
+        if not isinstance(what, (str, Edge)):
+            raise PathError(f"semantics='edge' takes the name of one edge, not {what!r}; for several, 'set'")
+        swept = edge_sweep(
+            model, clean, corrupt, metric=metric, graph=graph, edges=[what], norms=norms, executor=executor,
+            budget=budget, progress=False, **options,
+        )  # fmt: skip
+        return swept.sel(edge=swept.axes[0].values[0])
+    check_model(model, "denoising")
+    check_norms(norms)
+    pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
+    require_additive(pair.base)
+    meter = Meter(model.architecture)
+    inputs, run = pair.base.inputs, pair.source.run
+    source = World(run.inputs) if run is not None and values == "patch" else None
+    measure = Measure.of(model, metric, inputs, source, budget=budget, executor=executor, seed=seed, meter=meter)
+    if semantics == "set":
+        if norms != "recompute":
+            raise PathError("a set of edges is computed with live norms: norms='recompute'")
+        edges = edges_of(graph, what)
+        plan = rewire(graph, graph.mask(edges), pair.source, model)
+        text: Any = [edge.name for edge in edges]
+    else:
+        if not isinstance(what, str):
+            raise PathError(f"a path is a text, 'input->a0.h1<v>->m1->logits', not {what!r}")
+        plan, text = _frozen_path(graph, pair, what, norms, measure), what
+    worlds = [World(inputs), World(inputs, Plan((recompute(Site("embed")),))), World(inputs, plan)]
+    values_found, status = np.full((1, 3, len(inputs)), np.nan), np.zeros((3, len(inputs)), np.int8)
+    for index, rows, measured, code in measure.each(worlds):
+        values_found[0, index, rows], status[index, rows] = measured, code
+    measured_source = None if source is None else source_metrics(model, [metric], source, [measure.others], budget)
+    result = assemble(values_found, status, (), [None], [metric], False, measured_source, inputs, model)
+    result.config.update(describe(model, graph, pair, semantics, values, norms, seed))
+    result.config.update(what=text, forward_equivalents=meter.forwards(float(inputs.lengths.double().mean())))
+    return result
+
+
+def edges_of(graph: Graph, what: Any) -> tuple[Edge, ...]:
+    """The edges that a user means: a sequence of them, or (sender, receivers).
+
+    Raises:
+        PathError: none, or one that the graph lacks.
+    """
+    if isinstance(what, (str, Edge)):
+        what = [what]
+    if isinstance(what, Sequence) and len(what) == 2 and isinstance(what[0], str) and "->" not in what[0]:
+        sender, receivers = what
+        listed = [receivers] if isinstance(receivers, str) else list(receivers)
+        found = [reader for name in listed for reader in graph.readers_of(name)]
+        writer = graph.writer(sender)
+        what = [graph.edge(Edge(writer, reader, span)) for reader in found for span in graph.span_names]
+    if not isinstance(what, Iterable):
+        raise PathError(f"a set is a sequence of edges, or (sender, receivers), not {what!r}")
+    return graph.select(edges=list(what))
+
+
+def _frozen_path(graph: Graph, pair: Pair, path: str, norms: str, measure: Measure) -> Plan:
+    """The plan of a path's last step, after the nodes on the way were computed one by one."""
+    names = [name.strip() for name in path.split("->")]
+    if len(names) < 2 or names[-1] != "logits":
+        raise PathError(f"{path!r}: a path goes from a writer over readers to the logits, as 'input->a0.h1<v>->logits'")
+    base, time = pair.base, graph.writer(names[0]).time
+    change = pair.stack([graph.writer(names[0])])[0]
+    for name in names[1:]:
+        reader = _on_path(graph, name)
+        if time >= reader.time:
+            raise PathError(f"{path!r} runs backwards at {name}")
+        values = responses(base, reader.kind, reader.layer, change, norms)
+        plan = forced(reader, values, _site_head(base.model, reader))
+        if reader.kind == "logits":
+            return plan
+        time = graph.writer(reader.node).time
+        change = _node_change(pair, reader, plan, measure)
+    raise AssertionError("a path ends in the logits")
+
+
+def _on_path(graph: Graph, name: str) -> Reader:
+    """A node on a path: heads are query heads there."""
+    for reader in graph.readers:
+        if reader.name == name:
+            return reader
+        head, _, kind = name.partition("<")
+        # The query heads of a group have no reader of their own.
+        same_kind = reader.kind in ("k", "v") and kind == f"{reader.kind}>" and f"a{reader.layer}.h" in head
+        if same_kind and head in {w.name for w in graph.writers if w.layer == reader.layer}:
+            return Reader(reader.kind, reader.layer, graph.writer(head).head, reader.time)
+    return graph.reader(name)
+
+
+def _site_head(model: Model, reader: Reader) -> int | None:
+    if reader.kind not in ("k", "v"):
+        return reader.head
+    block = model.architecture.blocks[reader.layer]
+    assert reader.head is not None
+    return reader.head // (block.q.heads // block.k.heads)
+
+
+def _node_change(pair: Pair, reader: Reader, plan: Plan, measure: Measure) -> Tensor:
+    """f(in + D) - f(in) of a node, [B, T, M]: what it adds to the residual stream, everything else held."""
+    base, layer = pair.base, reader.layer
+    name = "mlp_out" if reader.kind == "mlp" else "z"
+    place = Site(name, layer)
+    pieces = [
+        outcome.values[0]
+        for outcome in run_worlds(
+            base.model,
+            [World(base.inputs, plan)],
+            [place],
+            executor="batched",
+            budget=measure.budget,
+            meter=measure.meter,
+        )
+    ]
+    new = torch.cat(pieces)
+    if reader.kind == "mlp":
+        old = base.mlp_out[layer]
+        assert old is not None
+        return new - old
+    block = base.model.architecture.blocks[layer]
+    if reader.kind == "attn":
+        return head_outputs(block, new, post_norm(block, new)).sum(2) - base.heads(layer).sum(2)
+    # Of a key/value head's group only this query head is on the path.
+    z = base.z[layer].clone()
+    z[:, :, reader.head] = new[:, :, reader.head]
+    return head_outputs(block, z, post_norm(block, z))[:, :, reader.head] - base.head(layer, reader.head or 0)

@@ -1,0 +1,260 @@
+"""Exact effects of edges: one reader reads a changed residual stream, and everything after it is run again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooks import Inputs, Model, Plan, Site, World, patch, recompute, run_worlds
+from hooks.digest import digest_of
+from hooks.errors import UnfiredError
+from hooks.meter import Meter
+from hooks.saving import fingerprint
+from hooks.worlds import default_budget
+from interp.metrics import Metric
+from interp.paths.graph import Edge, Graph, Writer
+from interp.paths.measuring import Measure
+from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
+from interp.paths.sources import Pair, pair_of
+from interp.paths.streams import require_additive
+from interp.results import Axis, Result
+from interp.streaming import Stream, weights_digest
+from interp.sweeps import assemble, check_model, describe_run, source_metrics
+
+
+@torch.no_grad()
+def edge_sweep(
+    model: Model,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    *,
+    metric: Metric,
+    graph: Graph | None = None,
+    edges: Iterable[str | Edge] | None = None,
+    writers: Iterable[str] | str | None = None,
+    readers: Iterable[str] | str | None = None,
+    direction: str = "denoising",
+    values: str = "patch",
+    reference: Inputs | None = None,
+    pooled: bool = False,
+    norms: str = "recompute",
+    executor: str = "auto",
+    budget: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    seed: int = 0,
+) -> Result:
+    """Measure the exact effect of every edge, or of some.
+
+    With a the run that is edited and c what it is edited with, an edge u -> v means: v alone reads in_v + c_u - a_u, and
+    everything after v is computed again (the edges of ACDC and EAP). Its effect is metric(edited) - metric(a).
+
+    All edges into a reader go as one batch of worlds, which share with a all that comes before the reader, and all
+    positions before the first that differs.
+
+    Args:
+        model: a wrapped model, in evaluation mode.
+        clean: the prompts that show the behaviour.
+        corrupt: the prompts that do not, row by row of the same lengths; None where `values` needs none.
+        metric: what is measured.
+        graph: default ``Graph.of(model)``.
+        edges: names of edges; or `writers` and `readers`, whose edges are measured; default all.
+        direction: "denoising" edits the corrupt run with clean values, "noising" the reverse.
+        values: c_u: "patch" (the other run's), "zero", "mean" (over `reference`, at each position; at all of them
+            if `pooled`), "resample" (a random row of `reference`). All but "patch" edit the clean run, or, where
+            `corrupt` is given and the direction is denoising, the corrupt one.
+        norms: "recompute" the reader's norm on the changed stream, or hold it "frozen" at its scale in a.
+        executor, budget, path, progress, seed: as in `interp.sweep`.
+
+    Returns:
+        A `Result` with one axis, "edge". Its config has "semantics", "values", "norms", and "forward_equivalents": the
+        work, in forward passes of one prompt.
+
+    Raises:
+        PathError: an edge that the model lacks or that runs backwards; a model that the graph does not describe.
+        InputsError: prompts that do not correspond, or no reference for a mean.
+        UnfiredError: no writer's output changes.
+    """
+    check_model(model, "denoising")
+    check_norms(norms)
+    graph = Graph.of(model) if graph is None else graph
+    chosen = graph.select(edges, writers, readers)
+    pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
+    require_additive(pair.base)
+    meter = Meter(model.architecture)
+    inputs, run = pair.base.inputs, pair.source.run
+    source = None if run is None else World(run.inputs)
+    measure = Measure.of(
+        model, metric, inputs, source if values == "patch" else None,
+        budget=budget, executor=executor, seed=seed, meter=meter,
+    )  # fmt: skip
+    identity: dict[str, str] = {}
+    if path is not None:
+        identity = _identity(model, pair, chosen, graph, measure, (values, pooled, norms, seed, executor), reference)
+    stream = Stream(path, (1, len(chosen) + 2, len(inputs)), identity)
+    todo = set(stream.remaining())
+    first = [World(inputs), World(inputs, Plan((recompute(Site("embed")),)))]
+    with tqdm(total=len(todo), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
+        bar.set_description(f"{len(chosen)} edges x {len(inputs)} rows")
+        for numbers, worlds in _batches(graph, pair, chosen, todo, first, norms, measure):
+            for index, rows, measured, status in measure.each(worlds):
+                stream.write(measured[None], numbers[index], rows, status)
+                bar.update((rows.stop - rows.start) / len(inputs))
+    measured_source = None
+    if values == "patch" and source is not None:
+        measured_source = source_metrics(model, [metric], source, [measure.others], budget)
+    axis = Axis("edge", tuple(edge.name for edge in chosen))
+    result = assemble(
+        np.array(stream.values), np.array(stream.status), (axis,), [None] * len(chosen), [metric], False,
+        measured_source, inputs, model,
+    )  # fmt: skip
+    result.config.update(describe(model, graph, pair, "edge", values, norms, seed))
+    result.config["forward_equivalents"] = meter.forwards(float(inputs.lengths.double().mean()))
+    result.config["identity"] = identity
+    if path is not None:
+        result.save(path)
+        stream.close()
+    return result
+
+
+def describe(
+    model: Model, graph: Graph, pair: Pair, semantics: str, values: str, norms: str, seed: int
+) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    config = describe_run(model, graph, None, None, pair.direction, seed)
+    del config["intervention"]
+    return config | {
+        "direction": pair.direction, "semantics": semantics, "values": values, "norms": norms,
+        "granularity": graph.granularity, "query_heads": graph.query_heads,
+    }  # fmt: skip
+
+
+def port(edge: Edge) -> tuple[int, str, int]:
+    """What the readers of one kind in one layer share: their inputs are the same residual stream."""
+    return (edge.reader.time, edge.reader.kind, edge.reader.layer)
+
+
+def _batches(
+    graph: Graph,
+    pair: Pair,
+    chosen: tuple[Edge, ...],
+    todo: set[int],
+    first: list[World],
+    norms: str,
+    measure: Measure,
+) -> Iterator[tuple[list[int], list[World]]]:
+    """Worlds, some at a time, with the place of each among the sweep's (the two plain worlds are 0 and 1)."""
+    places = {edge: i + 2 for i, edge in enumerate(chosen)}
+    plain = [i for i in (0, 1) if i in todo]
+    if plain:
+        yield plain, [first[i] for i in plain]
+    left = sorted((edge for edge in chosen if places[edge] in todo), key=port)
+    limit = measure.budget if measure.budget is not None else default_budget(measure.model.device)
+    base = pair.base
+    per_writer = 6 * base.embedded.numel() * base.embedded.element_size()
+    fit = max(1, int(limit // per_writer))
+    moved = False
+    held: tuple[list[Writer], Tensor] = ([], base.embedded)  # q, k and v of a layer see the same writers
+    for key, group in groupby(left, key=port):
+        edges = list(group)
+        writers = list(dict.fromkeys(edge.writer for edge in edges))
+        for start in range(0, len(writers), fit):
+            some = writers[start : start + fit]
+            if some != held[0]:
+                held = (some, pair.stack(some))
+            changes = held[1]
+            moved = moved or bool((changes != 0).any())
+            _count(measure.meter, key[1], key[2], changes)
+            values = responses(base, key[1], key[2], changes, norms)
+            worlds, numbers = [], []
+            for u, writer in enumerate(some):
+                mine = [edge for edge in edges if edge.writer == writer]
+                parts = {name: value[u] for name, value in values.items()}
+                plans = edge_plans(graph, pair, mine, parts, changes[u], measure)
+                numbers += [places[edge] for edge in mine]
+                worlds += [World(base.inputs, plan) for plan in plans]
+            yield numbers, worlds
+    if left and not moved:
+        raise UnfiredError("no writer's output differs between the two runs, so no edge has an effect")
+
+
+def _count(meter: Meter | None, kind: str, layer: int, changes: Tensor) -> None:
+    if meter is None:
+        return
+    tokens = changes[..., 0].numel()
+    for part in {"attn": ("q", "k", "v")}.get(kind, (kind,)):
+        if part in ("q", "k", "v"):
+            meter.block(layer, part, tokens)
+
+
+def edge_plans(
+    graph: Graph, pair: Pair, edges: list[Edge], values: dict[str, Tensor], change: Tensor, measure: Measure
+) -> list[Plan]:
+    """The plan of each of some edges of one writer into readers of one kind and layer."""
+    inputs, changed = pair.base.inputs, changed_tokens(change)
+    start = None if inputs.padded else suffix(changed)
+    plans = []
+    for edge in edges:
+        pos: Any = graph.span(edge.span)
+        where = None
+        if pos is None and start is not None:
+            pos = slice(start, None) if start else None
+        elif not bool(changed.all()):
+            where = changed
+        if not bool(changed.any()):
+            # What the two runs share cannot have an effect: a world without a plan, whose effect is exactly 0.
+            plans.append(Plan())
+            continue
+        head = key_value_head(pair.base.model, edge.reader, graph.query_heads)
+        plans.append(forced(edge.reader, values, head, pos, where))
+    shared = graph.query_heads and edges and edges[0].reader.kind in ("k", "v")
+    if shared and graph.groups[edges[0].reader.layer] > 1:
+        return _only_query_heads(pair, edges, plans, measure)
+    return plans
+
+
+def _only_query_heads(pair: Pair, edges: list[Edge], plans: list[Plan], measure: Measure) -> list[Plan]:
+    """Plans that change a shared key or value for one query head alone: its z in a world where the whole group saw it."""
+    inputs, layer = pair.base.inputs, edges[0].reader.layer
+    place = Site("z", layer)
+    found: dict[int, list[Tensor]] = {}
+    worlds = [World(inputs, plan) for plan in plans]
+    for outcome in run_worlds(measure.model, worlds, [place], budget=measure.budget, meter=measure.meter):
+        found.setdefault(outcome.index, []).append(outcome.values[0])
+    out = []
+    for i, (edge, plan) in enumerate(zip(edges, plans, strict=True)):
+        head = edge.reader.head
+        assert head is not None
+        z = torch.cat(found[i])[:, :, head : head + 1]
+        out.append(Plan((patch(Site("z", layer, head=head), z),)) if len(plan) else plan)
+    return out
+
+
+def _identity(
+    model: Model,
+    pair: Pair,
+    chosen: tuple[Edge, ...],
+    graph: Graph,
+    measure: Measure,
+    options: tuple[Any, ...],
+    reference: Inputs | None,
+) -> dict[str, str]:
+    """Digests of everything that a sweep of edges depends on."""
+    run = pair.source.run
+    return {
+        "weights": weights_digest(model),
+        "inputs": fingerprint(pair.base.inputs),
+        "source": "" if run is None else fingerprint(run.inputs),
+        "reference": "" if reference is None else fingerprint(reference),
+        "edges": digest_of(tuple(edge.name for edge in chosen)),
+        "graph": digest_of((graph.granularity, graph.query_heads, str(graph.spans))),
+        "metrics": digest_of((measure.metric.name, measure.metric.stated, fingerprint(measure.bound.reads))),
+        "options": digest_of(tuple(map(str, options))),
+    }

@@ -1,0 +1,243 @@
+"""How good a circuit is: faithful, complete, minimal, stable, and like a known one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hooks import Inputs, Model
+from hooks.errors import PathError
+from interp.metrics import Metric
+from interp.paths.circuits import Circuit, CircuitRunner, score_array
+from interp.paths.graph import Graph
+from interp.paths.search import greedy
+from interp.results import Result
+
+SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of edges at which the MIB circuit track measures faithfulness (Mueller et al. 2025)."""
+Choose = Callable[[Result, Graph, int], Circuit]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Faithfulness by circuit size.
+
+    Attributes:
+        sizes: shares of the graph's edges.
+        edges: how many edges each circuit has, after pruning.
+        faithfulness: f = (m(C) - m(empty)) / (m(N) - m(empty)).
+        cpr: area under f over the sizes (trapezoid, linear axis, from the smallest size to 1).
+        cmd: area of |1 - f|, likewise.
+    """
+
+    sizes: tuple[float, ...]
+    edges: tuple[int, ...]
+    faithfulness: tuple[float, ...]
+    cpr: float
+    cmd: float
+
+
+def faithfulness(
+    model: Model,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    scores: Result,
+    graph: Graph,
+    *,
+    metric: Metric,
+    sizes: Sequence[float] = SIZES,
+    choose: Choose = greedy,
+    values: str = "patch",
+    reference: Inputs | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+) -> Curve:
+    """Measure how much of the behaviour circuits of growing size keep.
+
+    m(N) is the metric of the whole model on clean prompts, m(empty) with every edge replaced, m(C) with those outside C
+    replaced. The ratio is of means over rows. CPR and CMD are those of the MIB circuit track (Mueller et al. 2025).
+
+    Args:
+        model, clean, corrupt, metric, values, reference, budget, seed: as in `circuit_metric`.
+        scores: of every edge.
+        graph: the graph.
+        sizes: shares of its edges, ascending, at most 1.
+        choose: `greedy` or `top_k`, or a function of yours of scores, graph and k.
+
+    Raises:
+        PathError: sizes out of range, or a whole difference of zero.
+    """
+    if list(sizes) != sorted(set(sizes)) or not sizes or not 0 <= sizes[0] <= sizes[-1] <= 1:
+        raise PathError(f"sizes are ascending shares of the edges, 0 to 1, not {tuple(sizes)}")
+    circuits = [choose(scores, graph, round(size * len(graph))) for size in sizes]
+    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, budget=budget, seed=seed)
+    shares = _faithful(run, circuits, graph)
+    return Curve(
+        sizes=tuple(float(s) for s in sizes),
+        edges=tuple(len(c) for c in circuits),
+        faithfulness=tuple(float(f) for f in shares),
+        cpr=_area(shares, sizes),
+        cmd=_area(np.abs(1 - shares), sizes),
+    )
+
+
+def _area(values: np.ndarray, sizes: Sequence[float]) -> float:
+    return float(((values[1:] + values[:-1]) / 2 * np.diff(sizes)).sum())
+
+
+def _faithful(run: CircuitRunner, circuits: Sequence[Circuit], graph: Graph) -> np.ndarray:
+    nothing, everything = Circuit.all(graph).without(graph.edges), Circuit.all(graph)
+    found = run([nothing, everything, *circuits]).mean(1)
+    whole = found[1] - found[0]
+    if not abs(whole) > 1e-9 * (abs(found[0]) + abs(found[1])):
+        raise PathError(
+            f"the metric is {found[1]:.4g} for the whole model and {found[0]:.4g} with every edge replaced: no "
+            "difference that a circuit could keep"
+        )
+    return (found[2:] - found[0]) / whole
+
+
+def completeness(
+    model: Model,
+    circuit: Circuit,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    *,
+    metric: Metric,
+    subsets: int = 20,
+    size: int = 3,
+    values: str = "patch",
+    reference: Inputs | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Whether a circuit fails as the model does when parts of both are taken out (Wang et al. 2022, section 4).
+
+    Args:
+        model, clean, corrupt, metric, values, reference, seed: as in `circuit_metric`.
+        circuit: the circuit C.
+        subsets: how many random sets K of its nodes are drawn.
+        size: largest number of nodes in K.
+
+    Returns:
+        "subsets" (names), "circuit" m(C without K) and "model" m(N without K), each a list, and "score", the largest
+        difference of the two as a share of m(N) - m(empty): 0 is complete.
+
+    Raises:
+        PathError: the circuit has no nodes but input and logits.
+    """
+    inner = [name for name in circuit.nodes if name not in ("input", "logits")]
+    if not inner:
+        raise PathError("completeness takes nodes out, and the circuit has none but input and logits")
+    draw = np.random.default_rng(seed)
+    sets = [
+        sorted(draw.choice(inner, size=int(draw.integers(1, min(size, len(inner)) + 1)), replace=False).tolist())
+        for _ in range(subsets)
+    ]
+    graph = circuit.graph
+    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, seed=seed)
+    small, large = ([_without(whole, names) for names in sets] for whole in (circuit, Circuit.all(graph)))
+    share = _faithful(run, [*small, *large], graph)
+    mine, theirs = share[: len(sets)], share[len(sets) :]
+    return {
+        "subsets": sets,
+        "circuit": mine.tolist(),
+        "model": theirs.tolist(),
+        "score": float(np.abs(mine - theirs).max()),
+    }
+
+
+def minimality(
+    model: Model,
+    circuit: Circuit,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    *,
+    metric: Metric,
+    values: str = "patch",
+    reference: Inputs | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """What each node of a circuit is good for: the share of the behaviour that the circuit loses without it.
+
+    Near 0 for a node that the circuit could do without (Wang et al. 2022, section 4, with K empty). Arguments as in
+    `completeness`; input and logits are not nodes to be taken out.
+    """
+    inner = [name for name in circuit.nodes if name not in ("input", "logits")]
+    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, seed=seed)
+    share = _faithful(run, [circuit, *(circuit.without(node=name) for name in inner)], circuit.graph)
+    return {name: float(share[0] - found) for name, found in zip(inner, share[1:], strict=True)}
+
+
+def _without(circuit: Circuit, nodes: Sequence[str]) -> Circuit:
+    for node in nodes:
+        circuit = circuit.without(node=node)
+    return circuit
+
+
+def auroc(scores: Result | np.ndarray, known: Circuit) -> float:
+    """How well |score| tells the edges of a known circuit from the others: 1 is perfect, 0.5 is chance.
+
+    The probability that an edge inside scores above one outside, ties counting half.
+
+    Raises:
+        PathError: the circuit has every edge, or none.
+    """
+    inside = known.members
+    if inside.all() or not inside.any():
+        raise PathError("an AUROC needs edges inside and outside the known circuit")
+    ranks = _ranks(np.abs(score_array(known.graph, scores)))
+    n, m = int(inside.sum()), int((~inside).sum())
+    return float((ranks[inside].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def stability(one: Result | np.ndarray, two: Result | np.ndarray, graph: Graph, k: int) -> dict[str, float]:
+    """How much two sets of scores agree: of two seeds, two halves of the data, or with and without input noise.
+
+    Returns:
+        "spearman", the rank correlation of |score| over all edges, and "jaccard", the overlap of the k largest.
+    """
+    a, b = (np.abs(score_array(graph, scores)) for scores in (one, two))
+    if not 1 <= k <= len(graph):
+        raise PathError(f"k is a number of edges, 1 to {len(graph)}, not {k!r}")
+    tops = [set(np.argsort(-x, kind="stable")[:k].tolist()) for x in (a, b)]
+    return {
+        "spearman": float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]),
+        "jaccard": len(tops[0] & tops[1]) / len(tops[0] | tops[1]),
+    }
+
+
+def split_half(scores: Result, graph: Graph, k: int, *, draws: int = 20, seed: int = 0) -> dict[str, Any]:
+    """`stability` between two random halves of the rows, mean and quartiles over draws.
+
+    Raises:
+        PathError: fewer than two rows.
+    """
+    rows = len(scores.rows)
+    if rows < 2:
+        raise PathError("two halves need at least two rows")
+    draw = np.random.default_rng(seed)
+    found: list[dict[str, float]] = []
+    place = [graph.index[name] for name in scores.axes[0].values]
+    for _ in range(draws):
+        order = draw.permutation(rows)
+        halves = []
+        for part in (order[: rows // 2], order[rows // 2 :]):
+            mean = np.full(len(graph), np.nan)
+            mean[place] = scores.effect[:, part].mean(1)
+            halves.append(mean)
+        found.append(stability(halves[0], halves[1], graph, k))
+    told = {}
+    for name in ("spearman", "jaccard"):
+        low, median, high = np.quantile([each[name] for each in found], [0.25, 0.5, 0.75]).tolist()
+        told[name] = {"low": low, "median": median, "high": high}
+    return told
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties sharing their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]

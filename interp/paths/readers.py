@@ -1,0 +1,99 @@
+"""Making a reader read something else: the interventions that stand for another residual stream at one reader."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hooks import Intervention, Model, Plan, Site, patch
+from hooks.errors import PathError, nearest
+from hooks.sites import Index
+from interp.paths.graph import Reader
+from interp.paths.streams import Streams, frozen_norm
+
+NORMS = ("recompute", "frozen")
+
+
+def check_norms(norms: str) -> None:
+    """Raise PathError unless this is a way to treat a reader's norm."""
+    if norms not in NORMS:
+        raise PathError(f"norms is 'recompute' or 'frozen', not {norms!r}{nearest(str(norms), NORMS)}")
+
+
+def responses(base: Streams, kind: str, layer: int, change: Tensor, norms: str = "recompute") -> dict[str, Tensor]:
+    """What the readers of one kind compute first when they read in + change, all writers' changes at once.
+
+    Args:
+        base: the edited run.
+        kind: "q", "k", "v", "attn", "mlp" or "logits".
+        layer: the block.
+        change: [..., B, T, M], what is added to the residual stream that they read.
+        norms: whether the norm is recomputed on the sum, or held at its scale in the base.
+
+    Returns:
+        the value of each site, by name, that the reader's input determines: [..., B, T, heads, D] for "q", "k", "v",
+        [..., B, T, M] elsewhere.
+    """
+    arch = base.model.architecture
+    read = base.read_by(kind, layer)
+    if kind == "logits":
+        if norms == "recompute":
+            return {"resid_post": read + change}
+        return {"ln_final": arch.norm(read) + frozen_norm(arch.norm, read)(change)}
+    block = arch.blocks[layer]
+    if kind == "mlp":
+        assert block.mlp is not None
+        assert block.norm2 is not None
+        if norms == "recompute":
+            return {"mlp_in": read + change}
+        out = block.mlp.module(block.norm2(read) + frozen_norm(block.norm2, read)(change))
+        return {"mlp_out": out if block.post2 is None else block.post2(out)}
+    if norms == "recompute":
+        if kind == "attn":
+            return {"attn_in": read + change}
+        normed = block.norm1(read + change)
+    else:
+        normed = block.norm1(read) + frozen_norm(block.norm1, read)(change)
+    return {name: getattr(block, name)(normed) for name in (("q", "k", "v") if kind == "attn" else (kind,))}
+
+
+def forced(
+    reader: Reader, values: dict[str, Tensor], heads: Index, pos: Index = None, where: Tensor | None = None
+) -> Plan:
+    """The plan that makes one reader have the values of `responses`.
+
+    Args:
+        reader: whose values they are.
+        values: by site name, for the whole batch, [B, T, ...].
+        heads: the heads that are meant, of the site; None for all.
+        pos: positions; None for all.
+        where: bool [B, T], the tokens; None for all.
+    """
+    items: list[Intervention] = []
+    for name, value in values.items():
+        layer = None if name == "ln_final" else reader.layer - 1 if name == "resid_post" else reader.layer
+        restrictions = {"head": heads} if name in ("q", "k", "v") and heads is not None else {}
+        item = patch(Site(name, layer, pos=pos, **restrictions), value)
+        items.append(item if where is None else item.where(where))
+    return Plan(tuple(items))
+
+
+def key_value_head(model: Model, reader: Reader, query_heads: bool) -> int | None:
+    """The head of the site that a reader reads by."""
+    if reader.kind in ("k", "v") and query_heads:
+        block = model.architecture.blocks[reader.layer]
+        assert reader.head is not None
+        return reader.head // (block.q.heads // block.k.heads)
+    return reader.head
+
+
+def changed_tokens(change: Tensor) -> Tensor:
+    """bool [B, T] on the CPU: where a change [B, T, M] is not zero."""
+    return (change != 0).any(-1).cpu()
+
+
+def suffix(changed: Tensor) -> int | None:
+    """The column from which on every row has changed, and none before; None if that is not how it is."""
+    first = int(changed[0].long().argmax()) if bool(changed[0].any()) else changed.shape[1]
+    columns = torch.arange(changed.shape[1])
+    return first if bool((changed == (columns >= first)).all()) else None

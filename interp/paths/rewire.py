@@ -1,0 +1,132 @@
+"""Many edges at once: what each reader of a world sees when some of its edges carry other values.
+
+A reader v reads in_v + sum over its replaced edges of (c_u - live_u), where live_u is what u adds in this very world. So
+with every edge replaced the source run comes out, with none the base, and a set of edges into one circuit is a plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
+from hooks.errors import PathError
+from hooks.plan import Read
+from hooks.region import resolve
+from interp.paths.graph import Graph, Reader, Writer
+from interp.paths.sources import Source
+from interp.paths.streams import head_outputs, post_norm
+
+SITES = {"q": "q_input", "k": "k_input", "v": "v_input", "attn": "attn_in", "mlp": "mlp_in"}
+
+
+def rewire(graph: Graph, replaced: np.ndarray, source: Source, model: Any) -> Plan:
+    """The plan in which some edges carry the source's values instead of their own.
+
+    Args:
+        graph: the graph, of key/value heads where there are those.
+        replaced: bool [edges].
+        source: the values c_u.
+        model: the wrapped model.
+
+    Raises:
+        PathError: a mask of another size, or a graph of query heads under grouped-query attention.
+    """
+    replaced = np.asarray(replaced)
+    if replaced.shape != (len(graph),) or replaced.dtype != bool:
+        raise PathError(f"a mask of edges is bool [{len(graph)}], got {replaced.dtype} {list(replaced.shape)}")
+    if graph.query_heads and any(group > 1 for group in graph.groups):
+        raise PathError("the model has key/value heads: sets of edges need a graph with query_heads=False")
+    items: list[Intervention] = []
+    chosen = [graph.listed[i] for i in np.flatnonzero(replaced)]
+    ports: dict[tuple[str, int], list[Any]] = {}
+    for edge in chosen:
+        ports.setdefault((edge.reader.kind, edge.reader.layer), []).append(edge)
+    for (kind, layer), edges in ports.items():
+        writers = tuple(dict.fromkeys(edge.writer for edge in edges))
+        readers = tuple(dict.fromkeys(edge.reader for edge in edges))
+        spans = tuple(dict.fromkeys(edge.span for edge in edges))
+        weights = torch.zeros(len(spans), len(readers), len(writers), dtype=torch.bool)
+        for edge in edges:
+            weights[spans.index(edge.span), readers.index(edge.reader), writers.index(edge.writer)] = True
+        tokens = [None if span is None else span_tokens(graph, span, source.inputs, model) for span in spans]
+        fn = Rewired(model, writers, weights, tokens, source, kind in ("q", "k", "v"))
+        items.append(intervene(_site(kind, layer, readers), fn, fn.reads()))
+    return Plan(tuple(items))
+
+
+def _site(kind: str, layer: int, readers: tuple[Reader, ...]) -> Site:
+    if kind == "logits":
+        return Site("resid_post", layer - 1)
+    heads = tuple(reader.head for reader in readers) if kind in ("q", "k", "v") else None
+    return Site(SITES[kind], layer, head=heads)  # type: ignore[arg-type]
+
+
+def span_tokens(graph: Graph, span: str, inputs: Inputs, model: Any) -> Tensor:
+    """bool [B, T]: the tokens of a span."""
+    place = Site("resid_pre", 0, pos=graph.span(span))
+    region = resolve(place, inputs, model.sizes[place.key])
+    marks = torch.ones_like(region.cols, dtype=torch.bool)
+    if region.valid is not None:
+        marks = region.full_valid()[..., 0]
+    return torch.zeros_like(inputs.mask).scatter(1, region.cols, marks)
+
+
+class Rewired:
+    """The function of one port's readers: x + sum over replaced edges of (c_u - live_u)."""
+
+    __name__ = "rewire"
+
+    def __init__(
+        self,
+        model: Any,
+        writers: tuple[Writer, ...],
+        weights: Tensor,
+        tokens: list[Tensor | None],
+        source: Source,
+        per_head: bool,
+    ) -> None:
+        self.model, self.writers, self.weights, self.tokens = model, writers, weights, tokens
+        self.source, self.per_head = source, per_head
+        self.places = tuple(dict.fromkeys(_output(writer) for writer in writers))
+
+    def reads(self) -> tuple[Read, ...]:
+        """What it reads of its own world: the sites from which writers' outputs are made."""
+        return tuple(here(place) for place in self.places)
+
+    def __call__(self, x: Tensor, *live: Tensor, ctx: Context) -> Tensor:
+        window = ctx.window
+        change = torch.zeros((), dtype=x.dtype, device=x.device)
+        for place, value in zip(self.places, live, strict=True):
+            mine = [i for i, writer in enumerate(self.writers) if _output(writer) == place]
+            differs = self._difference(place, value, [self.writers[i] for i in mine], window)
+            for weights, tokens in zip(self.weights, self.tokens, strict=True):
+                part = torch.einsum("ru,btum->btrm", weights[:, mine].to(differs), differs)
+                change = change + (part if tokens is None else part * tokens[window].to(part)[..., None, None])
+        return x + (change if self.per_head else change.sum(2))
+
+    def _difference(self, place: Site, value: Tensor, writers: list[Writer], window: slice) -> Tensor:
+        """c_u - live_u, [B, T, U, M]."""
+        if place.name != "z":
+            return (self.source.writer(writers[0], self._whole(value))[window] - value).unsqueeze(2)
+        assert place.layer is not None
+        block = self.model.architecture.blocks[place.layer]
+        own = head_outputs(block, value, post_norm(block, value))
+        heads = [writer.head for writer in writers]
+        own = own.sum(2, keepdim=True) if heads[0] is None else own[:, :, heads]
+        other = [self.source.writer(writer, self._whole(own[:, :, 0]))[window] for writer in writers]
+        return torch.stack(other, 2) - own
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """A tensor of the shape of all rows, whatever rows are run."""
+        return part.new_zeros(()).expand(len(self.source.inputs), *part.shape[1:])
+
+
+def _output(writer: Writer) -> Site:
+    """The site from which a writer's output is made."""
+    if writer.kind == "input":
+        return Site("resid_pre", 0)
+    return Site("mlp_out" if writer.kind == "mlp" else "z", writer.layer)

@@ -1,0 +1,184 @@
+"""Finding circuits: by score, from the logits down, by removing what can be spared, and by significance."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from hooks import Inputs, Model
+from hooks.errors import PathError
+from interp.metrics import Metric, kl
+from interp.paths.circuits import Circuit, CircuitRunner, score_array
+from interp.paths.graph import Graph
+from interp.results import Result
+
+
+def top_k(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
+    """The k edges of the highest (absolute) mean score.
+
+    Args:
+        scores: of every edge.
+        graph: the graph.
+        k: how many.
+        absolute: by size, or by signed value.
+        prune: leave out dangling edges, so that fewer than k may be left.
+
+    Raises:
+        PathError: k out of range, or scores of other edges.
+    """
+    mean = _scores(scores, graph, k)
+    order = np.argsort(-(np.abs(mean) if absolute else mean), kind="stable")[:k]
+    members = np.zeros(len(graph), bool)
+    members[order] = True
+    found = Circuit(graph, members, mean, {"found by": "top_k", "k": k, "absolute": absolute, **_told(scores)})
+    return found.pruned() if prune else found
+
+
+def greedy(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
+    """k edges, chosen from the logits downwards: at each step the best edge into a node that is already in.
+
+    Args and raises: as `top_k`. (Hanna et al. 2024, section 3.)
+    """
+    mean = _scores(scores, graph, k)
+    into: dict[str, list[int]] = {}
+    for i, edge in enumerate(graph.listed):
+        for writer in graph.feeds(edge.reader):
+            into.setdefault(writer.name, []).append(i)
+        if edge.reader.kind == "logits":
+            into.setdefault("logits", []).append(i)
+    members, inside = np.zeros(len(graph), bool), {"logits"}
+    queue: list[tuple[float, int]] = []
+
+    def offer(node: str) -> None:
+        for i in into.get(node, []):
+            heapq.heappush(queue, (-(abs(mean[i]) if absolute else mean[i]), i))
+
+    offer("logits")
+    while queue and members.sum() < k:
+        _, i = heapq.heappop(queue)
+        if members[i]:  # offered by two heads of one key/value head
+            continue
+        members[i] = True
+        writer = graph.listed[i].writer.name
+        if writer not in inside:
+            inside.add(writer)
+            offer(writer)
+    found = Circuit(graph, members, mean, {"found by": "greedy", "k": k, "absolute": absolute, **_told(scores)})
+    return found.pruned() if prune else found
+
+
+def acdc(
+    model: Model,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    *,
+    tau: float,
+    metric: Metric | None = None,
+    graph: Graph | None = None,
+    lower_is_better: bool = True,
+    values: str = "patch",
+    reference: Inputs | None = None,
+    batch: int = 32,
+    budget: int | None = None,
+    progress: bool | None = None,
+    seed: int = 0,
+) -> Circuit:
+    """Remove every edge that can be spared, from the logits down (ACDC, Conmy et al. 2023, algorithm 1).
+
+    In reverse topological order, an edge is removed where the metric's mean rises by less than `tau`. `batch` removals
+    are tried at once, each on top of those before it, as if all of them were kept; the decisions are those of the serial
+    algorithm, which `batch=1` is.
+
+    Args:
+        model, clean, corrupt, graph, values, reference, budget, progress, seed: as in `edge_sweep`.
+        tau: largest rise, in the metric's unit.
+        metric: default the KL divergence from the whole model on the clean prompts.
+        lower_is_better: whether a rise is what removal costs; False for a metric such as a logit difference.
+        batch: how many removals are tried at once.
+
+    Returns:
+        The circuit, whose scores are the rise that each edge's removal made when it was tried.
+    """
+    from hooks import World
+
+    if not batch >= 1 or not tau >= 0:
+        raise PathError(f"tau is at least 0 and batch at least 1, got {tau} and {batch}")
+    graph = Graph.of(model) if graph is None else graph
+    measured = kl(World(clean)) if metric is None else metric
+    run = CircuitRunner.of(
+        model, clean, corrupt, measured, values=values, reference=reference, budget=budget, seed=seed
+    )
+    sign = 1.0 if lower_is_better else -1.0
+
+    def measure(masks: Sequence[np.ndarray]) -> np.ndarray:
+        nothing = np.full(len(graph), np.nan)
+        return sign * run([Circuit(graph, mask, nothing) for mask in masks]).mean(1)
+
+    members, rises = np.ones(len(graph), bool), np.full(len(graph), np.nan)
+    now = measure([members])[0]
+    order = removal_order(graph)
+    at, tried = 0, 1
+    with tqdm(total=len(order), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
+        while at < len(order):
+            some = order[at : at + batch]
+            masks, mask = [], members
+            for i in some:
+                mask = mask.copy()
+                mask[i] = False
+                masks.append(mask)
+            found = measure(masks)
+            tried += len(some)
+            for i, mask, value in zip(some, masks, found, strict=True):
+                at += 1
+                bar.update()
+                rises[i] = value - now
+                if not rises[i] < tau:
+                    break  # kept: the masks after it lack an edge that is in
+                members, now = mask, value
+    told = {"found by": "acdc", "tau": tau, "metric": measured.name, "values": values, "batch": batch, "tried": tried}
+    return Circuit(graph, members, rises, told)
+
+
+def removal_order(graph: Graph) -> list[int]:
+    """The edges in the order in which ACDC tries them: readers from the logits down, of each the latest writer first."""
+    return sorted(range(len(graph)), key=lambda i: (-graph.listed[i].reader.time, -graph.listed[i].writer.time, -i))
+
+
+def causal_graph(
+    effects: Result, graph: Graph, *, q: float = 0.05, share: float = 0.0, n_perm: int = 10_000, seed: int = 0
+) -> Circuit:
+    """The causal explanatory graph: the edges whose effect is both significant across examples and large.
+
+    Significance is of the mean paired difference, by sign-flip permutation, with Benjamini-Hochberg across edges; size is
+    |mean effect| against the largest (Ahmad et al. 2024).
+
+    Args:
+        effects: exact effects, or scores, of every edge.
+        graph: the graph.
+        q: false discovery rate.
+        share: smallest |mean effect|, as a share of the largest.
+        n_perm: permutations; raise it above edges / q where there are many rows.
+        seed: of the permutations.
+    """
+    mean = score_array(graph, effects)
+    significant = effects.significant(q, n_perm, seed) & effects.above_noise()
+    place = [graph.index[name] for name in effects.axes[0].values]
+    found = np.zeros(len(graph), bool)
+    found[place] = significant
+    largest = np.abs(mean).max() if len(mean) else 0.0
+    members = found & (np.abs(mean) >= share * largest) & (mean != 0)
+    return Circuit(graph, members, mean, {"found by": "causal_graph", "q": q, "share": share, **_told(effects)})
+
+
+def _scores(scores: Result, graph: Graph, k: int) -> np.ndarray:
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 0 <= k <= len(graph):
+        raise PathError(f"k is a number of edges, 0 to {len(graph)}, not {k!r}")
+    return score_array(graph, scores)
+
+
+def _told(scores: Result) -> dict[str, str]:
+    known = ("method", "semantics", "values", "direction")
+    return {name: scores.config[name] for name in known if name in scores.config}

@@ -1,0 +1,219 @@
+"""The residual stream taken apart: what each writer adds to it, and how a norm scales a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooks import Inputs, Model, Site, World
+from hooks.adapters.architecture import Block, linear_weight
+from hooks.errors import ModelError, PathError
+from hooks.worlds import run_worlds
+from interp.paths.graph import Writer
+
+
+def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A norm as a linear function, its scale held at what it is for x.
+
+    ``frozen_norm(norm, x)(d)`` is norm(x + d) - norm(x), had d not changed the scale; for an RMSNorm
+    ``frozen_norm(norm, x)(x)`` is norm(x).
+
+    Args:
+        norm: LayerNorm, RMSNorm or an identity.
+        x: [..., M].
+
+    Raises:
+        ModelError: another kind of norm.
+    """
+    if isinstance(norm, nn.Identity):
+        return lambda d: d
+    if isinstance(norm, nn.LayerNorm):
+        scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+        weight = torch.ones_like(x[..., :1]) if norm.weight is None else norm.weight
+        return lambda d: (d - d.mean(-1, keepdim=True)) * scale * weight
+    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    if eps is None or "RMSNorm" not in type(norm).__name__:
+        raise ModelError(f"{type(norm).__name__} is no norm whose scale is known: LayerNorm and RMSNorm are")
+    with torch.no_grad():
+        # The gain as the module applies it, weight or 1 + weight: read off where the eps is too small to matter.
+        large = torch.full((x.shape[-1],), 1e4, dtype=x.dtype, device=x.device)
+        gain = norm(large) * ((1e8 + eps) ** 0.5 / 1e4)
+    scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    return lambda d: d * scale * gain
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """What every writer adds to the residual stream of one run, kept in the smallest form.
+
+    Attributes:
+        model: the wrapped model.
+        inputs: what was run.
+        embedded: [B, T, M], the residual stream before the first block.
+        z: for each layer [B, T, H, D].
+        mlp_out: for each layer [B, T, M]; None without an MLP.
+        attn_in: for each layer [B, T, M], what attention reads; mlp_in: what the MLP reads.
+        final: [B, T, M], what the last norm reads.
+    """
+
+    model: Model
+    inputs: Inputs
+    embedded: Tensor
+    z: tuple[Tensor, ...]
+    mlp_out: tuple[Tensor | None, ...]
+    attn_in: tuple[Tensor, ...]
+    mlp_in: tuple[Tensor | None, ...]
+    final: Tensor
+    _posts: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def rows(self, window: slice) -> Streams:
+        """The same for a range of rows."""
+
+        def cut(values: Sequence[Any]) -> Any:
+            return tuple(None if value is None else value[window] for value in values)
+
+        return Streams(
+            self.model, self.inputs.rows(window), self.embedded[window], cut(self.z), cut(self.mlp_out),
+            cut(self.attn_in), cut(self.mlp_in), self.final[window],
+        )  # fmt: skip
+
+    def heads(self, layer: int) -> Tensor:
+        """What each head of a layer adds, [B, T, H, M]."""
+        block = self.model.architecture.blocks[layer]
+        return head_outputs(block, self.z[layer], self._post(layer))
+
+    def head(self, layer: int, head: int) -> Tensor:
+        """What one head adds, [B, T, M]."""
+        block = self.model.architecture.blocks[layer]
+        weight, _ = linear_weight(block.out)
+        part = weight[:, head * block.q.width : (head + 1) * block.q.width]
+        return self._post(layer)(self.z[layer][..., head, :] @ part.T)
+
+    def writer(self, writer: Writer) -> Tensor:
+        """What a writer adds, [B, T, M]; of a whole attention layer without the bias, which never changes."""
+        if writer.kind == "input":
+            return self.embedded
+        if writer.kind == "mlp":
+            value = self.mlp_out[writer.layer]
+            assert value is not None
+            return value
+        return self.heads(writer.layer).sum(2) if writer.head is None else self.head(writer.layer, writer.head)
+
+    def _post(self, layer: int) -> Callable[[Tensor], Tensor]:
+        if layer not in self._posts:
+            self._posts[layer] = post_norm(self.model.architecture.blocks[layer], self.z[layer])
+        return self._posts[layer]
+
+    def read_by(self, kind: str, layer: int) -> Tensor:
+        """The residual stream that a reader of some kind reads, [B, T, M]."""
+        if kind == "logits":
+            return self.final
+        value = (self.mlp_in if kind == "mlp" else self.attn_in)[layer]
+        assert value is not None
+        return value
+
+
+def head_outputs(block: Block, z: Tensor, post: Callable[[Tensor], Tensor]) -> Tensor:
+    """What each head adds to the residual stream, [..., H, M], of z [..., H, D]."""
+    weight, _ = linear_weight(block.out)
+    return post(torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (block.q.heads, block.q.width))))
+
+
+def post_norm(block: Block, z: Tensor) -> Callable[[Tensor], Tensor]:
+    """How the norm on a layer's attention output, where there is one, scales a head's part [..., H, M] or [..., M]."""
+    norm = block.post1
+    if norm is None:
+        return lambda part: part
+    scaled = frozen_norm(norm, block.out.forward(z.flatten(-2)))
+
+    def each(part: Tensor) -> Tensor:
+        # Over heads, the scale is that of their sum.
+        return scaled(part.movedim(-2, 0)).movedim(0, -2) if part.ndim == z.ndim else scaled(part)
+
+    return each
+
+
+@torch.no_grad()
+def streams(model: Model, world: Inputs | World, budget: int | None = None) -> Streams:
+    """Run inputs (or a world) and take the residual stream apart."""
+    world = world if isinstance(world, World) else World(world)
+    blocks = model.architecture.blocks
+    sites = [Site("resid_pre", 0), *(Site("z", layer) for layer in range(len(blocks)))]
+    sites += [Site("attn_in", layer) for layer in range(len(blocks))]
+    mlps = [layer for layer, block in enumerate(blocks) if block.mlp is not None]
+    sites += [Site(name, layer) for name in ("mlp_out", "mlp_in") for layer in mlps]
+    sites.append(Site("resid_post", len(blocks) - 1))
+    pieces = [outcome.values for outcome in run_worlds(model, [world], sites, executor="batched", budget=budget)]
+    values = iter([torch.cat([piece[i] for piece in pieces]) for i in range(len(sites))])
+    embedded = next(values)
+    z, attn_in = ([next(values) for _ in blocks] for _ in range(2))
+    out, read = ({layer: next(values) for layer in mlps} for _ in range(2))
+    every = range(len(blocks))
+    return Streams(
+        model=model,
+        inputs=world.inputs,
+        embedded=embedded,
+        z=tuple(z),
+        mlp_out=tuple(out.get(layer) for layer in every),
+        attn_in=tuple(attn_in),
+        mlp_in=tuple(read.get(layer) for layer in every),
+        final=next(values),
+    )
+
+
+@torch.no_grad()
+def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = None) -> float:
+    """Check that the residual stream is the sum of what the graph's writers add, at every reader.
+
+    Args:
+        model: a wrapped model.
+        inputs: what it is checked on.
+        tolerance: largest difference allowed, relative to the largest entry; default 1000 times the dtype's resolution.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        PathError: it is not, so that a graph of writers and readers does not describe this model.
+    """
+    return require_additive(streams(model, inputs), tolerance)
+
+
+def require_additive(run: Streams, tolerance: float | None = None) -> float:
+    """`check_additive` of a run that is at hand."""
+    arch, real = run.model.architecture, run.inputs.mask.to(run.embedded.device)
+    limit = 1000 * torch.finfo(run.embedded.dtype).eps if tolerance is None else tolerance
+    total, worst = run.embedded, 0.0
+
+    def compare(read: Tensor, where: str) -> None:
+        nonlocal worst
+        difference = float((read - total)[real].abs().max() / read[real].abs().max().clamp_min(1e-30))
+        worst = max(worst, difference)
+        if not difference <= limit:
+            raise PathError(
+                f"the residual stream that {where} reads is not the sum of what the writers before it add (it differs "
+                f"by {difference:.1e} of its largest entry): the graph does not describe this model"
+            )
+
+    for layer, block in enumerate(arch.blocks):
+        compare(run.attn_in[layer], f"attention of layer {layer}")
+        _, bias = linear_weight(block.out)
+        attended = run.heads(layer).sum(2)
+        if bias is not None:
+            attended = attended + (bias if block.post1 is None else run._post(layer)(bias.expand_as(attended)))
+        before = total
+        total = total + attended
+        if block.mlp is None:
+            continue
+        if block.parallel:
+            total = before
+        compare(run.read_by("mlp", layer), f"the MLP of layer {layer}")
+        mlp_out = run.mlp_out[layer]
+        assert mlp_out is not None
+        total = before + attended + mlp_out
+    compare(run.final, "the final norm")
+    return worst

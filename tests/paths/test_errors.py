@@ -1,0 +1,201 @@
+"""What path interventions refuse, and that the message says what was given, what was expected and what is nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import interp as ip
+from hooks.errors import InputsError, MetricError, ModelError
+from interp import paths
+from tests import zoo
+from tests.paths.cases import METRIC, case
+
+SEMANTICS = {"edge": "a0.h0->m1", "set": ["a0.h0->m1"], "frozen": "a0.h0->m1->logits"}
+
+
+def sweep(family: str = "gpt2", **options):
+    given = case(family)
+    return paths.edge_sweep(given.model, *given.pair(), **({"metric": METRIC} | options))
+
+
+def patch(what, semantics: str, family: str = "gpt2", **options):
+    given = case(family)
+    return paths.path_patch(given.model, *given.pair(), what, semantics=semantics, **({"metric": METRIC} | options))
+
+
+# Edges that there are not. Each pattern is the reader or writer at fault, and the nearest name where one is near.
+WRONG_EDGES = [
+    ("gpt2", "m1->a0.h0<q>", r"m1.*a0\.h0<q>|a0\.h0<q>.*m1"),
+    ("gpt2", "a1.h0->a1.h1<q>", r"a1\.h0.*a1\.h1<q>|a1\.h1<q>.*a1\.h0"),
+    ("gpt2", "m0->m0", "m0"),
+    ("gpt2", "logits->m0", "logits"),
+    ("gpt2", "a0.h0->input", "input"),
+    ("gpt2", "a0.h0->logit", "did you mean 'logits'"),
+    ("gpt2", "inputs->logits", "did you mean 'input'"),
+    ("gpt2", "a0.h0->a1.h0<u>", r"a1\.h0<u>.*did you mean 'a1\.h0<[qkv]>'"),
+    ("gpt2", "a0.h0->a1.h0", r"a1\.h0.*did you mean 'a1\.h0<[qkv]>'"),
+    ("gpt2", "a0.h4->logits", r"a0\.h4"),
+    ("gpt2", "input->a0.h4<q>", r"a0\.h4<q>"),
+    ("gpt2", "input->a2.h0<q>", r"a2\.h0<q>"),
+    ("gpt2", "m2->logits", "m2"),
+    ("small_attn_only", "input->m0", "m0"),
+    ("llama", "input->a0.h3<k>", r"a0\.h3<k>"),  # two key/value heads for four query heads
+    ("gpt2", "input->m0@3", "input->m0@3"),  # a position, in a graph without them
+    ("gpt2", "m0", "m0"),
+    ("gpt2", "", "''"),
+]
+
+
+@pytest.mark.parametrize(("family", "edge", "message"), WRONG_EDGES)
+def test_edges_that_are_not_in_the_graph(family, edge, message):
+    given = case(family)
+    for refuse in (
+        lambda: patch(edge, "edge", family),
+        lambda: patch([edge], "set", family),
+        lambda: sweep(family, edges=[edge]),
+        lambda: paths.Graph.of(given.model).edge(edge),
+    ):
+        with pytest.raises(ip.InterpError, match=message):
+            refuse()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("input->a0.h1<v>->m1", "logits"),  # ends before them
+        ("input->m0->a1.h0<v>", "logits"),
+        ("input->a0.h1->logits", r"a0\.h1"),  # entered by which input?
+        ("input->m1->a1.h0<v>->logits", r"m1.*a1\.h0<v>|a1\.h0<v>.*m1"),  # backwards
+        ("input->logits->m1->logits", "logits"),
+        ("input->a0.h1<u>->logits", r"a0\.h1<u>.*did you mean 'a0\.h1<[qkv]>'"),
+        ("inputs->m0->logits", "did you mean 'input'"),
+        ("input->a0.h7<v>->logits", r"a0\.h7"),
+        ("logits", "logits"),
+        ("", "''"),
+    ],
+)
+def test_paths_that_there_are_not(path, message):
+    with pytest.raises(ip.InterpError, match=message):
+        patch(path, "frozen")
+
+
+@pytest.mark.parametrize("options", [{"writers": ["a0.h9"]}, {"readers": ["a0.h9<q>"]}])
+def test_nodes_that_there_are_not(options):
+    (names,) = options.values()
+    with pytest.raises(ip.InterpError, match=names[0].replace(".", r"\.")):
+        sweep(**options)
+
+
+@pytest.mark.parametrize("empty", [{"edges": []}, {"writers": []}, {"readers": []}])
+def test_a_sweep_over_nothing(empty):
+    with pytest.raises(ip.InterpError, match=r"(?i)no edge|empty|at least one"):
+        sweep(**empty)
+
+
+@pytest.mark.parametrize("what", [[], (), ("a0.h0", [])])
+def test_an_empty_set_of_edges(what):
+    with pytest.raises(ip.InterpError, match=r"(?i)no edge|empty|at least one|no receiver"):
+        patch(what, "set")
+
+
+def test_writers_that_reach_none_of_the_readers():
+    with pytest.raises(ip.InterpError, match=r"(?i)no edge|empty|at least one"):
+        sweep(writers=["m1"], readers=["a0.h0<q>"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": "pach"}, "'pach'.*did you mean 'patch'"),
+        ({"values": "zeros"}, "'zeros'.*did you mean 'zero'"),
+        ({"direction": "denoise"}, "'denoise'.*did you mean 'denoising'"),
+        ({"norms": "freeze"}, "'freeze'.*did you mean 'frozen'"),
+        ({"norms": "recomputed"}, "'recomputed'.*did you mean 'recompute'"),
+    ],
+)
+def test_options_that_there_are_not(options, message):
+    with pytest.raises(ip.InterpError, match=message):
+        sweep(**options)
+    for semantics, what in SEMANTICS.items():
+        with pytest.raises(ip.InterpError, match=message):
+            patch(what, semantics, **options)
+
+
+def test_semantics_methods_and_granularities_that_there_are_not():
+    given = case("gpt2")
+    with pytest.raises(ip.InterpError, match=r"'sets'.*did you mean 'set'"):
+        patch(["a0.h0->m1"], "sets")
+    with pytest.raises(ip.InterpError, match=r"'freeze'.*did you mean 'frozen'"):
+        patch("a0.h0->m1->logits", "freeze")
+    with pytest.raises(ip.InterpError, match=r"'eap_ig'.*did you mean 'eap-ig'"):
+        paths.edge_scores(given.model, *given.pair(), metric=METRIC, method="eap_ig")
+    with pytest.raises(ip.InterpError, match=r"'head'.*did you mean 'heads'"):
+        paths.Graph.of(given.model, granularity="head")
+
+
+@pytest.mark.parametrize("values", ["mean", "resample"])
+def test_values_that_need_a_reference(values):
+    with pytest.raises(ip.InterpError, match="reference"):
+        sweep(values=values)
+    for semantics, what in SEMANTICS.items():
+        with pytest.raises(ip.InterpError, match="reference"):
+            patch(what, semantics, values=values)
+
+
+def test_a_patch_without_the_other_prompts():
+    given = case("gpt2")
+    with pytest.raises(ip.InterpError, match="corrupt"):
+        paths.edge_sweep(given.model, given.inputs("clean"), None, metric=METRIC)
+
+
+def test_prompts_of_unequal_lengths():
+    model = case("gpt2").model
+    clean, corrupt = model.inputs([[1, 2, 3], [4, 5, 6]]), model.inputs([[1, 2, 3], [4, 5]])
+    with pytest.raises(InputsError, match="pair 1 has 3 clean tokens and 2 corrupt ones"):
+        paths.edge_sweep(model, clean, corrupt, metric=METRIC)
+    for semantics, what in SEMANTICS.items():
+        with pytest.raises(InputsError, match="pair 1 has 3 clean tokens and 2 corrupt ones"):
+            paths.path_patch(model, clean, corrupt, what, semantics=semantics, metric=METRIC)
+    with pytest.raises(InputsError, match="2 clean prompts and 1 corrupt"):
+        paths.edge_sweep(model, clean, model.inputs([[1, 2, 3]]), metric=METRIC)
+
+
+def test_a_metric_that_gives_one_number_for_many_rows():
+    pooled = ip.metric(lambda logits: logits.mean(), ip.site("logits", pos=-1), name="pooled")
+    with pytest.raises(MetricError, match=r"'pooled'.*one number a row"):
+        sweep(metric=pooled)
+    for semantics, what in SEMANTICS.items():
+        with pytest.raises(MetricError, match=r"'pooled'.*one number a row"):
+            patch(what, semantics, metric=pooled)
+
+
+@pytest.mark.parametrize("span", [9, -8, [1, 9]])
+def test_a_span_that_no_prompt_has(span):
+    graph = paths.Graph.of(case("gpt2").model, positions={"far": span})
+    with pytest.raises(ip.InterpError, match="far"):
+        sweep(graph=graph)
+
+
+def test_a_model_in_training_mode():
+    model = ip.wrap(zoo.make("gpt2"))
+    inputs = [model.inputs(case("gpt2").tokens[name]) for name in ("clean", "corrupt")]
+    model.module.train()
+    with pytest.raises(ModelError, match="training mode"):
+        paths.edge_sweep(model, *inputs, metric=METRIC)
+    for semantics, what in SEMANTICS.items():
+        with pytest.raises(ModelError, match="training mode"):
+            paths.path_patch(model, *inputs, what, semantics=semantics, metric=METRIC)
+
+
+def test_a_graph_of_another_model():
+    """A graph names the heads of the model that it was made of; one with other heads is refused."""
+    graph = paths.Graph.of(case("llama").model)
+    with pytest.raises(ip.InterpError, match="graph"):
+        sweep("gpt2", graph=graph)
+
+
+def test_masks_that_do_not_fit_the_graph():
+    given = case("gpt2")
+    with pytest.raises(ip.InterpError, match=str(len(given.edges))):
+        paths.circuit_metric(given.model, torch.ones(2, 7, dtype=torch.bool), *given.pair(), metric=METRIC)
