@@ -118,7 +118,7 @@ class Grid:
         parts: dict[str, Any] = {}
         for axis, value in chosen.items():
             if axis in (POS, KEY):
-                value, rows = _positions(value, inputs)
+                value, rows = row_positions(value, inputs)
                 if rows is not None:
                     present = rows if present is None else present & rows
             parts[axis] = value
@@ -207,8 +207,12 @@ def _span(axis: str, value: slice | Span) -> Span:
     return value if isinstance(value, Span) else Span(value.start, value.stop)
 
 
-def _positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
-    """A position or group as a site takes it, and which rows have it (None: all)."""
+def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
+    """A position or group as a site takes it, and which rows have it (None: all).
+
+    Raises:
+        SiteError: no row has it.
+    """
     if not isinstance(value, (int, tuple)):
         return value, None
     listed = torch.tensor(value if isinstance(value, tuple) else (value,))

@@ -231,7 +231,7 @@ def score_array(graph: Graph, scores: Result | np.ndarray | None) -> np.ndarray:
 @torch.no_grad()
 def circuit_metric(
     model: Model,
-    circuits: Circuit | Sequence[Circuit],
+    circuits: Circuit | Sequence[Circuit] | np.ndarray | torch.Tensor,
     clean: Inputs,
     corrupt: Inputs | None,
     *,
@@ -247,11 +247,17 @@ def circuit_metric(
 
     Args:
         model, clean, corrupt, metric, values, reference, pooled, executor, budget, seed: as in `edge_sweep`, noising.
-        circuits: one, or several.
+        circuits: one, or several, or bool [n, edges] over the edges of ``Graph.of(model)``.
 
     Returns:
         float64 [rows], or [circuits, rows].
+
+    Raises:
+        PathError: a circuit of another model's graph.
     """
+    if isinstance(circuits, (np.ndarray, torch.Tensor)):
+        graph, masks = Graph.of(model), np.asarray(circuits)
+        circuits = [Circuit(graph, mask, score_array(graph, None)) for mask in np.atleast_2d(masks)]
     run = CircuitRunner.of(
         model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, executor=executor,
         budget=budget, seed=seed,

@@ -51,11 +51,12 @@ def path_patch(
 
     - ``semantics="edge"``: an edge, "a0.h1->a2.h3<q>"; see `edge_sweep`.
     - ``semantics="set"``: several edges, or a sender and its receivers, ``("a0.h1", ["a2.h3<q>", "m2"])`` (path
-      patching, Goldowsky-Dill et al. 2023, Wang et al. 2022): each reader v reads its live input, changed by c_u - live_u
-      for the edges listed, and everything is computed again. The sender's change reaches the rest through them only.
-    - ``semantics="frozen"``: a path, "input->a0.h1<v>->m1->logits": D_0 = d_u of its first node, D_{i+1} = f_{i+1}(in + D_i) -
-      f_{i+1}(in), everything off the path held at a. Heads on the way are query heads; a key/value head that one is
-      entered by is its group's.
+      patching, Goldowsky-Dill et al. 2023, Wang et al. 2022): each reader v reads its live input, changed by
+      c_u - live_u for the edges listed, and everything is computed again. The sender's change reaches the rest through
+      them only.
+    - ``semantics="frozen"``: a path, "input->a0.h1<v>->m1->logits": D_0 = d_u of its first node,
+      D_{i+1} = f_{i+1}(in + D_i) - f_{i+1}(in), everything off the path held at a. Heads on the way are query heads; a
+      key/value head that one is entered by is its group's.
 
     Args:
         what: as `semantics` needs it.
@@ -75,6 +76,7 @@ def path_patch(
         )
     options = {"direction": direction, "values": values, "reference": reference, "pooled": pooled, "seed": seed}
     graph = Graph.of(model) if graph is None else graph
+    graph.require(model)
     if semantics == "edge":
         if not isinstance(what, (str, Edge)):
             raise PathError(f"semantics='edge' takes the name of one edge, not {what!r}; for several, 'set'")
@@ -134,7 +136,7 @@ def edges_of(graph: Graph, what: Any) -> tuple[Edge, ...]:
 def _frozen_path(graph: Graph, pair: Pair, path: str, norms: str, measure: Measure) -> Plan:
     """The plan of a path's last step, after the nodes on the way were computed one by one."""
     names = [name.strip() for name in path.split("->")]
-    if len(names) < 2 or names[-1] != "logits":
+    if len(names) < 2 or names[-1] != "logits" or "logits" in names[:-1]:
         raise PathError(f"{path!r}: a path goes from a writer over readers to the logits, as 'input->a0.h1<v>->logits'")
     base, time = pair.base, graph.writer(names[0]).time
     change = pair.stack([graph.writer(names[0])])[0]

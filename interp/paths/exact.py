@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +18,7 @@ from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.saving import fingerprint
 from hooks.worlds import default_budget
+from interp.grids import Cell
 from interp.metrics import Metric
 from interp.paths.graph import Edge, Graph, Writer
 from interp.paths.measuring import Measure
@@ -53,8 +54,8 @@ def edge_sweep(
 ) -> Result:
     """Measure the exact effect of every edge, or of some.
 
-    With a the run that is edited and c what it is edited with, an edge u -> v means: v alone reads in_v + c_u - a_u, and
-    everything after v is computed again (the edges of ACDC and EAP). Its effect is metric(edited) - metric(a).
+    With a the run that is edited and c what it is edited with, an edge u -> v means: v alone reads in_v + c_u - a_u,
+    and everything after v is computed again (the edges of ACDC and EAP). Its effect is metric(edited) - metric(a).
 
     All edges into a reader go as one batch of worlds, which share with a all that comes before the reader, and all
     positions before the first that differs.
@@ -85,6 +86,7 @@ def edge_sweep(
     check_model(model, "denoising")
     check_norms(norms)
     graph = Graph.of(model) if graph is None else graph
+    graph.require(model)
     chosen = graph.select(edges, writers, readers)
     pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
     require_additive(pair.base)
@@ -112,7 +114,7 @@ def edge_sweep(
         measured_source = source_metrics(model, [metric], source, [measure.others], budget)
     axis = Axis("edge", tuple(edge.name for edge in chosen))
     result = assemble(
-        np.array(stream.values), np.array(stream.status), (axis,), [None] * len(chosen), [metric], False,
+        np.array(stream.values), np.array(stream.status), (axis,), cells_of(graph, chosen, inputs), [metric], False,
         measured_source, inputs, model,
     )  # fmt: skip
     result.config.update(describe(model, graph, pair, "edge", values, norms, seed))
@@ -122,6 +124,12 @@ def edge_sweep(
         result.save(path)
         stream.close()
     return result
+
+
+def cells_of(graph: Graph, edges: Sequence[Edge], inputs: Inputs) -> list[Cell]:
+    """Which rows have each edge: a row that lacks a position of its span does not."""
+    present = {span: graph.span(span, inputs)[1] for span in graph.span_names}
+    return [Cell((i,), (), present[edge.span]) for i, edge in enumerate(edges)]
 
 
 def describe(
@@ -202,7 +210,7 @@ def edge_plans(
     start = None if inputs.padded else suffix(changed)
     plans = []
     for edge in edges:
-        pos: Any = graph.span(edge.span)
+        pos: Any = graph.span(edge.span, inputs)[0]
         where = None
         if pos is None and start is not None:
             pos = slice(start, None) if start else None
@@ -221,7 +229,7 @@ def edge_plans(
 
 
 def _only_query_heads(pair: Pair, edges: list[Edge], plans: list[Plan], measure: Measure) -> list[Plan]:
-    """Plans that change a shared key or value for one query head alone: its z in a world where the whole group saw it."""
+    """Plans that change a shared key or value for one query head: its z in a world where the whole group saw it."""
     inputs, layer = pair.base.inputs, edges[0].reader.layer
     place = Site("z", layer)
     found: dict[int, list[Tensor]] = {}
@@ -230,10 +238,8 @@ def _only_query_heads(pair: Pair, edges: list[Edge], plans: list[Plan], measure:
         found.setdefault(outcome.index, []).append(outcome.values[0])
     out = []
     for i, (edge, plan) in enumerate(zip(edges, plans, strict=True)):
-        head = edge.reader.head
-        assert head is not None
-        z = torch.cat(found[i])[:, :, head : head + 1]
-        out.append(Plan((patch(Site("z", layer, head=head), z),)) if len(plan) else plan)
+        one = patch(Site("z", layer, head=edge.reader.head), torch.cat(found[i]))
+        out.append(Plan((one,)) if len(plan) else plan)
     return out
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from hooks import Model
-from hooks.errors import PathError, nearest
+from hooks import Inputs, Model
+from hooks.errors import PathError, SiteError, nearest
 from hooks.sites import Index
+from interp.grids import row_positions
 
 GRANULARITIES = ("heads", "blocks")
 QKV = ("q", "k", "v")
@@ -89,7 +91,7 @@ class Edge:
         return f"{self.writer.name}->{self.reader.name}" + ("" if self.span is None else f"@{self.span}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Graph:
     """The writers, the readers, and the edges between them, at some granularity.
 
@@ -197,9 +199,24 @@ class Graph:
         """The names of the spans; (None,) where there are none."""
         return (None,) if self.spans is None else tuple(name for name, _ in self.spans)
 
-    def span(self, name: str | None) -> Index:
-        """The positions that a span means."""
-        return None if name is None or self.spans is None else dict(self.spans)[name]
+    def span(self, name: str | None, inputs: Inputs) -> tuple[Index, Tensor | None]:
+        """The positions of a span as a site takes them, and which rows have it, bool [B] (None: all).
+
+        Raises:
+            PathError: no row has it.
+        """
+        if name is None or self.spans is None:
+            return None, None
+        try:
+            return row_positions(dict(self.spans)[name], inputs)
+        except SiteError as error:
+            raise PathError(f"span {name!r}: {error}") from None
+
+    def require(self, model: Model) -> None:
+        """Raise PathError unless this is a graph of that model."""
+        mine = Graph.of(model, self.granularity, query_heads=self.query_heads)
+        if replace(self, spans=None) != mine:
+            raise PathError(f"the graph is of another model: {self}, and this model's is {mine}")
 
     @cached_property
     def listed(self) -> tuple[Edge, ...]:

@@ -72,8 +72,8 @@ def forced(
     items: list[Intervention] = []
     for name, value in values.items():
         layer = None if name == "ln_final" else reader.layer - 1 if name == "resid_post" else reader.layer
-        restrictions = {"head": heads} if name in ("q", "k", "v") and heads is not None else {}
-        item = patch(Site(name, layer, pos=pos, **restrictions), value)
+        head = heads if name in ("q", "k", "v") else None
+        item = patch(Site(name, layer, head=head, pos=pos), value)
         items.append(item if where is None else item.where(where))
     return Plan(tuple(items))
 

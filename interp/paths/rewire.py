@@ -1,7 +1,7 @@
 """Many edges at once: what each reader of a world sees when some of its edges carry other values.
 
-A reader v reads in_v + sum over its replaced edges of (c_u - live_u), where live_u is what u adds in this very world. So
-with every edge replaced the source run comes out, with none the base, and a set of edges into one circuit is a plan.
+A reader v reads in_v + sum over its replaced edges of (c_u - live_u), where live_u is what u adds in this very world.
+So with every edge replaced the source run comes out, with none the base, and a circuit is a plan.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def rewire(graph: Graph, replaced: np.ndarray, source: Source, model: Any) -> Pl
         raise PathError(f"a mask of edges is bool [{len(graph)}], got {replaced.dtype} {list(replaced.shape)}")
     if graph.query_heads and any(group > 1 for group in graph.groups):
         raise PathError("the model has key/value heads: sets of edges need a graph with query_heads=False")
+    graph.require(model)
     items: list[Intervention] = []
     chosen = [graph.listed[i] for i in np.flatnonzero(replaced)]
     ports: dict[tuple[str, int], list[Any]] = {}
@@ -67,7 +68,7 @@ def _site(kind: str, layer: int, readers: tuple[Reader, ...]) -> Site:
 
 def span_tokens(graph: Graph, span: str, inputs: Inputs, model: Any) -> Tensor:
     """bool [B, T]: the tokens of a span."""
-    place = Site("resid_pre", 0, pos=graph.span(span))
+    place = Site("resid_pre", 0, pos=graph.span(span, inputs)[0])
     region = resolve(place, inputs, model.sizes[place.key])
     marks = torch.ones_like(region.cols, dtype=torch.bool)
     if region.valid is not None:
@@ -105,24 +106,33 @@ class Rewired:
             differs = self._difference(place, value, [self.writers[i] for i in mine], window)
             for weights, tokens in zip(self.weights, self.tokens, strict=True):
                 part = torch.einsum("ru,btum->btrm", weights[:, mine].to(differs), differs)
-                change = change + (part if tokens is None else part * tokens[window].to(part)[..., None, None])
+                if tokens is not None:
+                    part = part * self._in_order(tokens[..., None], window, part)[..., None]
+                change = change + part
         return x + (change if self.per_head else change.sum(2))
 
     def _difference(self, place: Site, value: Tensor, writers: list[Writer], window: slice) -> Tensor:
         """c_u - live_u, [B, T, U, M]."""
         if place.name != "z":
-            return (self.source.writer(writers[0], self._whole(value))[window] - value).unsqueeze(2)
+            other = self.source.writer(writers[0], self._whole(value))
+            return (self._in_order(other, window, value) - value).unsqueeze(2)
         assert place.layer is not None
         block = self.model.architecture.blocks[place.layer]
         own = head_outputs(block, value, post_norm(block, value))
         heads = [writer.head for writer in writers]
         own = own.sum(2, keepdim=True) if heads[0] is None else own[:, :, heads]
-        other = [self.source.writer(writer, self._whole(own[:, :, 0]))[window] for writer in writers]
-        return torch.stack(other, 2) - own
+        other = [self.source.writer(writer, self._whole(own[:, :, 0])) for writer in writers]
+        return torch.stack([self._in_order(value, window, own) for value in other], 2) - own
+
+    def _in_order(self, value: Tensor, window: slice, like: Tensor) -> Tensor:
+        """Rows of a value [B, T, ...] in the order of positions, in which a function sees them: real tokens first."""
+        cols = self.source.inputs.order[window, : like.shape[1]].to(value.device)
+        value = value[window].to(like.dtype)
+        return value.gather(1, cols[..., None].expand(*cols.shape, value.shape[-1]))
 
     def _whole(self, part: Tensor) -> Tensor:
-        """A tensor of the shape of all rows, whatever rows are run."""
-        return part.new_zeros(()).expand(len(self.source.inputs), *part.shape[1:])
+        """A tensor of the shape of all rows and columns, whatever is run."""
+        return part.new_zeros(()).expand(*self.source.inputs.ids.shape, part.shape[-1])
 
 
 def _output(writer: Writer) -> Site:

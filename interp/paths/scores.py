@@ -17,7 +17,7 @@ from hooks.meter import Meter
 from hooks.worlds import default_budget, exposed_layers, hooked_pass, rows_per_pass
 from interp.metrics import Metric, call
 from interp.paths.adaptive import adaptive
-from interp.paths.exact import describe, edge_sweep, port
+from interp.paths.exact import cells_of, describe, edge_sweep, port
 from interp.paths.graph import QKV, Edge, Graph, Writer
 from interp.paths.measuring import Measure
 from interp.paths.readers import responses
@@ -54,10 +54,10 @@ def edge_scores(
     """Score every edge of a graph.
 
     - "eap" (Syed et al. 2023): sum over positions of <d_u, gradient of the metric at in_v>, in the run that is edited.
-    - "eap-ig" (Hanna et al. 2024): the gradient is averaged over `steps` points from the corrupt prompts' embeddings to
-      the clean ones', corrupt + k / steps (clean - corrupt) for k = 1 .. steps.
-    - "receiver-exact": <gradient at what v computes, the exact change of that when v reads in_v + d_u>: the norm, and an
-      MLP's nonlinearity, are exact, and what follows is first-order. Edges into the logits are exact.
+    - "eap-ig" (Hanna et al. 2024): the gradient averaged over `steps` points between the two prompts' embeddings,
+      corrupt + k / steps (clean - corrupt) for k = 1 .. steps.
+    - "receiver-exact": <gradient at what v computes, the exact change of that when v reads in_v + d_u>: the norm, and
+      an MLP's nonlinearity, are exact, and what follows is first-order. Edges into the logits are exact.
     - "exact": `edge_sweep`.
     - "adaptive": "receiver-exact", then the `top` largest and a random `sample` of the rest exactly; see `adaptive`.
 
@@ -80,6 +80,7 @@ def edge_scores(
     if method not in METHODS:
         raise PathError(f"method is one of {', '.join(METHODS)}, not {method!r}{nearest(str(method), METHODS)}")
     graph = Graph.of(model) if graph is None else graph
+    graph.require(model)
     options: dict[str, Any] = {
         "metric": metric, "graph": graph, "direction": direction, "values": values, "reference": reference,
         "pooled": pooled, "budget": budget, "progress": progress, "seed": seed,
@@ -121,7 +122,9 @@ def edge_scores(
     measured_source = None if source is None else source_metrics(model, [metric], source, [measure.others], budget)
     status = np.zeros(found.shape[1:], np.int8)
     axis = Axis("edge", graph.edges)
-    result = assemble(found, status, (axis,), [None] * len(graph), [metric], False, measured_source, inputs, model)
+    result = assemble(
+        found, status, (axis,), cells_of(graph, graph.listed, inputs), [metric], False, measured_source, inputs, model
+    )
     result.config.update(describe(model, graph, pair, "edge", values, "recompute", seed))
     result.config["method"] = method if method != "eap-ig" else f"eap-ig ({steps} steps)"
     result.config["forward_equivalents"] = meter.forwards(float(inputs.lengths.double().mean()))

@@ -89,8 +89,8 @@ def acdc(
     """Remove every edge that can be spared, from the logits down (ACDC, Conmy et al. 2023, algorithm 1).
 
     In reverse topological order, an edge is removed where the metric's mean rises by less than `tau`. `batch` removals
-    are tried at once, each on top of those before it, as if all of them were kept; the decisions are those of the serial
-    algorithm, which `batch=1` is.
+    are tried at once, each on top of those before it, as if all of those were removed; the decisions are those of the
+    serial algorithm, which `batch=1` is.
 
     Args:
         model, clean, corrupt, graph, values, reference, budget, progress, seed: as in `edge_sweep`.
@@ -143,7 +143,7 @@ def acdc(
 
 
 def removal_order(graph: Graph) -> list[int]:
-    """The edges in the order in which ACDC tries them: readers from the logits down, of each the latest writer first."""
+    """The edges in the order in which ACDC tries them: readers from the logits down, the latest writer first."""
     return sorted(range(len(graph)), key=lambda i: (-graph.listed[i].reader.time, -graph.listed[i].writer.time, -i))
 
 
@@ -152,8 +152,8 @@ def causal_graph(
 ) -> Circuit:
     """The causal explanatory graph: the edges whose effect is both significant across examples and large.
 
-    Significance is of the mean paired difference, by sign-flip permutation, with Benjamini-Hochberg across edges; size is
-    |mean effect| against the largest (Ahmad et al. 2024).
+    Significance is of the mean paired difference, by sign-flip permutation, with Benjamini-Hochberg across edges; size
+    is |mean effect| against the largest (Ahmad et al. 2024).
 
     Args:
         effects: exact effects, or scores, of every edge.

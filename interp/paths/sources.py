@@ -150,9 +150,12 @@ def pair_of(
     assert reference is not None
     if values == "resample":
         drawn = torch.randint(len(reference), (len(edited),), generator=torch.Generator().manual_seed(seed))
-        other = _take(reference, drawn)
-        align(edited, other)
-        other = laid_like(other, edited)
+        shortest, longest = int(reference.lengths.min()), int(edited.lengths.max())
+        if shortest < longest:
+            raise InputsError(
+                f"a reference prompt of {shortest} tokens cannot stand for one of {longest}: give longer ones"
+            )
+        other = laid_like(_take(reference, drawn), edited)
         return Pair(base, Source("resample", edited, run=streams(model, other, budget)), "ablation")
     if not pooled and int(reference.lengths.max()) < int(edited.lengths.max()):
         raise InputsError(
@@ -163,7 +166,7 @@ def pair_of(
 
 
 def laid_like(inputs: Inputs, like: Inputs) -> Inputs:
-    """The same rows with their padding where another batch, of rows of the same lengths, has it."""
+    """The rows of one batch, as long as those of another and padded where it is; longer ones are cut short."""
     if inputs.mask.shape == like.mask.shape and bool((inputs.mask == like.mask).all()):
         return inputs
     in_order = inputs.ids.gather(1, inputs.order)

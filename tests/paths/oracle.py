@@ -76,7 +76,7 @@ def project(spec: Spec, w: LayerWeights, letter: str, head: int, x: Tensor, posi
     if qk_norm is not None:
         y = qk_norm(y)
     if spec.rotary_base is not None:
-        y = oracle.rotate(y[:, :, None], position, spec.rotary_base, spec.angle_dtype)[:, :, 0]
+        y = oracle.rotate_some(y[:, :, None], position, spec)[:, :, 0]
     return y
 
 
@@ -87,22 +87,32 @@ def attend(w: LayerWeights, head: int, q: Tensor, k: Tensor, v: Tensor, mask: Te
     allowed = (key <= query) & mask[:, None, :]
     if w.attn.window is not None:
         allowed = allowed & (key > query - w.attn.window)
-    scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(~allowed, -torch.inf)
+    scores = q @ k.transpose(1, 2) * (1 / math.sqrt(q.shape[-1]) if w.attn.scale is None else w.attn.scale)
+    if w.attn.cap is not None:
+        scores = w.attn.cap * torch.tanh(scores / w.attn.cap)
+    scores = scores.masked_fill(~allowed, -torch.inf)
     return oracle.softmax(scores).masked_fill(~allowed, 0.0) @ v @ w.attn.W_O[head]
 
 
+def gain(norm: Norm, x: Tensor) -> Tensor:
+    """What an RMSNorm multiplies x by, [B,T,M]."""
+    assert not norm.centered and norm.bias is None
+    return norm.weight / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps)
+
+
 def feed_forward(w: LayerWeights, x: Tensor, held: Tensor | None) -> Tensor:
-    """What the MLP adds to the residual [B,T,M], its bias included."""
+    """What the MLP adds to the residual [B,T,M], its bias and the norm after it included."""
     m = w.mlp
     x = normed(w.norm2, x, held)
     up = x @ m.W_up.T + m.b_up
     hidden = m.act(up) if m.W_gate is None else m.act(x @ m.W_gate.T + m.b_gate) * up
-    return hidden @ m.W_down.T + m.b_down
+    out = hidden @ m.W_down.T + m.b_down
+    return out if w.post2 is None else w.post2(out)
 
 
 def unembed(spec: Spec, x: Tensor, held: Tensor | None) -> Tensor:
     """The logits [B,T,V]."""
-    return normed(spec.norm, x, held) @ spec.W_U.T
+    return spec.logits(normed(spec.norm, x, held))
 
 
 def key_value_head(w: LayerWeights, head: int) -> int:
@@ -135,11 +145,12 @@ def forward(
     writers: dict[str, Tensor] = {}
     readers: dict[str, Tensor] = {}
 
-    def read(name: str, resid: Tensor) -> Tensor:
-        readers[name] = resid if override is None else override(name, resid, dict(writers))
+    def read(name: str, resid: Tensor, written: Written | None = None) -> Tensor:
+        seen = dict(writers) if written is None else written
+        readers[name] = resid if override is None else override(name, resid, seen)
         return readers[name]
 
-    resid = spec.W_E[prompts.ids]
+    resid = spec.W_E[prompts.ids] * spec.embed_scale
     if spec.W_pos is not None:
         resid = resid + spec.W_pos[position]
     writers["input"] = resid
@@ -155,13 +166,19 @@ def forward(
             for i, source in enumerate(sources[letter]):
                 name = f"a{layer}.h{i}<{letter}>"
                 made[letter].append(project(spec, w, letter, source, read(name, resid), position, held.get(name)))
+        before, earlier, results = resid, dict(writers), []
         for h in heads:
             own = h if query_heads else group[h]
-            writers[f"a{layer}.h{h}"] = attend(w, h, made["q"][h], made["k"][own], made["v"][own], mask)
+            results.append(attend(w, h, made["q"][h], made["k"][own], made["v"][own], mask))
+        total = sum(results) + w.attn.b_O
+        for h in heads:
+            # A norm on the sum scales every head's part of it alike.
+            writers[f"a{layer}.h{h}"] = results[h] if w.post1 is None else results[h] * gain(w.post1, total)
             resid = resid + writers[f"a{layer}.h{h}"]
-        resid = resid + w.attn.b_O
+        resid = resid + (w.attn.b_O if w.post1 is None else w.attn.b_O * gain(w.post1, total))
         if w.mlp is not None:
-            writers[f"m{layer}"] = feed_forward(w, read(f"m{layer}", resid), held.get(f"m{layer}"))
+            seen = read(f"m{layer}", before, earlier) if w.parallel else read(f"m{layer}", resid)
+            writers[f"m{layer}"] = feed_forward(w, seen, held.get(f"m{layer}"))
             resid = resid + writers[f"m{layer}"]
 
     logits = unembed(spec, read("logits", resid), held.get("logits"))
@@ -330,13 +347,20 @@ def frozen_path(model: nn.Module, edited: Prompts, copied: Written, path: str, *
             new = feed_forward(w, base.readers[name] + more, base.readers[name] if frozen else None)
         else:
             head = int(name.split(".h")[1])
-            made = {}
-            for each in "qkv":
-                was = base.readers[f"{name}<{each}>"]
-                source = head if each == "q" else key_value_head(w, head)
-                x = was + more if each == letter else was
-                made[each] = project(spec, w, each, source, x, position, was if frozen else None)
-            new = attend(w, head, made["q"], made["k"], made["v"], edited.mask)
+
+            def alone(more: Tensor, head: int, letter: str, layer: int = layer, w: LayerWeights = w) -> Tensor:
+                made = {}
+                for each in "qkv":
+                    was = base.readers[f"a{layer}.h{head}<{each}>"]
+                    source = head if each == "q" else key_value_head(w, head)
+                    x = was + more if each == letter else was
+                    made[each] = project(spec, w, each, source, x, position, was if frozen else None)
+                return attend(w, head, made["q"], made["k"], made["v"], edited.mask)
+
+            new = alone(more, head, letter)
+            if w.post1 is not None:  # the sum that is normed has this head's change and no other
+                others = sum(alone(torch.zeros_like(more), h, "q") for h in range(w.attn.W_Q.shape[0]) if h != head)
+                new = new * gain(w.post1, others + new + w.attn.b_O)
         more = new - base.writers[name]
     was = base.readers["logits"]
     return unembed(spec, was + more, was if frozen else None)

@@ -40,7 +40,7 @@ def alone(ids: list[int]) -> oracle.Prompts:
 @torch.no_grad()
 def test_the_run_is_the_models(family, padding):
     model, given = zoo.make(family), prompts(padding)
-    trace = oracle.forward(model, given)
+    trace, spec = oracle.forward(model, given), sites.read(model)
     logits, cache = sites.forward(model, given.ids, given.mask)
     torch.testing.assert_close(trace.logits, logits, **CLOSE)
     position = sites.positions(given.mask)
@@ -49,7 +49,9 @@ def test_the_run_is_the_models(family, padding):
     for name, value in trace.writers.items():
         if name.startswith("a"):
             layer, head = (int(part) for part in name[1:].split(".h"))
-            torch.testing.assert_close(value, cache["result", layer][:, :, head], **CLOSE)
+            w = spec.layers[layer]
+            scale = 1 if w.post1 is None else oracle.gain(w.post1, cache["result", layer].sum(2) + w.attn.b_O)
+            torch.testing.assert_close(value, cache["result", layer][:, :, head] * scale, **CLOSE)
         elif name.startswith("m"):
             torch.testing.assert_close(value, cache["mlp_out", int(name[1:])], **CLOSE)
     wide = oracle.forward(model, given, query_heads=True)
