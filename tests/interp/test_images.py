@@ -12,6 +12,7 @@ from torch import Tensor
 
 import interp as ip
 from hooks.errors import InputsError, InterpError, MetricError, ModelError, ResultError, SiteError
+from interp import paths
 from interp.streaming import Stream
 from tests import oracle, zoo
 
@@ -302,6 +303,65 @@ def test_the_parts_of_a_logit_add_up_to_it(model, clean, heads):
             assert result.axes[0].labels[-2:] == ("norm_bias", "unembed_bias")
     with pytest.raises(MetricError, match="one position"):
         ip.direct_logit_attribution(model, clean, "dog", pos=2)
+
+
+# Paths
+
+
+def edges_by_hand(model: ip.Model, base: ip.Inputs, changes: dict, names: list[str]) -> np.ndarray:
+    """The effect [edge, row] of adding what a writer's change is to what one reader reads, in the oracle."""
+    unedited, effect = diff(values(model, base)["logits", None]), []
+    for name in names:
+        writer, reader = name.split("->")
+        if reader == "logits":
+            edits = {("resid_post", LAYERS - 1): lambda x, d=changes[writer]: x + d}
+        elif reader.startswith("m"):
+            edits = {("mlp_in", int(reader[1:])): lambda x, d=changes[writer]: x + d}
+        else:
+            layer, rest = reader[1:].split(".h")
+            head = int(rest[0])
+
+            def add(x: Tensor, d: Tensor = changes[writer], head: int = head) -> Tensor:
+                x = x.clone()
+                x[:, :, head] += d
+                return x
+
+            edits = {(f"{rest[2]}_input", int(layer)): add}
+        effect.append(diff(values(model, base, edits)["logits", None]) - unedited)
+    return np.array(effect)
+
+
+def writers(found: dict) -> dict[str, Tensor]:
+    """What each part adds to the residual stream, by the name that a graph has for it."""
+    heads = {f"a{i}.h{h}": found["result", i][:, :, h] for i in range(LAYERS) for h in range(HEADS)}
+    return {"input": found["resid_pre", 0], **heads, **{f"m{i}": found["mlp_out", i] for i in range(LAYERS)}}
+
+
+def test_edges_between_patches_and_the_class_token(model, clean, corrupt):
+    names = [edge.name for edge in paths.Graph.of(model).select(None, None, None)]
+    some = [name for i, name in enumerate(names) if i % 11 == 0 or name.endswith("logits")]
+    kinds = ("<q>", "<k>", "<v>", "logits", "m2")
+    assert all(any(name.endswith(kind) for name in some) for kind in kinds)
+    here, there = (writers(values(model, x)) for x in (corrupt, clean))
+    expected = edges_by_hand(model, corrupt, {name: there[name] - here[name] for name in here}, some)
+    # The class token's embedding is the same of every image: it changes nothing that reads it in the last layer.
+    idle = [name for name, row in zip(some, np.abs(expected).max(1), strict=True) if row < 1e-9]
+    last = {"m2", "logits", *(f"a2.h{head}<q>" for head in range(HEADS))}
+    assert set(idle) == {name for name in some if name.startswith("input->") and name.split("->")[1] in last} != set()
+    for executor in ("sequential", "batched", "shared"):
+        result = paths.edge_sweep(model, clean, corrupt, metric=METRIC, edges=some, executor=executor)
+        np.testing.assert_allclose(result.effect, expected, **CLOSE)
+
+
+def test_edges_resampled_from_other_images(model, clean):
+    reference, names = model.inputs(zoo.random_images(4, 8)), ["a0.h1->logits", "m1->m2", "input->a2.h3<v>"]
+    drawn = torch.randint(4, (ROWS,), generator=torch.Generator().manual_seed(5))
+    here, there = (writers(values(model, x)) for x in (clean, model.inputs(reference.pixels[drawn])))
+    expected = edges_by_hand(model, clean, {name: there[name] - here[name] for name in here}, names)
+    options = {"metric": METRIC, "edges": names, "values": "resample", "reference": reference, "seed": 5}
+    result = paths.edge_sweep(model, clean, None, **options)
+    np.testing.assert_allclose(result.effect, expected, **CLOSE)
+    assert np.abs(expected).max() > 1e-3
 
 
 # Pictures
