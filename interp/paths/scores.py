@@ -32,6 +32,7 @@ BACKWARD = 2
 """A backward pass costs about two forward passes."""
 
 
+@torch.no_grad()
 def edge_scores(
     model: Model,
     clean: Inputs,
