@@ -105,9 +105,9 @@ class Grid:
             model.require(Site(kind, 0 if KINDS[kind].per_layer else None))
         if name == "layer":
             return model.n_layers
-        if name in (POS, KEY):
-            return int(inputs.lengths.max())
         layer = 0 if KINDS[kind].per_layer else None
+        if name in (POS, KEY):
+            return model.sizes[Site(kind, layer).key].get(name, int(inputs.lengths.max()))
         model.require(Site(kind, layer))
         return model.sizes[Site(kind, layer).key][name]
 

@@ -176,4 +176,6 @@ def laid_like(inputs: Inputs, like: Inputs) -> Inputs:
 
 def _take(inputs: Inputs, rows: Tensor) -> Inputs:
     tokens = None if inputs.tokens is None else tuple(inputs.tokens[i] for i in rows.tolist())
-    return replace(inputs, ids=inputs.ids[rows], mask=inputs.mask[rows], row_ids=inputs.row_ids[rows], tokens=tokens)
+    pixels = None if inputs.pixels is None else inputs.pixels[rows]
+    ids, mask, row_ids = inputs.ids[rows], inputs.mask[rows], inputs.row_ids[rows]
+    return replace(inputs, ids=ids, mask=mask, row_ids=row_ids, tokens=tokens, pixels=pixels)
