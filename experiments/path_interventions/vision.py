@@ -197,9 +197,10 @@ def told(record: dict[str, Any]) -> str:
     lines = [f"seed {record['seed']}: {record['graph']}; accuracy {record['accuracy']}"]
     for method, found in record["methods"].items():
         shares = "  ".join(f"{f:6.2f}" for f in found["curve"]["faithfulness"])
-        halves, exact = found["split_half"], found["rank_correlation_with_exact"]
+        rank, overlap = (found["split_half"][name]["median"] for name in ("spearman", "jaccard"))
+        exact = found["rank_correlation_with_exact"]
         lines.append(
-            f"{method:15} faithful {shares}  halves {halves['spearman']['median']:.2f} {halves['jaccard']['median']:.2f}"
+            f"{method:15} faithful {shares}  halves {rank:.2f} {overlap:.2f}"
             f"  noise {found['input_noise']['jaccard']:.2f}  exact {exact:.2f}"
         )
     lines.append(f"spurious: {', '.join(record['spurious'])}")
