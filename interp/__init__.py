@@ -55,6 +55,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
 
 from interp import paths
 from interp.attribution import attribution
+from interp.axes import Axis
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
 from interp.loading import load
@@ -71,7 +72,7 @@ from interp.metrics import (
     prob,
     rank,
 )
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.sweeps import sweep
 
 __all__ = [

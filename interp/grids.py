@@ -14,7 +14,7 @@ from torch import Tensor
 from hooks import KINDS, Inputs, Intervention, Model, Plan, Site, Span
 from hooks.errors import SiteError, nearest
 from hooks.sites import DIM, HEAD, KEY, POS
-from interp.results import Axis
+from interp.axes import Axis
 
 Factory = Callable[[Site], Intervention]
 """From a site to what is done there: ``ip.zero``, or ``lambda site: ip.steer(site, v)``."""

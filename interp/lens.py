@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hooks import Inputs, Model, Site
 from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import InputsError, MetricError, ModelError
+from interp.axes import Axis
 from interp.metrics import Metric, Tokens, call, token_ids
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.sweeps import assemble, describe_run
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from interp.results import Axis, Result
+    from interp.axes import Axis
+    from interp.results import Result
 
 # Red-white-blue keeps its two ends apart in every common form of colour blindness.
 _COLOURS = "RdBu_r"
@@ -93,7 +94,8 @@ def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None
     Returns:
         The matplotlib axes.
     """
-    from interp.results import Axis, Result
+    from interp.axes import Axis
+    from interp.results import Result
 
     means = np.abs(np.nan_to_num(result.mean()))
     order = np.argsort(-means, axis=None)[:k]

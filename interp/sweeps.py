@@ -25,9 +25,10 @@ from hooks.digest import digest_of
 from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
 from hooks.saving import fingerprint
 from hooks.worlds import choose
+from interp.axes import Axis
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call, read_reference
-from interp.results import STATUS, Axis, Result
+from interp.results import STATUS, Result
 from interp.streaming import Stream, weights_digest
 
 DIRECTIONS = ("denoising", "noising")

@@ -18,6 +18,7 @@ from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.saving import fingerprint
 from hooks.worlds import default_budget
+from interp.axes import Axis
 from interp.grids import Cell
 from interp.metrics import Metric
 from interp.paths.graph import Edge, Graph, Writer
@@ -25,7 +26,7 @@ from interp.paths.measuring import Measure
 from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.streaming import Stream, weights_digest
 from interp.sweeps import assemble, check_model, describe_run, source_metrics
 

@@ -14,6 +14,7 @@ from hooks.editing import Edits
 from hooks.errors import MetricError, PathError, nearest
 from hooks.meter import Meter
 from hooks.worlds import default_budget, exposed_layers, hooked_pass, rows_per_pass
+from interp.axes import Axis
 from interp.metrics import Metric, call
 from interp.paths.adaptive import adaptive
 from interp.paths.exact import cells_of, describe, edge_sweep
@@ -23,7 +24,7 @@ from interp.paths.readers import responses
 from interp.paths.rewire import span_tokens
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.sweeps import assemble, check_model, source_metrics
 
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact", "adaptive")

@@ -98,8 +98,8 @@ class Pair:
             if len(heads) > 2 and (self.source.run is not None or self.source.kind == "zero"):
                 # All heads of a layer in one product.
                 own = self.base.heads(layer)
-                other = 0 if self.source.run is None else self.source.run.heads(layer)
-                found |= {w: (other - own)[:, :, w.head] for w in heads}
+                change = -own if self.source.run is None else self.source.run.heads(layer) - own
+                found |= {w: change[:, :, w.head] for w in heads}
             for w in mine:
                 if w not in found:
                     own = self.base.writer(w)
