@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks import Inputs, Model, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
@@ -28,6 +27,7 @@ from hooks.worlds import choose
 from interp.axes import Axis
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call, read_reference
+from interp.progress import tqdm
 from interp.results import STATUS, Result
 from interp.streaming import Stream, weights_digest
 

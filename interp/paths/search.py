@@ -6,13 +6,13 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from hooks import Inputs, Model
 from hooks.errors import PathError
 from interp.metrics import Metric, kl
 from interp.paths.circuits import Circuit, CircuitRunner, score_array
 from interp.paths.graph import Graph
+from interp.progress import tqdm
 from interp.results import Result
 
 
