@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp.paths.graph import QKV, Edge
+from interp.paths.nodes import QKV, Edge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

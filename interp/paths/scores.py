@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, patch
-from hooks.editing import Edits
-from hooks.errors import MetricError, PathError, nearest
+from hooks import Inputs, Model, World
+from hooks.errors import PathError, nearest
 from hooks.meter import Meter
-from hooks.worlds import default_budget, exposed_layers, hooked_pass, rows_per_pass
-from interp.metrics import Metric, call
+from hooks.worlds import default_budget, rows_per_pass
+from interp.metrics import Metric
 from interp.paths.adaptive import adaptive
 from interp.paths.exact import cells_of, describe, edge_sweep, port
-from interp.paths.graph import QKV, Edge, Graph, Writer
+from interp.paths.gradients import Gradients
+from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
-from interp.paths.readers import responses
 from interp.paths.rewire import span_tokens
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
@@ -28,10 +25,11 @@ from interp.results import Axis, Result
 from interp.sweeps import assemble, check_model, source_metrics
 
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact", "adaptive")
-BACKWARD = 2
-"""A backward pass costs about two forward passes."""
+WRITERS = 16
+"""How many writers' changes are held at once, so that memory does not grow with their number."""
 
 
+@torch.no_grad()
 def edge_scores(
     model: Model,
     clean: Inputs,
@@ -55,9 +53,11 @@ def edge_scores(
 
     - "eap" (Syed et al. 2023): sum over positions of <d_u, gradient of the metric at in_v>, in the run that is edited.
     - "eap-ig" (Hanna et al. 2024): the gradient averaged over `steps` points between the two prompts' embeddings,
-      corrupt + k / steps (clean - corrupt) for k = 1 .. steps.
-    - "receiver-exact": <gradient at what v computes, the exact change of that when v reads in_v + d_u>: the norm, and
-      an MLP's nonlinearity, are exact, and what follows is first-order. Edges into the logits are exact.
+      corrupt + k / steps (clean - corrupt) for k = 1 .. steps. Where values are not patched, the edited run stands for
+      clean, and what its embeddings are replaced by for corrupt.
+    - "receiver-exact": <gradient at what v computes, the exact change of that when v reads in_v + d_u>. What v computes
+      is a head's projected query, key or value, or what an MLP adds to the residual stream: the norm before it and an
+      MLP's nonlinearity are exact, and what follows is first-order. Edges into the logits are exact.
     - "exact": `edge_sweep`.
     - "adaptive": "receiver-exact", then the `top` largest and a random `sample` of the rest exactly; see `adaptive`.
 
@@ -74,7 +74,8 @@ def edge_scores(
         A `Result` with one axis, "edge", like that of `edge_sweep`; its config has "method".
 
     Raises:
-        PathError: the method is unknown, or there is no corrupt run to integrate from.
+        PathError: the method is unknown; its `steps`, `top` or `sample` are out of range; or it is first-order, and the
+            graph is of query heads that share keys and values.
         MetricError: the metric has no gradient.
     """
     if method not in METHODS:
@@ -97,7 +98,7 @@ def edge_scores(
     check_model(model, "denoising")
     if graph.query_heads and any(group > 1 for group in graph.groups):
         raise PathError("the model has key/value heads: first-order scores need a graph with query_heads=False")
-    if method == "eap-ig" and (not isinstance(steps, int) or steps < 1):
+    if method == "eap-ig" and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise PathError(f"eap-ig averages over one or more steps, not {steps!r}")
     pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
     require_additive(pair.base)
@@ -105,19 +106,26 @@ def edge_scores(
     source = World(run.inputs) if run is not None and values == "patch" else None
     meter = Meter(model.architecture)
     measure = Measure.of(model, metric, inputs, source, budget=budget, seed=seed, meter=meter)
-    found = np.zeros((1, len(graph) + 2, len(inputs)))
+    spans = [None if span is None else span_tokens(graph, span, inputs, model) for span in graph.span_names]
+    base, points = measure.all([World(inputs)])[0], _points(pair, method, steps)
+    scores = np.zeros((len(graph), len(inputs)))
     # The graph of a backward pass keeps every layer's activations, and readers' gradients come on top.
     limit = (budget if budget is not None else default_budget(model.device)) // (2 * model.n_layers)
     step = rows_per_pass(model, inputs, limit)
     for start in range(0, len(inputs), step):
         window = slice(start, min(start + step, len(inputs)))
-        scores, base = _scores(measure, graph, pair.rows(window), window, method, steps)
-        found[0, :2, window] = base
-        found[0, 2:, window] = base + scores
+        part = pair.rows(window)
+        marks = [None if span is None else span[window] for span in spans]
+        line = part.stack(graph.writers[:1])[0]
+        for fraction in points:
+            embedded = part.base.embedded + fraction * line if fraction else None
+            gradients = Gradients(measure, part.base, window, marks, embedded)
+            scores[:, window] += _scores(graph, part, gradients, method == "receiver-exact") / len(points)
+    found = np.concatenate([base[None], base[None], base + scores])[None]
     if method == "receiver-exact":
         exact = edge_sweep(model, clean, corrupt, readers="logits", **options)
         at = [graph.index[name] + 2 for name in exact.axes[0].values]
-        found[0, at] = exact.base + exact.effect
+        found[0, at] = base + exact.effect
         meter.work += exact.config["forward_equivalents"] * meter.row(1) * float(inputs.lengths.double().mean())
     measured_source = None if source is None else source_metrics(model, [metric], source, [measure.others], budget)
     status = np.zeros(found.shape[1:], np.int8)
@@ -139,170 +147,24 @@ def _points(pair: Pair, method: str, steps: int) -> list[float]:
     return fractions if pair.direction == "denoising" else [1 - f for f in fractions]
 
 
-def _scores(
-    measure: Measure, graph: Graph, pair: Pair, window: slice, method: str, steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float64 [edges, b] of a range of rows, and the metric of the edited run [b]."""
-    scores = np.zeros((len(graph), window.stop - window.start))
-    base = np.zeros(0)
-    points = _points(pair, method, steps)
-    line = pair.stack(graph.writers[:1])[0]
-    for fraction in points:
-        gradients = _Gradients(measure, graph, pair, window, fraction, line)
-        if fraction == 0.0:
-            base = gradients.metric
-        exactly = method == "receiver-exact"
-        for kind, layer, edges in _ports(graph):
-            if exactly and kind == "logits":
-                continue
-            writers = tuple(dict.fromkeys(edge.writer for edge in edges))
-            respond = gradients.at_output if exactly else gradients.at_input
-            for some, part in respond(kind, layer, writers):
-                _add(scores, graph, edges, some, part / len(points))
-    if not len(base):
-        base = measure.all([World(measure.inputs)])[0, window]
-    return scores, base
-
-
-def _ports(graph: Graph) -> Iterator[tuple[str, int, list[Edge]]]:
-    """The edges into the readers of one kind and layer, together."""
-    for (_, kind, layer), group in groupby(sorted(graph.listed, key=port), key=port):
-        yield kind, layer, list(group)
-
-
-def _add(scores: np.ndarray, graph: Graph, edges: list[Edge], writers: tuple[Writer, ...], part: Tensor) -> None:
-    """Add a part [S, U, R, b] to the scores of the edges that it belongs to."""
-    numbers = part.detach().to("cpu", torch.float64).numpy()
-    at = {writer: i for i, writer in enumerate(writers)}
+def _scores(graph: Graph, pair: Pair, gradients: Gradients, exactly: bool) -> np.ndarray:
+    """Scores float64 [edges, b] at one point; `exactly` where the response of readers (but the logits) is exact."""
+    scores = np.zeros((len(graph), len(pair.base.inputs)))
     spans = {span: i for i, span in enumerate(graph.span_names)}
-    for edge in edges:
-        if edge.writer in at:
-            head = edge.reader.head or 0
-            scores[graph.index[edge.name]] += numbers[spans[edge.span], at[edge.writer], head]
-
-
-class _Gradients:
-    """The gradients of a metric in one run, at what readers read and compute."""
-
-    def __init__(
-        self, measure: Measure, graph: Graph, pair: Pair, window: slice, fraction: float, line: Tensor
-    ) -> None:
-        self.measure, self.graph, self.pair = measure, graph, pair
-        model, inputs = measure.model, measure.inputs
-        self.arch = model.architecture
-        sites = []
-        for layer, block in enumerate(self.arch.blocks):
-            sites += [Site(name, layer) for name in ("attn_in", *QKV)]
-            sites += [Site(name, layer) for name in ("mlp_in", "mlp_out")] if block.mlp is not None else []
-        sites.append(Site("resid_post", model.n_layers - 1))
-        plan = Plan()
-        if fraction:
-            embedded = pair.base.embedded + fraction * line
-            whole = embedded.new_zeros((len(inputs), *embedded.shape[1:]))
-            whole[window] = embedded
-            plan = Plan((patch(Site("resid_pre", 0), whole),))
-        edits = Edits(World(inputs, plan), model.sizes, {}, measure.seed, window)
-        captures = [*sites, *measure.bound.reads]
-        expose = exposed_layers([], measure.bound.reads)
-        with torch.enable_grad():
-            session, _ = hooked_pass(model, [edits], [captures], expose, graph=True)
-            kept = [session.kept[0][i] for i in range(len(captures))]
-            values = [*kept[len(sites) :], *(other[window] for other in measure.others)]
-            measured = call(measure.bound, measure.metric.name, window, values)
-            if not measured.requires_grad:
-                raise MetricError(f"metric {measure.metric.name!r} has no gradient: score edges with method='exact'")
-            found = torch.autograd.grad(measured.sum(), kept[: len(sites)], allow_unused=True)
-        real = inputs.mask[window].to(measured.device)
-        self.values = {site.key: value.detach() for site, value in zip(sites, kept, strict=False)}
-        self.gradients = {
-            site.key: torch.zeros_like(value) if g is None else _masked(g, real)
-            for site, value, g in zip(sites, kept, found, strict=False)
-        }
-        self.metric = measured.detach().to("cpu", torch.float64).numpy()
-        tokens = int(inputs.mask[window].sum())
-        if measure.meter is not None:
-            measure.meter.work += (1 + BACKWARD) * measure.meter.row(tokens)
-        self.spans = [
-            None if span is None else span_tokens(graph, span, pair.base.inputs, model).to(measured.device)
-            for span in graph.span_names
-        ]
-
-    def at_input(
-        self, kind: str, layer: int, writers: tuple[Writer, ...]
-    ) -> Iterator[tuple[tuple[Writer, ...], Tensor]]:
-        """<d_u, gradient at in_v> summed over positions, [S, U, R, b], some writers at a time."""
-        gradient = self._of_input(kind, layer)
-        for some in _some(writers):
-            changes = self.pair.stack(some)
-            yield some, self._summed("ubtm,btrm->surb", changes, gradient)
-
-    def at_output(
-        self, kind: str, layer: int, writers: tuple[Writer, ...]
-    ) -> Iterator[tuple[tuple[Writer, ...], Tensor]]:
-        """<what v computes from in_v + d_u less what it does, the gradient there>, [S, U, R, b]."""
-        base = self.pair.base
-        names = {"mlp": ("mlp_out",), "attn": QKV}.get(kind, (kind,))
-        for some in _some(writers):
-            changes = self.pair.stack(some)
-            parts = []
-            for span in self.spans:
-                masked = changes if span is None else changes * span.to(changes)[..., None]
-                now, before = (self._computed(kind, layer, base, c) for c in (masked, torch.zeros_like(masked[:1])))
-                total: Any = 0
-                for name in names:
-                    gradient = self.gradients[Site(name, layer).key]
-                    moved = now[name] - before[name]
-                    if kind == "mlp":
-                        total = total + torch.einsum("ubtm,btm->ub", moved, gradient).unsqueeze(1)
-                    elif kind == "attn":
-                        total = total + torch.einsum("ubthd,bthd->ub", moved, gradient).unsqueeze(1)
-                    else:
-                        total = total + torch.einsum("ubthd,bthd->uhb", moved, gradient)
-                parts.append(total)
-            yield some, torch.stack(parts)
-
-    def _computed(self, kind: str, layer: int, base: Any, change: Tensor) -> dict[str, Tensor]:
-        block = self.arch.blocks[layer]
-        meter, tokens = self.measure.meter, change[..., 0].numel()
-        if kind == "mlp":
-            assert block.mlp is not None
-            assert block.norm2 is not None
-            out = block.mlp.module(block.norm2(base.read_by(kind, layer) + change))
-            if meter is not None:
-                meter.block(layer, "mlp", tokens)
-            return {"mlp_out": out if block.post2 is None else block.post2(out)}
-        if kind == "attn":
-            return {name: responses(base, name, layer, change)[name] for name in QKV}
-        if meter is not None:
-            meter.block(layer, kind, tokens)
-        return responses(base, kind, layer, change)
-
-    def _summed(self, equation: str, changes: Tensor, gradient: Tensor) -> Tensor:
-        parts = []
-        for span in self.spans:
-            masked = changes if span is None else changes * span.to(changes)[..., None]
-            parts.append(torch.einsum(equation.replace("->s", "->"), masked, gradient))
-        return torch.stack(parts)
-
-    def _of_input(self, kind: str, layer: int) -> Tensor:
-        """The gradient at what each reader of a kind reads, [b, T, R, M]."""
-        if kind == "logits":
-            return self.gradients["resid_post", layer - 1, None].unsqueeze(2)
-        if kind in ("mlp", "attn"):
-            return self.gradients[Site(f"{kind}_in", layer).key].unsqueeze(2)
-        block = self.arch.blocks[layer]
-        projection, read = getattr(block, kind), self.values[Site("attn_in", layer).key]
-        with torch.enable_grad():
-            copies = read.unsqueeze(2).expand(-1, -1, projection.heads, -1).detach().requires_grad_()
-            out = projection.per_head(block.norm1(copies))
-            return torch.autograd.grad(out, copies, self.gradients[Site(kind, layer).key])[0]
-
-
-def _masked(gradient: Tensor, real: Tensor) -> Tensor:
-    return gradient * real.reshape(*real.shape, *[1] * (gradient.ndim - 2)).to(gradient)
-
-
-def _some(writers: tuple[Writer, ...], count: int = 16) -> Iterator[tuple[Writer, ...]]:
-    """Writers, a layer's worth at a time: so memory does not grow with their number."""
-    for start in range(0, len(writers), count):
-        yield writers[start : start + count]
+    for time, group in groupby(sorted(graph.listed, key=port), key=lambda edge: edge.reader.time):
+        # The readers of a time see the same writers.
+        ports = {key: list(edges) for key, edges in groupby(group, key=lambda e: (e.reader.kind, e.reader.layer))}
+        if exactly:
+            ports.pop(("logits", graph.layers), None)
+        respond = {key: (gradients.at_output if exactly else gradients.at_input)(*key) for key in ports}
+        writers = [writer for writer in graph.writers if writer.time < time] if ports else []
+        for start in range(0, len(writers), WRITERS):
+            some = writers[start : start + WRITERS]
+            at, changes = {writer: i for i, writer in enumerate(some)}, pair.stack(some)
+            for key, edges in ports.items():
+                numbers = respond[key](changes).to("cpu", torch.float64).numpy()
+                for edge in edges:
+                    if edge.writer in at:
+                        place = spans[edge.span], at[edge.writer], edge.reader.head or 0
+                        scores[graph.index[edge.name]] = numbers[place]
+    return scores
