@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,28 @@ import torch
 
 import interp as ip
 from interp import paths
+from interp.results import Axis
 from tests.paths import oracle, scoring
-from tests.paths.cases import CLOSE, METRIC, Case, at_last, logit_diff
+from tests.paths.cases import CLOSE, MEASURE, METRIC, Case, at_last, case
 
-MEASURE = logit_diff(7, 9)
+TAU = 0.02  # of ACDC: about half of the edges of a tiny model stay
+
+
+# Made-up scores
+
+
+def made_up(graph: paths.Graph, effect: np.ndarray, floor: float = 0.0) -> ip.Result:
+    """A result over a graph's edges, effects [edge, row]."""
+    rows = effect.shape[1]
+    return ip.Result(
+        effect, (Axis("edge", graph.edges),), ("m",), False, np.zeros(rows), None, np.zeros(len(graph), np.int8),
+        np.array(floor), tuple(f"row {r}" for r in range(rows)), {"method": "made up", "values": "patch"},
+    )  # fmt: skip
+
+
+def random_scores(family: str, seed: int = 0, rows: int = 3) -> tuple[ip.Result, paths.Graph]:
+    graph = paths.Graph.of(case(family).model)
+    return made_up(graph, np.random.default_rng(seed).standard_normal((len(graph), rows))), graph
 
 
 # Nodes, by the names of edges
@@ -143,6 +162,12 @@ def acdc_slowly(given: Case, tau: float, measure, sign: float = 1.0) -> tuple[se
             removed.append(edge)
             now = then
     return set(given.edges) - set(removed), rises
+
+
+@functools.cache
+def serial_acdc(given: Case, tau: float) -> tuple[set[str], dict[str, float]]:
+    """`acdc_slowly` by divergence from the clean run, once for all tests that compare with it."""
+    return acdc_slowly(given, tau, divergence(given))
 
 
 def acdc_is_the_serial_one(given: Case, tau: float, expected: tuple[set[str], dict[str, float]], **options) -> None:

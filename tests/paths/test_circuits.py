@@ -12,7 +12,7 @@ import torch
 import interp as ip
 from interp import paths
 from tests.paths import checks
-from tests.paths.cases import CLOSE, METRIC, case
+from tests.paths.cases import CLOSE, MEASURE, METRIC, case
 from tests.paths.oracle import edge_set, replaced
 
 GROUP = {"gpt2": 1, "neox": 1, "small_attn_only": 1, "llama": 2, "gemma2": 2}
@@ -62,7 +62,7 @@ def test_a_circuit_with_other_values(values):
         )  # fmt: skip
         with torch.no_grad():
             copied = replaced(given.module, run, values, given.prompts("reference"), pooled=pooled)
-            expected = checks.MEASURE(edge_set(given.module, run, copied, outside), run.mask).numpy()
+            expected = MEASURE(edge_set(given.module, run, copied, outside), run.mask).numpy()
         np.testing.assert_allclose(found, expected, **CLOSE)
         assert np.abs(expected - given.measured("clean")).min() > 1e-3
 
