@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
-from figures import first_order, heads, residual, speed
+from figures.data import SCRIPTS
 
 GALLERY = Path(__file__).parent / "gallery"
 
@@ -12,9 +13,9 @@ GALLERY = Path(__file__).parent / "gallery"
 def main() -> None:
     """Draw every figure into ``figures/gallery``."""
     GALLERY.mkdir(exist_ok=True)
-    for script in (residual, heads, first_order, speed):
-        path = GALLERY / f"{script.__name__.rpartition('.')[2]}.png"
-        script.draw().savefig(path, dpi=200)
+    for name in SCRIPTS:
+        path = GALLERY / f"{name}.png"
+        import_module(f"figures.{name}").draw().savefig(path, dpi=200)
         print(path)
 
 

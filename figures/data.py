@@ -8,6 +8,10 @@ from typing import Any
 
 from interp.results import Result
 
+SCRIPTS = tuple(
+    sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "__main__", "data"))
+)
+"""The figures, by the names of their scripts."""
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PATCHING = EXPERIMENTS / "patching_ioi_mini" / "results"
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.architecture import ImageFormat
 from .audit import Audit
 from .editing import Edits
 from .errors import InputsError, PlanError
+from .images import patch_grid
 from .inputs import Inputs
 from .plan import Origin, Plan, World
 from .session import Session, install
@@ -62,7 +64,7 @@ class Applied:
         call = call | call.get("kwargs", {})
         if call.get("logits_to_keep") is not None and ("logits", -1, None) in set(self.session.keys()):
             raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
-        inputs = _inputs_of_call(call)
+        inputs = _inputs_of_call(call, self.model.architecture.images)
         world, graph = World(inputs, self.plan), torch.is_grad_enabled()
         tapes: dict[Any, Tape] = {}
         if self.others:
@@ -100,8 +102,10 @@ def _unedited_sites(plan: Plan) -> list[Site]:
     return found
 
 
-def _inputs_of_call(call: dict[str, Any]) -> Inputs:
+def _inputs_of_call(call: dict[str, Any], images: ImageFormat | None) -> Inputs:
     """The inputs of a call of the user's, given its arguments by name, as far as positions and rows go."""
+    if images is not None:
+        return _images_of_call(call, images)
     cache = call.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise PlanError(
@@ -121,3 +125,13 @@ def _inputs_of_call(call: dict[str, Any]) -> Inputs:
                 "the positions start anew within a row: packed sequences are not supported; give each its row"
             )
     return inputs
+
+
+def _images_of_call(call: dict[str, Any], images: ImageFormat) -> Inputs:
+    pixels, mask = call.get("pixel_values"), call.get("attention_mask")
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+        raise PlanError("the model is called without pixel_values [B, C, height, width]: positions cannot be told")
+    if isinstance(mask, Tensor) and not bool(mask.bool().all()):
+        raise InputsError("a plan counts every patch of an image, and this call masks some of them")
+    down, across = patch_grid(pixels, images.patch)
+    return Inputs.of(torch.zeros(len(pixels), 1 + down * across, dtype=torch.int64))

@@ -62,19 +62,25 @@ def exposed_attention(
     return (pattern @ v).transpose(1, 2)
 
 
-def read_mask(mask: Tensor | None, queries: int, keys: int, device: torch.device, window: int | None = None):
-    """Split a mask in whatever form a model hands to its causal attention into what is allowed and what is added.
+def read_mask(
+    mask: Tensor | None, queries: int, keys: int, device: torch.device, window: int | None = None, causal: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Split a mask in whatever form a model hands to its attention into what is allowed and what is added.
 
     Args:
         mask: bool 4-D, additive float 4-D, 2-D [B, S] of real keys, or None, where all keys are real.
         window: width of the layer's sliding window, which a mask that is 2-D or None does not tell.
+        causal: whether the attention is, which such a mask does not tell either.
 
     Returns:
         (allowed, bias): bool broadcastable to [B, H, T, S] or None, and a float bias or None.
     """
     if mask is None or mask.ndim == 2:
-        allowed = causal_mask(queries, keys, device, window)
-        return (allowed if mask is None else allowed & mask.bool()[:, None, None, :]), None
+        allowed = causal_mask(queries, keys, device, window) if causal else None
+        if mask is not None:
+            real = mask.bool()[:, None, None, :]
+            allowed = real if allowed is None else allowed & real
+        return allowed, None
     if mask.dtype == torch.bool:
         return mask, None
     allowed = mask > torch.finfo(mask.dtype).min / 2

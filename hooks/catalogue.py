@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .adapters.architecture import Architecture
 from .editing import Key
 from .html import table
-from .sites import DIM, HEAD, Site
+from .sites import DIM, HEAD, POS, Site
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class SiteTable(tuple):
 
 
 def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
-    """Sizes of the head and last axes of each site that the architecture has."""
+    """Sizes of the head and last axes of each site that the architecture has, and of the positions of one whose number
+    is not that of the tokens: the logits of a classifier have one.
+    """
     width = {DIM: arch.width}
     sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
     if arch.pos_embed is not None:
@@ -65,5 +67,5 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
         for name, size in here.items():
             sizes[Site(name, layer).key] = size
     sizes["ln_final", -1, None] = width
-    sizes["logits", -1, None] = {DIM: arch.vocabulary}
+    sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
     return sizes

@@ -13,7 +13,7 @@ from .adapters.architecture import Block, rotate
 from .attention import exposed_attention
 from .editing import Edits, Guard, Key
 from .packed import Packed, tiled
-from .packed_attention import allowed_keys, packed_attention, reach
+from .packed_attention import allowed_keys, packed_attention, reach, seen_by
 from .readout import read_out
 from .session import head_results_change
 from .sites import execution_order
@@ -76,11 +76,7 @@ class Chunk:
 
     def entering(self, layer: int) -> Tensor:
         """Tokens whose residual before a layer can matter."""
-        return self.needed[layer - 1] if layer else self.before(self.needed[0]) & self.real
-
-    @staticmethod
-    def before(needed: Tensor) -> Tensor:
-        return needed.flip(1).long().cumsum(1).flip(1) > 0
+        return self.needed[layer - 1] if layer else seen_by(self.needed[0], self.arch.causal) & self.real
 
     def base(self, key: Key) -> Tensor | None:
         """The base's value [b, T, ...] of a site; None while the base itself is computed."""
@@ -246,7 +242,7 @@ class Chunk:
         q, k = self.turn(q, block.q_norm), self.turn(k, block.k_norm)
         q = self.visit(("rot_q", layer, None), q, needed)
         k = self.visit(("rot_k", layer, None), k, entering)
-        out = (reach(k.dirty | v.dirty, block.window) | q.dirty) & self.real & needed
+        out = (reach(k.dirty | v.dirty, block.window, self.arch.causal) | q.dirty) & self.real & needed
         looks = {(name, layer, None) for name in INSIDE}
         inside = [w for w, keys in enumerate(self.touched) if keys & looks]
         if looks & set(self.captured):
@@ -311,7 +307,8 @@ class Chunk:
             plain = plain.clone() if plain is out else plain
             plain[w * self.rows : (w + 1) * self.rows] = False
         bases = (self.base(("rot_q", layer, None)), self.base(("rot_k", layer, None)), self.base(("v", layer, None)))
-        z = packed_attention(block, self.run_.inputs, plain, (q, k, v), bases, layer in self.run_.exposed)
+        exposed, causal = layer in self.run_.exposed, self.arch.causal
+        z = packed_attention(block, self.run_.inputs, plain, (q, k, v), bases, exposed, causal)
         return self.attend_inside(layer, block, (q, k, v), bases, z, out, inside) if inside else z
 
     def attend_inside(
@@ -320,7 +317,8 @@ class Chunk:
         """Attention of the worlds that edit or keep scores or patterns, over all their positions."""
         inputs = self.run_.inputs
         every = torch.arange(inputs.width).expand(self.rows, -1)
-        allowed = allowed_keys(inputs, torch.arange(self.rows), every, block.window).to(self.run_.device)
+        allowed = allowed_keys(inputs, torch.arange(self.rows), every, block.window, self.arch.causal)
+        allowed = allowed.to(self.run_.device)
         streams = [(stream, stream.offsets(), base) for stream, base in zip(qkv, bases, strict=True)]
         z_base, results = self.base(("z", layer, None)), {}
         for w in inside:

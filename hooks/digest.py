@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import types
@@ -68,4 +69,7 @@ def _parts(value: Any) -> list[Any]:
         return [getattr(value, "__module__", ""), getattr(value, "__qualname__", getattr(value, "__name__", ""))]
     if isinstance(value, torch.nn.Module):
         return [type(value).__qualname__, *(part for name, t in value.state_dict().items() for part in (name, t))]
+    if dataclasses.is_dataclass(value):
+        # Not all that it holds: what it has computed of its fields by now is not what it is.
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
     return [vars(value)] if hasattr(value, "__dict__") else []

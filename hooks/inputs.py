@@ -1,4 +1,6 @@
-"""What a model is run on: token ids, which of them are real, and which position of which row each one is."""
+"""What a model is run on: token ids, which of them are real, and which position of which row each one is; or images,
+whose tokens are the class token and the patches.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,30 @@ import torch
 from torch import Tensor
 
 from .errors import InputsError
+from .images import patch_grid, patch_labels, patch_pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A batch of prompts, on the CPU (a run moves what it needs to the model's device).
+    """A batch of prompts or images, on the CPU (a run moves what it needs to the model's device).
 
     Attributes:
-        ids: int64 [B, T] token ids; padding holds any valid id.
+        ids: int64 [B, T] token ids; padding holds any valid id. Zeros for images.
         mask: bool [B, T], True at real tokens.
         row_ids: int64 [B], the identity of each row: what random interventions are a function of, so that a row draws
             the same numbers in whatever batch it stands.
-        tokens: the text of each real token, one tuple a row, or None without a tokenizer.
+        tokens: the text of each real token, one tuple a row, or None without a tokenizer. Of an image ``"[cls]"``, and
+            each patch as ``"row,column"``.
+        pixels: [B, C, height, width], floating point, or None where the rows are prompts.
+        patch: height and width of a patch in pixels, with images.
     """
 
     ids: Tensor
     mask: Tensor
     row_ids: Tensor
     tokens: tuple[tuple[str, ...], ...] | None = None
+    pixels: Tensor | None = None
+    patch: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
@@ -57,10 +65,26 @@ class Inputs:
             raise InputsError(f"row_ids has shape {list(row_ids.shape)}, expected [{len(ids)}]")
         return cls(ids, mask, row_ids, tokens)
 
+    @classmethod
+    def of_images(cls, pixels: Tensor, patch: tuple[int, int], row_ids: Tensor | None = None) -> Inputs:
+        """Complete pixels [B, C, height, width] that are cut into patches of [height, width] pixels.
+
+        Raises:
+            InputsError: the pixels are of another shape, or no numbers.
+        """
+        if pixels.ndim != 4 or not pixels.is_floating_point() or len(patch) != 2 or min(patch) < 1:
+            raise InputsError(f"no images: pixels {pixels.dtype} {list(pixels.shape)} in patches of {patch}")
+        down, across = patch_grid(pixels, patch)
+        made = cls.of(torch.zeros(len(pixels), 1 + down * across, dtype=torch.int64), None, row_ids)
+        return replace(made, tokens=(patch_labels(pixels, patch),) * len(pixels), pixels=pixels, patch=tuple(patch))
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __repr__(self) -> str:
+        if self.pixels is not None:
+            size = " x ".join(map(str, self.pixels.shape[1:]))
+            return f"Inputs({len(self)} image{'s' * (len(self) > 1)} of {size}, {self.width} tokens)"
         lengths = sorted(set(self.lengths.tolist()))
         size = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         first = "" if self.tokens is None else ": " + repr("".join(self.tokens[0]))
@@ -94,15 +118,36 @@ class Inputs:
     def rows(self, index: slice) -> Inputs:
         """The batch restricted to a range of rows, which keep their ids."""
         tokens = None if self.tokens is None else self.tokens[index]
-        return replace(self, ids=self.ids[index], mask=self.mask[index], row_ids=self.row_ids[index], tokens=tokens)
+        pixels = None if self.pixels is None else self.pixels[index]
+        return replace(
+            self, ids=self.ids[index], mask=self.mask[index], row_ids=self.row_ids[index], tokens=tokens, pixels=pixels
+        )
 
     def widened(self, width: int) -> Inputs:
-        """The same rows with padding columns added on the right up to `width`."""
+        """The same rows with padding columns added on the right up to `width`.
+
+        Raises:
+            InputsError: these are images.
+        """
         extra = width - self.width
         if extra == 0:
             return self
+        if self.pixels is not None:
+            raise InputsError("an image has no padding")
         pad = torch.nn.functional.pad
         return replace(self, ids=pad(self.ids, (0, extra)), mask=pad(self.mask, (0, extra)))
+
+    def contents(self) -> Tensor:
+        """[B, T, n]: what stands in each column, its id or the pixels of its patch (0 for the class token)."""
+        if self.pixels is None or self.patch is None:
+            return self.ids[..., None]
+        return torch.nn.functional.pad(patch_pixels(self.pixels, self.patch), (0, 0, 1, 0))
+
+    def differs(self, other: Inputs) -> Tensor:
+        """bool [B, T]: the columns in which a batch of the same shape holds another token or patch."""
+        if other is self:
+            return torch.zeros_like(self.mask)
+        return (self.contents() != other.contents()).any(-1)
 
     def labels(self, row: int = 0) -> tuple[str, ...]:
         """Text of each real token of a row, or its id where there is no tokenizer."""
@@ -152,7 +197,9 @@ class Alignment:
         lines = []
         for row in range(len(self.clean)):
             a, b = self.clean.labels(row), self.corrupt.labels(row)
-            cells = [x if x == y else f"[{x} | {y}]" for x, y in zip(a, b, strict=True)]
+            cells = []
+            for x, y, other in zip(a, b, self.differs[row].tolist(), strict=False):
+                cells.append(f"[{x} | {y}]" if x != y else f"[{x}]" if other else x)
             lines.append(f"row {row}: " + " ".join(repr(c)[1:-1] for c in cells))
         return "\n".join(lines)
 
@@ -163,8 +210,12 @@ def align(clean: Inputs, corrupt: Inputs) -> Alignment:
     """Check that two batches have the same number of rows, and rows of the same length.
 
     Raises:
-        InputsError: they do not; the message prints the tokens from the first difference on.
+        InputsError: they do not; the message prints the tokens from the first difference on. Or prompts stand beside
+            images, or images beside others of another size.
     """
+    shapes = [None if x.pixels is None else (list(x.pixels.shape[1:]), x.patch) for x in (clean, corrupt)]
+    if shapes[0] != shapes[1]:
+        raise InputsError(f"rows that do not correspond: clean is {clean!r}, corrupt {corrupt!r}")
     if len(clean) != len(corrupt):
         raise InputsError(f"{len(clean)} clean prompts and {len(corrupt)} corrupt ones: a row is a pair")
     for row, (n, m) in enumerate(zip(clean.lengths.tolist(), corrupt.lengths.tolist(), strict=True)):
@@ -178,6 +229,12 @@ def align(clean: Inputs, corrupt: Inputs) -> Alignment:
                 "Word the prompts so that they tokenize to the same length."
             )
     width = int(clean.lengths.max())
-    a, b = (x.ids.gather(1, x.order)[:, :width] for x in (clean, corrupt))
+    a, b = (_in_order(x)[:, :width] for x in (clean, corrupt))
     real = torch.arange(width) < clean.lengths[:, None]
-    return Alignment(clean, corrupt, (a != b) & real)
+    return Alignment(clean, corrupt, (a != b).any(-1) & real)
+
+
+def _in_order(inputs: Inputs) -> Tensor:
+    """What stands in each column [B, T, n], the real ones first."""
+    contents = inputs.contents()
+    return contents.gather(1, inputs.order[..., None].expand_as(contents))

@@ -49,10 +49,11 @@ class Meter:
         """Count a plain forward pass over some tokens, unembedding and all."""
         self.work += self.row(tokens)
 
-    def row(self, tokens: int) -> float:
+    def row(self, tokens: float) -> float:
         """The work of a plain forward pass of one row of some tokens."""
-        return tokens * (sum(sum(c.values()) for c in self.costs) + self.arch.width * self.arch.vocabulary)
+        read = tokens if self.arch.readout is None else 1
+        return tokens * sum(sum(c.values()) for c in self.costs) + read * self.arch.width * self.arch.vocabulary
 
     def forwards(self, tokens: float) -> float:
         """The work so far in forward passes of one row of that many tokens."""
-        return self.work / (tokens * self.row(1))
+        return self.work / self.row(tokens)

@@ -20,9 +20,11 @@ from .catalogue import SiteInfo, SiteTable, site_sizes
 from .editing import Edits, check_reads
 from .errors import InputsError, ModelError, PlanError, ShapeError, SiteError
 from .html import table
+from .images import check_pixels, require_size
 from .inputs import Inputs, pad_rows
+from .labels import class_id, class_names
 from .plan import Intervention, Plan, World, as_plan
-from .sites import DIM, HEAD, KINDS, Index, Site, Span, site
+from .sites import DIM, HEAD, KINDS, POS, Index, Site, Span, site
 from .tape import Tape
 from .worlds import exposed_layers, hooked_pass, read_tapes
 
@@ -35,7 +37,7 @@ class Run:
     """What a run gives back.
 
     Attributes:
-        logits: [B, T, V].
+        logits: [B, T, V]; [B, 1, V] of a classifier.
         tape: the activations that were asked for.
         audit: what each intervention did.
     """
@@ -85,9 +87,8 @@ class Model:
     def __repr__(self) -> str:
         arch, block = self.architecture, self.architecture.blocks[0]
         heads = f"{block.q.heads} heads" + (f" ({block.k.heads} key/value)" if block.k.heads != block.q.heads else "")
-        return (
-            f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, vocabulary {arch.vocabulary})"
-        )
+        out = f"vocabulary {arch.vocabulary}" if arch.readout is None else f"{arch.vocabulary} classes"
+        return f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, {out})"
 
     def _repr_html_(self) -> str:
         return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
@@ -102,9 +103,10 @@ class Model:
             size = self.sizes[Site(name, *keys[0][1:]).key]
             numbers = {"H": size.get(HEAD), "K": size.get(HEAD), "V": size.get(DIM), "M": size.get(DIM)}
             numbers |= {"D": size.get(DIM), "F": size.get(DIM)}
-            shape = tuple(letter if letter in "BTS" else numbers[letter] for letter in kind.letters)
+            letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
+            shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)
             hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"
-            found.append(SiteInfo(name, hook, kind.letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
+            found.append(SiteInfo(name, hook, letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
         return SiteTable(found)
 
     def _places(self, name: str) -> list[tuple[str, int | None]]:
@@ -144,8 +146,22 @@ class Model:
                 if read.site is not None:
                     self.require(read.site)
                 if isinstance(read.source, World):
+                    self.check_inputs(read.source.inputs)
                     self.check(read.source.plan)
             self._check_values(item)
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Check that inputs are of the kind that this model takes, images of its size or token ids.
+
+        Raises:
+            InputsError: they are not.
+        """
+        images = self.architecture.images
+        if (images is None) != (inputs.pixels is None):
+            takes, given = ("token ids", "images") if images is None else ("images", "token ids")
+            raise InputsError(f"{inputs!r} holds {given}, and {self!r} takes {takes}: prepare them with its inputs()")
+        if images is not None and inputs.pixels is not None:
+            require_size(inputs.pixels, images)
 
     def _check_values(self, item: Intervention) -> None:
         for read in item.reads:
@@ -177,22 +193,33 @@ class Model:
         padding: str = "right",
         row_ids: Tensor | None = None,
     ) -> Inputs:
-        """Prepare prompts.
+        """Prepare prompts, or images for a model that takes those.
 
         Args:
             prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself;
-                lists of token ids of any lengths; or a tensor of ids [B, T].
+                lists of token ids of any lengths; or a tensor of ids [B, T]. For a vision model pixels [B, C, height,
+                width], as its image processor makes them; a run brings them into the model's dtype.
             mask: [B, T], nonzero at real tokens, with a tensor of ids.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
 
         Raises:
-            InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer.
+            InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
+                another size, images where the model takes prompts, or prompts where it takes images.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         if isinstance(prompts, Inputs):
             raise InputsError("these are Inputs already")
+        if self.architecture.images is not None:
+            if mask is not None:
+                raise InputsError("an image has no padding, so there is no mask to give")
+            pixels = check_pixels(prompts, self.architecture.images)
+            return Inputs.of_images(pixels, self.architecture.images.patch, row_ids)
+        if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
+            raise InputsError(
+                f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
+            )
         if not isinstance(prompts, Tensor):
             listed = list(prompts)
             if not listed:
@@ -234,16 +261,22 @@ class Model:
         return list(self.tokenizer(text)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; a piece that begins a word keeps its space, whatever sign the tokenizer has for it."""
+        """Text of token ids; a piece that begins a word keeps its space, whatever sign the tokenizer has for it. Of a
+        classifier, the labels of classes.
+        """
+        if self.architecture.readout is not None:
+            return class_names(self.module, ids)
         pieces = self.tokenizer.convert_ids_to_tokens(list(ids))
         return "".join(str(p) for p in pieces).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
 
     def token(self, text: str) -> int:
-        """The id of a text that is one token.
+        """The id of a text that is one token, or of a classifier's label.
 
         Raises:
             InputsError: it is not; the message shows its pieces.
         """
+        if self.architecture.readout is not None:
+            return class_id(self.module, text)
         if self.tokenizer is None:
             raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -255,8 +288,13 @@ class Model:
         hint = f"; {other!r} is one token here" if len(alternative) == 1 else ""
         raise InputsError(f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}")
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow."""
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
+        if pixels is not None:
+            # In the model's dtype, as it would bring them into by itself.
+            output = self.module(pixel_values=pixels.to(self.device, self.dtype))
+            logits = output if isinstance(output, Tensor) else output.logits
+            return logits if self.architecture.readout is None else logits.unsqueeze(1)
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
@@ -292,6 +330,7 @@ class Model:
             inputs, plan = inputs.inputs, inputs.plan
         if not isinstance(inputs, Inputs):
             raise InputsError(f"run() takes Inputs (from model.inputs), not {type(inputs).__name__}")
+        self.check_inputs(inputs)
         own = as_plan(plan)
         self.check(own)
         world = World(inputs, self.held + own)
@@ -398,8 +437,8 @@ def wrap(
     """Wrap a model of the user's, which stays as it is.
 
     Args:
-        model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head (of
-            transformers), the project's own small transformer, or any module with an adapter.
+        model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
+            classifier (of transformers), the project's own small transformer, or any module with an adapter.
         tokenizer: for prompts that are text, and for printing tokens.
         adapter: a function that says where the model keeps its parts, for a family that is not known.
 

@@ -13,18 +13,21 @@ from .inputs import Inputs
 from .packed import Packed
 
 
-def allowed_keys(inputs: Inputs, rows: Tensor, cols: Tensor, window: int | None) -> Tensor:
+def allowed_keys(inputs: Inputs, rows: Tensor, cols: Tensor, window: int | None, causal: bool) -> Tensor:
     """Which keys queries may attend to.
 
     Args:
         inputs: the base's inputs.
         rows: int64 [g], the base row of each group of queries.
         cols: int64 [g, n], the columns of the queries.
-        window: width of a sliding window, in tokens, or None.
+        window: width of a sliding window, in tokens, or None; only where attention is causal.
+        causal: whether a query sees the keys up to its own, or all.
 
     Returns:
-        bool [g, 1, n, T] on the CPU.
+        bool [g, 1, n, T] on the CPU (n is 1 where all queries see the same).
     """
+    if not causal:
+        return inputs.mask[rows][:, None, None, :]
     keys = torch.arange(inputs.width)
     allowed = (keys <= cols[..., None]) & inputs.mask[rows][:, None, :]
     if window is not None:
@@ -32,12 +35,21 @@ def allowed_keys(inputs: Inputs, rows: Tensor, cols: Tensor, window: int | None)
     return allowed[:, None]
 
 
-def reach(changed: Tensor, window: int | None) -> Tensor:
+def reach(changed: Tensor, window: int | None, causal: bool) -> Tensor:
     """Tokens [members, T] whose attention sees a token with a changed key or value, given which those are."""
+    if not causal:
+        return changed.any(1, keepdim=True).expand_as(changed)
     seen = changed.long().cumsum(1)
     if window is not None:
         seen = seen - torch.nn.functional.pad(seen, (window, 0))[:, : seen.shape[1]]
     return seen > 0
+
+
+def seen_by(asking: Tensor, causal: bool) -> Tensor:
+    """Tokens [members, T] whose keys or values the attention of some token may see, given which tokens are meant."""
+    if not causal:
+        return asking.any(1, keepdim=True).expand_as(asking)
+    return asking.flip(1).long().cumsum(1).flip(1) > 0
 
 
 def packed_attention(
@@ -47,6 +59,7 @@ def packed_attention(
     qkv: tuple[Packed, Packed, Packed],
     bases: tuple[Tensor | None, Tensor | None, Tensor | None],
     exposed: bool,
+    causal: bool,
 ) -> Packed:
     """Attention at given tokens, each against its own world's keys and values.
 
@@ -57,6 +70,7 @@ def packed_attention(
         qkv: the changed queries, keys and values.
         bases: the base's, [b, T, heads, D]; None while the base itself is computed, when every token is changed.
         exposed: use the kernel that the worlds which look inside attention use.
+        causal: whether a query sees the keys up to its own, or all.
 
     Returns:
         z at `out`, values [N, H, D].
@@ -78,7 +92,7 @@ def packed_attention(
         )
         most = int(counts[group].max())
         cols = torch.argsort((~out[group]).byte(), dim=1, stable=True)[:, :most]
-        allowed = allowed_keys(inputs, rows, cols, block.window).to(device)
+        allowed = allowed_keys(inputs, rows, cols, block.window, causal).to(device)
         real = torch.arange(most) < counts[group][:, None]
         slots = None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device)
         queries = q.values[asked]

@@ -92,6 +92,7 @@ class World:
             same(mine.ids, theirs.ids)
             and same(mine.mask, theirs.mask)
             and same(mine.row_ids, theirs.row_ids)
+            and same(mine.pixels, theirs.pixels)
             and self.plan == other.plan
         )
 

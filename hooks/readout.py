@@ -37,16 +37,17 @@ def _logits(chunk: Chunk, x: Packed, site: Site, index: int, edited: dict[int, T
     """One read of the logits, of every world; those that edit the logits bring theirs."""
     run, rows = chunk.run_, chunk.rows
     region = run.region(site)
-    n, width = region.cols.shape[1], x.dirty.shape[1]
+    cols = run.unembedded(region)
+    n, width = cols.shape[1], x.dirty.shape[1]
     if index not in run.base_logits:
-        at = (region.cols + torch.arange(rows)[:, None] * width).flatten().to(run.device)
+        at = (cols + torch.arange(rows)[:, None] * width).flatten().to(run.device)
         final = run.base["ln_final", -1, None].flatten(0, 1).index_select(0, at)
         home = torch.arange(rows).repeat_interleave(n)
         run.base_logits[index] = _columns(chunk.arch, final, home, region, chunk.tile).unflatten(0, (rows, n))
     base = run.base_logits[index]
     if chunk.is_base:
         return [base]
-    slot = torch.full_like(run.inputs.ids, -1).scatter_(1, region.cols, torch.arange(n).expand_as(region.cols))
+    slot = torch.full_like(run.inputs.ids, -1).scatter_(1, cols, torch.arange(n).expand_as(cols))
     flat = x.flat()
     place = slot.flatten()[flat % slot.numel()]
     chosen = (place >= 0).nonzero().squeeze(1)
@@ -83,5 +84,7 @@ def _edited(chunk: Chunk, x: Packed) -> dict[int, Tensor]:
     for w, keys in enumerate(chunk.touched):
         if key in keys:
             final = x.world(w, chunk.base(("ln_final", -1, None)), offsets[w], offsets[w + 1])
+            if chunk.arch.readout is not None:
+                final = final[:, chunk.arch.readout, None]
             full[w] = chunk.worlds[w].visit(key, chunk.arch.logits(final))
     return full

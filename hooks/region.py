@@ -91,14 +91,14 @@ def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | N
     Args:
         site: what is meant.
         inputs: the batch whose rows and positions it is resolved on.
-        sizes: sizes of the activation's `head` and `dim` axes.
+        sizes: sizes of the activation's `head` and `dim` axes, and of `pos` where that is not the number of tokens.
         where: bool [B] or [B, T], rows or columns to which the region is restricted besides.
 
     Raises:
         SiteError: a head, position or dimension that is not there.
         ShapeError: a mask or index whose shape does not fit the batch.
     """
-    axes = site.axes
+    axes, inputs = site.axes, _as_wide(inputs, sizes)
     cols, valid = _columns(POS, site.pos, inputs, where, site)
     shape = {ROW: len(inputs), POS: cols.shape[1]}
     steps = _position_steps(axes.index(POS), cols, site.pos, inputs)
@@ -134,6 +134,7 @@ def corresponding(region: Region, inputs: Inputs, source: Inputs, sizes: dict[st
     if source is inputs or (source.mask.shape == inputs.mask.shape and bool((source.mask == inputs.mask).all())):
         return region
     site, axes = region.site, region.site.axes
+    inputs, source = _as_wide(inputs, sizes), _as_wide(source, sizes)
     found: dict[str, Tensor] = {}
     steps: list[tuple[int, Tensor]] = []
     for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
@@ -179,10 +180,16 @@ def _along(valid: Tensor, axis: int) -> Tensor:
 
 def entire(site: Site, inputs: Inputs, sizes: dict[str, int]) -> Region:
     """The region of a whole activation, in the columns of the batch, padding included."""
-    rows, width = inputs.mask.shape
+    rows, width = _as_wide(inputs, sizes).mask.shape
     cols = torch.arange(width).expand(rows, -1)
     shape = {axis: {ROW: rows, POS: width, KEY: width}.get(axis, sizes.get(axis, 0)) for axis in site.axes}
     return Region(site, shape, (), None, cols, cols if KEY in site.axes else None)
+
+
+def _as_wide(inputs: Inputs, sizes: dict[str, int]) -> Inputs:
+    """The batch as a site has it: with as many positions as the site, where it has fewer than there are tokens."""
+    width = sizes.get(POS)
+    return inputs if width is None else Inputs(inputs.ids[:, :width], inputs.mask[:, :width], inputs.row_ids)
 
 
 def _on_axes(valid: Tensor, axis: str, axes: tuple[str, ...]) -> Tensor:
@@ -265,7 +272,8 @@ def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site
     if outside:
         row = outside[0]
         raise SiteError(
-            f"{site}: {axis} {pos[row].tolist()} is not in row {row}, which has {int(lengths[row])} tokens"
+            f"{site}: {axis} {pos[row].tolist()} is not in row {row}, which has {int(lengths[row])} "
+            + ("tokens" if site.name != "logits" or width > 1 else "position there")
             + (f" (nor in {len(outside) - 1} other rows)" if len(outside) > 1 else "")
             + "; a slice or a mask takes from each row what it has"
         )

@@ -144,7 +144,7 @@ def encode(value: Any, functions: bool = False) -> tuple[Any, dict[str, Tensor]]
         if isinstance(value, Origin):
             return {"type": "origin", "name": value.name}
         for name, (kind, _, fields) in _RECORDS.items():
-            if isinstance(value, kind):
+            if isinstance(value, kind) and (name != "images" or value.pixels is not None):
                 return {"type": name} | {field: put(getattr(value, field)) for field in fields}
         raise PlanError(f"a {type(value).__name__} cannot be saved")
 
@@ -213,6 +213,9 @@ _TYPES: dict[tuple[str, str], tuple[type, ...]] = {
     ("world", "plan"): (Plan,),
     **{("inputs", name): (Tensor,) for name in ("ids", "mask", "row_ids")},
     ("inputs", "tokens"): (tuple, _NONE),
+    ("images", "pixels"): (Tensor,),
+    ("images", "patch"): (tuple,),
+    ("images", "row_ids"): (Tensor,),
     ("tape", "inputs"): (Inputs,),
     ("tape", "values"): (tuple,),
     ("tape", "size_table"): (tuple,),
@@ -224,6 +227,7 @@ _RECORDS: dict[str, tuple[type, Callable[..., Any], tuple[str, ...]]] = {
     "site": (Site, Site, ("name", "layer", "stack", "head", "pos", "key_pos", "dim")),
     "span": (Span, Span, ("start", "stop")),
     "world": (World, World, ("inputs", "plan")),
+    "images": (Inputs, Inputs.of_images, ("pixels", "patch", "row_ids")),
     "inputs": (Inputs, Inputs.of, ("ids", "mask", "row_ids", "tokens")),
     "tape": (
         Tape,
@@ -231,4 +235,6 @@ _RECORDS: dict[str, tuple[type, Callable[..., Any], tuple[str, ...]]] = {
         ("inputs", "values", "size_table"),
     ),
 }
-"""What may stand in a file: the type, what makes one of its fields, and the fields."""
+"""What may stand in a file: the type, what makes one of its fields, and the fields. Images are inputs with pixels, and
+come before those without.
+"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,7 +156,9 @@ def install(session: Session, arch: Architecture, stack: ExitStack, expose: Iter
     logits = visitor("logits")
     if logits:
         stack.enter_context(arch.lift_cap())
-        on_output(arch.unembed, lambda x: logits(arch.capped(x)))
+        # A classifier unembeds one position of each row, which its output has no axis for.
+        one = (lambda x: logits(x.unsqueeze(1)).squeeze(1)) if arch.readout is not None else logits
+        on_output(arch.unembed, lambda x: one(arch.capped(x)))
 
 
 def _install_block(
@@ -174,6 +177,20 @@ def _install_block(
 
     def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
         return session.visit((name, layer, None), x, guard) if name in names else x
+
+    # One module may drop of both sublayers: which of them has ended is known by the norm that was called last.
+    twice, in_mlp = block.drop1 is not None and block.drop1 is block.drop2, [False]
+
+    def ended(module: nn.Module, edit: Callable[[Tensor], Tensor], of_mlp: bool) -> None:
+        on_output(module, (lambda x: edit(x) if in_mlp[0] == of_mlp else x) if twice else edit)
+
+    def entered(of_mlp: bool, x: Tensor) -> Tensor:
+        in_mlp[0] = of_mlp
+        return x
+
+    if twice and block.norm2 is not None and names & {"attn_out", "mlp_out", "resid_mid"}:
+        on_input(block.norm1, partial(entered, False))
+        on_input(block.norm2, partial(entered, True))
 
     if names & {"attn_in", "q_input", "k_input", "v_input"}:
 
@@ -209,7 +226,7 @@ def _install_block(
         on_output(module, project)
 
     if names & INSIDE or expose:
-        stack.enter_context(arch.swap_attention(block.attention, _exposed(block, visit, names)))
+        stack.enter_context(arch.swap_attention(block.attention, _exposed(block, visit, names, arch.causal)))
 
     if names & {"z", "result"}:
 
@@ -222,7 +239,7 @@ def _install_block(
     if "result" in names:
         on_output(block.out, lambda out: out + head_results_change(block, held["z"], lambda x: visit("result", x)))
     if "attn_out" in names:
-        on_output(block.attention_end, lambda x: visit("attn_out", x))
+        ended(block.attention_end, lambda x: visit("attn_out", x), False)
     if block.mlp is not None and block.norm2 is not None:
         if names & {"resid_mid", "mlp_in"}:
 
@@ -241,7 +258,7 @@ def _install_block(
                 held["mlp_out"] = visit("mlp_out", x)
                 return held["mlp_out"]
 
-            on_output(block.mlp_end, mlp_out)
+            ended(block.mlp_end, mlp_out, True)
     if names & {"resid_post", "resid_mid"}:
 
         def resid_post(x: Tensor) -> Tensor:
@@ -262,7 +279,9 @@ def head_results_change(block: Block, z: Tensor, edit: Callable[[Tensor], Tensor
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)
 
 
-def _exposed(block: Block, visit: Callable[..., Tensor], names: set[str]) -> Callable[..., tuple[Tensor, None]]:
+def _exposed(
+    block: Block, visit: Callable[..., Tensor], names: set[str], causal: bool
+) -> Callable[..., tuple[Tensor, None]]:
     """An attention function that shows its inside, in the form that models call theirs."""
 
     def attend(
@@ -279,7 +298,7 @@ def _exposed(block: Block, visit: Callable[..., Tensor], names: set[str]) -> Cal
             if name in names:
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
                 q, k = (x, k) if name == "rot_q" else (q, x)
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, block.window)
+        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, block.window, causal)
         scaling = block.scaling if scaling is None else scaling
         return exposed_attention(q, k, v, allowed, scaling, visit, bias, dropout, block.softcap), None
 

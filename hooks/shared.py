@@ -22,6 +22,7 @@ from .editing import Edits, Key
 from .inputs import Inputs
 from .meter import Meter
 from .packed import Packed
+from .packed_attention import seen_by
 from .region import Region, entire, resolve
 from .sites import Site, execution_order
 
@@ -88,21 +89,32 @@ class SharedRun:
                 marks = torch.ones_like(region.cols, dtype=torch.bool)
                 if region.valid is not None:
                     marks = region.full_valid()[..., 0]
-                read |= torch.zeros_like(real).scatter(1, region.cols, marks)
-            # Causal attention: what is read depends on the tokens before it, at every layer but the last.
-            before = read.flip(1).long().cumsum(1).flip(1) > 0
-            self.needed = [real & before] * (depth - 1) + [read & real]
+                read |= torch.zeros_like(real).scatter(1, self.unembedded(region), marks)
+            # What is read depends on the tokens that attention sees from there, at every layer but the last.
+            self.needed = [real & seen_by(read, self.arch.causal)] * (depth - 1) + [read & real]
 
     def region(self, site: Site) -> Region:
         """A read resolved on these rows, as wide as on all of them."""
         return (resolve if site.restricted else entire)(site, self.whole, self.sizes[site.key]).rows(self.window)
 
+    def unembedded(self, region: Region) -> Tensor:
+        """int64 [b, n]: the columns of the final states that a part of the logits is made of."""
+        return region.cols if self.arch.readout is None else torch.full_like(region.cols, self.arch.readout)
+
+    def embedded(self, inputs: Inputs, chosen: Tensor) -> Tensor:
+        """Embeddings [N, M] of the tokens of a batch that are chosen, bool [b, T]."""
+        if inputs.pixels is None:
+            return self.arch.embed(inputs.ids[chosen].to(self.device))
+        rows = chosen.any(1)
+        like = next(self.arch.embed.parameters())
+        whole = self.arch.embed(inputs.pixels[rows].to(self.device, like.dtype))
+        return whole.flatten(0, 1).index_select(0, chosen[rows].flatten().nonzero().squeeze(1).to(self.device))
+
     def run_base(self, world: Edits) -> list[Tensor]:
         """Compute the base, keep what worlds will need of it, and return its reads."""
         real = self.inputs.mask
-        ids = self.inputs.ids[real].to(self.device)
         chunk = Chunk(self, [world], is_base=True)
-        x = Packed(real, self.arch.embed(ids), len(self.inputs))
+        x = Packed(real, self.embedded(self.inputs, real), len(self.inputs))
         return chunk.run(x)[0]
 
     def run_worlds(self, worlds: Sequence[Edits]) -> list[list[Tensor]]:
@@ -110,9 +122,13 @@ class SharedRun:
         chunk = Chunk(self, worlds)
         dirty, pieces = [], []
         for edits in worlds:
-            ids = edits.world.inputs.ids[edits.window]
-            differs = (ids != self.inputs.ids) & self.inputs.mask
+            assert edits.window is not None
+            own = edits.world.inputs
+            own = self.inputs if own is self.whole else own.rows(edits.window)
+            differs = own.differs(self.inputs) & self.inputs.mask
             dirty.append(differs)
-            pieces.append(ids[differs])
-        x = Packed(torch.cat(dirty), self.arch.embed(torch.cat(pieces).to(self.device)), len(self.inputs))
-        return chunk.run(x)
+            if bool(differs.any()):
+                pieces.append(self.embedded(own, differs))
+        nothing = torch.zeros_like(self.inputs.mask)
+        values = torch.cat(pieces) if pieces else self.embedded(self.inputs, nothing)
+        return chunk.run(Packed(torch.cat(dirty), values, len(self.inputs)))

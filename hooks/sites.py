@@ -93,7 +93,8 @@ class Site:
         head: an int, ints, or None for all. Key/value heads where the site has those.
         pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
             or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
-            positions count from the row's last real token.
+            positions count from the row's last real token. Of an image, 0 is the class token, and the patches follow
+            row by row; the logits of a classifier have one position.
         key_pos: key positions of ``scores`` and ``pattern``, in the same forms.
         dim: entries of the last axis; for ``logits`` these are tokens, and may be ints [B, n], a list for each row.
     """

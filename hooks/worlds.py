@@ -117,6 +117,7 @@ def run_worlds(
     for world in worlds:
         if not isinstance(world, World):
             raise PlanError(f"run_worlds runs Worlds (inputs under a plan), not {type(world).__name__}")
+        model.check_inputs(world.inputs)
         model.check(world.plan)
     reads = [site(read) for read in reads]
     for read in reads:
@@ -171,10 +172,12 @@ def hooked_pass(
     with ExitStack() as stack:
         install(session, model.architecture, stack, expose)
         inputs = [e.world.inputs.rows(e.window) for e in edits if e.window is not None]
+        pixels = [i.pixels for i in inputs if i.pixels is not None]
         logits = model.forward(
             torch.cat([i.ids for i in inputs]),
             torch.cat([i.mask for i in inputs]),
             torch.cat([i.positions for i in inputs]),
+            torch.cat(pixels) if pixels else None,
         )
     return session, logits
 

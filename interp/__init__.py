@@ -53,7 +53,9 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
+from interp import paths
 from interp.attribution import attribution
+from interp.axes import Axis
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
 from interp.loading import load
@@ -70,7 +72,7 @@ from interp.metrics import (
     prob,
     rank,
 )
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.sweeps import sweep
 
 __all__ = [
@@ -115,6 +117,7 @@ __all__ = [
     "metric",
     "noise",
     "patch",
+    "paths",
     "prob",
     "project_out",
     "rank",

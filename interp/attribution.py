@@ -52,6 +52,7 @@ def attribution(
     check_model(model, direction)
     check_metrics([metric])
     base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
+    model.check_inputs(base_inputs)
     axes, cells = grid.cells(model, base_inputs)
     plans = [cell.plan(factory) for cell in cells]
     bound = metric.bind(model, base_inputs)

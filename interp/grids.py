@@ -14,7 +14,7 @@ from torch import Tensor
 from hooks import KINDS, Inputs, Intervention, Model, Plan, Site, Span
 from hooks.errors import SiteError, nearest
 from hooks.sites import DIM, HEAD, KEY, POS
-from interp.results import Axis
+from interp.axes import Axis
 
 Factory = Callable[[Site], Intervention]
 """From a site to what is done there: ``ip.zero``, or ``lambda site: ip.steer(site, v)``."""
@@ -105,9 +105,9 @@ class Grid:
             model.require(Site(kind, 0 if KINDS[kind].per_layer else None))
         if name == "layer":
             return model.n_layers
-        if name in (POS, KEY):
-            return int(inputs.lengths.max())
         layer = 0 if KINDS[kind].per_layer else None
+        if name in (POS, KEY):
+            return model.sizes[Site(kind, layer).key].get(name, int(inputs.lengths.max()))
         model.require(Site(kind, layer))
         return model.sizes[Site(kind, layer).key][name]
 

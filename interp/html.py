@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hooks.html import table
+
 if TYPE_CHECKING:
+    from interp.axes import Axis
     from interp.results import Result
 
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)
@@ -74,3 +77,35 @@ def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
         f"<text x='{x:.1f}' y='{y:.1f}' font-size='10' font-family='sans-serif' text-anchor='{anchor}'{more}>"
         f"{html.escape(text)}</text>"
     )
+
+
+def summary(result: Result) -> str:
+    """Return a summary, the five largest effects, and a heatmap that tells every effect on hover, for notebooks."""
+    from interp.plots import visible
+
+    best = result.top(5)
+    of = f" on {best[0]['metric']}" if best and result.several else ""
+    head = [*(axis.name for axis in result.axes), f"mean effect{of}", "95% interval"]
+    lines = [
+        [*(_shown(axis, cell) for axis in result.axes), f"{cell['effect']:+.4g}", _interval(cell)] for cell in best
+    ]
+    told = {key: result.config[key] for key in ("model", "direction", "executor", "selected") if key in result.config}
+    about = "; ".join(f"{key} {visible(str(value))[:80]}" for key, value in told.items())
+    drawn = ""
+    if len(result.axes) in (1, 2) and result.status.size <= MOST_CELLS:
+        drawn = heatmap(result.sel(metric=result.metrics[0]) if result.several else result)
+    small = f"<div><small>{html.escape(about)}</small></div>" if about else ""
+    return table(head, lines, caption=repr(result)) + small + drawn
+
+
+def _shown(axis: Axis, cell: dict[str, Any]) -> str:
+    """Return the cell's value on the axis, with its label where that says more."""
+    from interp.plots import visible
+
+    value = cell[axis.name]
+    label = axis.labels[axis.values.index(value)]
+    return str(value) if label == str(value) else f"{value} {visible(label)}"
+
+
+def _interval(cell: dict[str, Any]) -> str:
+    return "" if np.isnan(cell["low"]) else f"{cell['low']:+.4g} to {cell['high']:+.4g}"

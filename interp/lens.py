@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hooks import Inputs, Model, Site
 from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import InputsError, MetricError, ModelError
+from interp.axes import Axis
 from interp.metrics import Metric, Tokens, call, token_ids
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.sweeps import assemble, describe_run
 
 
@@ -32,14 +33,22 @@ class LogitLens:
     points: tuple[str, ...]
     inputs: Inputs
 
-    def top(self, model: Model, k: int = 3, row: int = 0, pos: int = -1) -> list[list[tuple[str, float]]]:
-        """The k likeliest next tokens at each point, with their probabilities, for one row and position."""
+    def top(self, model: Model, k: int = 3, row: int = 0, pos: int | None = None) -> list[list[tuple[str, float]]]:
+        """The k likeliest next tokens (or classes) at each point, with their probabilities, for one row and position.
+
+        Args:
+            model: what was read out.
+            k: how many.
+            row, pos: where; by default the position that the model's answer is read from, the last or a classifier's.
+        """
+        readout = model.architecture.readout
+        pos = pos if pos is not None else -1 if readout is None else readout
         length = int(self.inputs.lengths[row])
         if not -length <= pos < length:
             raise InputsError(f"position {pos} is not in row {row}, which has {length} tokens")
         column = int(self.inputs.order[row, pos % length])
         chances, ids = self.logits[:, row, column].float().softmax(-1).topk(k, dim=-1)
-        name = model.decode if model.tokenizer is not None else (lambda i: str(i[0]))
+        name = model.decode if model.tokenizer is not None or readout is not None else (lambda i: str(i[0]))
         return [
             [(name([i]), p) for i, p in zip(a, b, strict=True)]
             for a, b in zip(ids.tolist(), chances.tolist(), strict=True)
@@ -47,7 +56,8 @@ class LogitLens:
 
 
 def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> LogitLens | Result:
-    """Read every layer's residual stream out as if it were the last.
+    """Read every layer's residual stream out as if it were the last; in a classifier at every position, which it reads
+    at one.
 
     Args:
         model: a wrapped model.
@@ -75,7 +85,8 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     values = np.zeros((1, len(sites) + 2, len(inputs)))
     with torch.no_grad():
         for i, place in enumerate(sites):
-            logits = arch.logits(arch.norm(run.tape[place]))
+            final = run.tape[place] if arch.readout is None else run.tape[place][:, arch.readout, None]
+            logits = arch.logits(arch.norm(final))
             parts = [resolve(r, inputs, model.sizes[r.key]).get(logits) for r in bound.reads]
             values[0, i + 2] = call(bound, metric.name, slice(0, len(inputs)), parts).to("cpu", torch.float64).numpy()
     return _as_result(values, Axis("layer", points), metric.name, inputs, model, "logit lens")
@@ -94,11 +105,12 @@ def direct_logit_attribution(
         model: a wrapped model.
         inputs: the prompts.
         answer, foil: as in `logit_diff`; without a foil, the logit of the answer.
-        pos: the position read.
+        pos: the position read; a classifier's logits have one, 0 and -1.
         heads: split attention into its heads (and its output bias); else one part a layer.
 
     Returns:
-        A `Result` with one axis ``component`` ("embed", "0.h3", "0.attn_bias", "0.mlp", ..., "norm_bias"), in nats.
+        A `Result` with one axis ``component`` ("embed", "0.h3", "0.attn_bias", "0.mlp", ..., "norm_bias", and
+        "unembed_bias" where there is one), in nats.
 
     Raises:
         ModelError: the parts do not add up, so the model is not what this describes.
@@ -106,10 +118,17 @@ def direct_logit_attribution(
     if not isinstance(pos, int):
         raise MetricError(f"direct logit attribution reads one position, not pos={pos!r}")
     arch = model.architecture
+    if arch.readout is not None:
+        if pos not in (0, -1):
+            raise MetricError(f"a classifier's logits have one position, 0 or -1, not pos={pos}")
+        pos = arch.readout
+    weight, bias = linear_weight(arch.unembed)
     good = token_ids(model, answer, len(inputs))
-    direction = _columns(arch.unembed, good)
+    direction, constant = _columns(weight, good), None if bias is None else _columns(bias, good)
     if foil is not None:
-        direction = direction - _columns(arch.unembed, token_ids(model, foil, len(inputs)))
+        bad = token_ids(model, foil, len(inputs))
+        direction = direction - _columns(weight, bad)
+        constant = None if bias is None or constant is None else constant - _columns(bias, bad)
     last = Site("resid_post", model.n_layers - 1, pos=pos)
     wanted = [Site("resid_pre", 0, pos=pos), last]
     for layer, block in enumerate(arch.blocks):
@@ -140,10 +159,13 @@ def direct_logit_attribution(
                 names.append(f"{layer}.mlp")
                 parts.append(onto(tape[Site("mlp_out", layer, pos=pos)][:, 0]))
         whole = (arch.norm(final) * towards).sum(-1)
-        constant = whole - onto(final)
         if isinstance(getattr(arch.norm, "bias", None), Tensor):
             names.append("norm_bias")
-            parts.append(constant)
+            parts.append(whole - onto(final))
+        if constant is not None:
+            names.append("unembed_bias")
+            parts.append(constant.to(final.device))
+            whole = whole + parts[-1]
         stacked = torch.stack(parts)
         gap = float((stacked.sum(0) - whole).abs().max())
         scale = float(stacked.abs().sum(0).max())
@@ -157,9 +179,8 @@ def direct_logit_attribution(
     return _as_result(values, Axis("component", tuple(names)), name, inputs, model, "direct logit attribution")
 
 
-def _columns(unembed: nn.Module, tokens: Tensor) -> Tensor:
-    """The mean unembedding direction [B, M] of each row's tokens [B, n]."""
-    weight, _ = linear_weight(unembed)
+def _columns(weight: Tensor, tokens: Tensor) -> Tensor:
+    """The mean, over each row's tokens [B, n], of their part of the unembedding's weight [V, M] or bias [V]."""
     return weight.detach()[tokens.to(weight.device)].mean(1)
 
 

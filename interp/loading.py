@@ -12,6 +12,8 @@ from hooks import Model, wrap
 from hooks.errors import ModelError, nearest
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
+IMAGE_CLASSIFIERS = ("vit",)
+"""The model types that are loaded with a classifier of images."""
 
 
 def shipped() -> tuple[str, ...]:
@@ -20,7 +22,7 @@ def shipped() -> tuple[str, ...]:
 
 
 def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Load a model and its tokenizer, in evaluation mode.
+    """Load a language model and its tokenizer, or an image classifier, in evaluation mode.
 
     Args:
         name: a model that ships with the package, a local folder, or a name on the Hugging Face hub.
@@ -69,9 +71,12 @@ def _load_small(folder: Path) -> Model:
 
 
 def _load_hub(name: str, local: bool) -> Model:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
     try:
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        if config.model_type in IMAGE_CLASSIFIERS:
+            return wrap(AutoModelForImageClassification.from_pretrained(name, local_files_only=local))
         module = AutoModelForCausalLM.from_pretrained(name, local_files_only=local)
         tokenizer = None
         if not local or any((Path(name) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):

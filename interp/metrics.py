@@ -83,9 +83,9 @@ def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
 
     Args:
         answer: a token (id or text) for all rows; one for each row; or several for each row [B, n], whose mean is
-            taken.
+            taken. Of a classifier, classes: ids or labels.
         foil: the same.
-        pos: the position read; the mean where there are several.
+        pos: the position read; the mean where there are several. A classifier's logits have one, 0 and -1.
 
     Raises:
         MetricError: on use, where a text is not one token, or there are not as many as rows.
@@ -204,10 +204,12 @@ def cross_entropy() -> Metric:
     """Mean loss of predicting each token of the prompt from those before it, in nats a token.
 
     Raises:
-        MetricError: on use, where a prompt has only one token.
+        MetricError: on use, where a prompt has only one token, or the inputs are images.
     """
 
     def bind(model: Model, inputs: Inputs) -> Bound:
+        if inputs.pixels is not None:
+            raise MetricError("cross_entropy predicts tokens of a prompt; of images, measure log_prob(label)")
         if int(inputs.lengths.min()) < 2:
             raise MetricError("cross_entropy predicts each token from those before it; a prompt has only one token")
         ids = inputs.ids.gather(1, inputs.order)
@@ -319,7 +321,8 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
     ids = torch.tensor(table)
     vocabulary = model.architecture.vocabulary
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise MetricError(f"an answer is outside the vocabulary of {vocabulary} tokens")
+        things = "tokens" if model.architecture.readout is None else "classes"
+        raise MetricError(f"an answer is outside the vocabulary of {vocabulary} {things}")
     return ids
 
 

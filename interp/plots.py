@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from interp.results import Axis, Result
+    from interp.axes import Axis
+    from interp.results import Result
 
 # Red-white-blue keeps its two ends apart in every common form of colour blindness.
 _COLOURS = "RdBu_r"
@@ -93,7 +94,8 @@ def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None
     Returns:
         The matplotlib axes.
     """
-    from interp.results import Axis, Result
+    from interp.axes import Axis
+    from interp.results import Result
 
     means = np.abs(np.nan_to_num(result.mean()))
     order = np.argsort(-means, axis=None)[:k]
@@ -138,8 +140,10 @@ def attention(pattern: Any, tokens: Sequence[str], ax: Any = None, title: str = 
     if ax is None:
         size = 1.6 + 0.2 * len(tokens)
         ax = _figure(size, size).subplots()
+    # Causal attention leaves the future empty; what does look there is drawn.
     future = np.triu(np.ones(weights.shape, bool), 1)
-    ax.imshow(np.where(future, np.nan, weights), cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+    hidden = future & (not weights[future].any())
+    ax.imshow(np.where(hidden, np.nan, weights), cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
     labels = [_text(visible(token), _LONGEST) for token in tokens]
     size = min(9.0, max(_SMALLEST, 150.0 / len(tokens)))
     _set_ticks(ax.xaxis, labels, 1, True, size, 90)

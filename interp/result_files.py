@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from hooks.errors import ResultError
 from hooks.files import pair, write_all
-from interp.results import Axis, Result
+from interp.axes import Axis
+from interp.results import Result
 
 SCHEMA, VERSION = "interp.result", 1
 _ARRAYS = ("effect", "base", "source", "status", "noise_floor")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from hooks.errors import ResultError, nearest
-from hooks.html import table
 from interp import html as views
 from interp import plots, stats
+from interp.axes import Axis, find, some
+from interp.frames import frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,35 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATUS = ("fired", "inert", "pruned")
-_COLUMNS = ("metric", "row", "effect", "base", "source", "status", "low", "high")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a grid.
-
-    Attributes:
-        name: "layer", "pos", "head", "key_pos", "site", "cell".
-        values: numbers, strings, or tuples of ints (a group edited together).
-        labels: what a figure or table prints (tokens, say); by default the values as text.
-    """
-
-    name: str
-    values: tuple
-    labels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        values = tuple(_plain(value) for value in self.values)
-        labels = tuple(self.labels) or tuple(str(value) for value in values)
-        if not isinstance(self.name, str) or self.name in _COLUMNS:
-            raise ResultError(f"an axis cannot be called {self.name!r}: that names a column of the result's table")
-        if len(labels) != len(values) or not all(isinstance(label, str) for label in labels):
-            raise ResultError(f"axis {self.name!r} has {len(values)} values and needs as many labels, got {labels}")
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "labels", labels)
-
-    def __len__(self) -> int:
-        return len(self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +83,7 @@ class Result:
         for name, kind in {"axes": Axis, "metrics": str, "rows": str}.items():
             given = getattr(self, name)
             if isinstance(given, str) or not all(isinstance(value, kind) for value in given):
-                raise ResultError(f"{name} is a tuple of {kind.__name__}, got {_some(given)}")
+                raise ResultError(f"{name} is a tuple of {kind.__name__}, got {some(given)}")
             object.__setattr__(self, name, tuple(given))
         if not isinstance(self.config, dict):
             raise ResultError(f"config is a dict of JSON data, got {type(self.config).__name__}")
@@ -132,7 +103,7 @@ class Result:
                 continue
             array = np.asarray(getattr(self, name))
             if name == "status" and not np.isin(array, range(len(STATUS))).all():
-                raise ResultError(f"status is 0, 1 or 2 ({', '.join(STATUS)}), got {_some(np.unique(array).tolist())}")
+                raise ResultError(f"status is 0, 1 or 2 ({', '.join(STATUS)}), got {some(np.unique(array).tolist())}")
             array = array.astype(np.int8 if name == "status" else np.float64, copy=False)
             if array.shape != shape:
                 raise ResultError(f"{name} has shape {array.shape}, but the axes, metrics and rows make it {shape}")
@@ -281,14 +252,14 @@ class Result:
         names = ["metric", *(axis.name for axis in self.axes)]
         for name in wanted:
             if name not in names:
-                raise ResultError(f"no axis {name!r}{nearest(name, names)}; there are {_some(names)}")
+                raise ResultError(f"no axis {name!r}{nearest(name, names)}; there are {some(names)}")
         result = self
         for name, value in wanted.items():
             result = result._sel_metric(value) if name == "metric" else result._sel_axis(name, value)
         return result
 
     def _sel_metric(self, wanted: Any) -> Result:
-        at = _find("metric", self.metrics, wanted)
+        at = find("metric", self.metrics, wanted)
         if not self.several:
             return self
         return replace(
@@ -304,7 +275,7 @@ class Result:
     def _sel_axis(self, name: str, wanted: Any) -> Result:
         dim = [axis.name for axis in self.axes].index(name)
         axis = self.axes[dim]
-        at = _find(f"axis {name!r}", axis.values, wanted)
+        at = find(f"axis {name!r}", axis.values, wanted)
         if isinstance(at, list):
             kept = (Axis(name, tuple(axis.values[i] for i in at), tuple(axis.labels[i] for i in at)),)
             config = self.config
@@ -326,25 +297,7 @@ class Result:
 
         Columns: metric, one an axis (its values), row, effect, base, source (nan for ablations), status ("fired", ...).
         """
-        import pandas as pd
-
-        shape = (len(self.metrics), *(len(axis) for axis in self.axes), len(self.rows))
-        every = np.indices(shape, sparse=True)
-
-        def spread(values: Sequence | np.ndarray, where: Sequence[np.ndarray]) -> np.ndarray:
-            """Return a value for each line; `where` holds one index array for each dimension of the values."""
-            if not isinstance(values, np.ndarray):
-                values = pd.Series(list(values)).to_numpy()  # keeps tuples whole and numbers numbers
-            return np.broadcast_to(values[tuple(where)], shape).ravel()
-
-        nowhere = np.full(self.base.shape, np.nan)
-        per_row = {"base": self.base, "source": nowhere if self.source is None else self.source}
-        columns = {"metric": spread(self.metrics, every[:1])}
-        columns |= {axis.name: spread(axis.values, [at]) for axis, at in zip(self.axes, every[1:-1], strict=True)}
-        columns |= {"row": spread(self.rows, every[-1:]), "effect": self.effect.ravel()}
-        columns |= {name: spread(np.atleast_2d(x), [every[0], every[-1]]) for name, x in per_row.items()}
-        columns["status"] = np.array(STATUS, dtype=object)[spread(self.status, every[1:-1])]
-        return pd.DataFrame(columns)
+        return frame(self, STATUS)
 
     def plot(self, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
         """Draw the result; see `interp.plots.heatmap`. In a notebook, `figure()` is what shows."""
@@ -370,19 +323,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return a summary, the five largest effects, and a heatmap that tells every effect on hover, for notebooks."""
-        best = self.top(5)
-        of = f" on {best[0]['metric']}" if best and self.several else ""
-        head = [*(axis.name for axis in self.axes), f"mean effect{of}", "95% interval"]
-        lines = [
-            [*(_shown(axis, cell) for axis in self.axes), f"{cell['effect']:+.4g}", _interval(cell)] for cell in best
-        ]
-        told = {key: self.config[key] for key in ("model", "direction", "executor", "selected") if key in self.config}
-        about = "; ".join(f"{key} {plots.visible(str(value))[:80]}" for key, value in told.items())
-        drawn = ""
-        if len(self.axes) in (1, 2) and self.status.size <= views.MOST_CELLS:
-            drawn = views.heatmap(self.sel(metric=self.metrics[0]) if self.several else self)
-        small = f"<div><small>{html.escape(about)}</small></div>" if about else ""
-        return table(head, lines, caption=repr(self)) + small + drawn
+        return views.summary(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `path`.json and `path`.safetensors, and return the path of the first; see `interp.result_files`."""
@@ -413,51 +354,3 @@ class Result:
             with np.errstate(invalid="ignore"):  # infinite on both sides: no difference to speak of
                 difference = source - base
             yield effect, difference, float(floor)
-
-
-def _plain(value: Any) -> Any:
-    """Return Python's own numbers for numpy's, and tuples for lists."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _find(what: str, values: tuple, wanted: Any) -> int | list[int]:
-    """Return the index of one value, or the indices of several: a list, range or array, or a tuple that is no value."""
-    several = isinstance(wanted, (list, range)) or (isinstance(wanted, np.ndarray) and wanted.ndim > 0)
-    wanted = _plain(tuple(wanted) if several else wanted)
-    if several or (isinstance(wanted, tuple) and wanted not in values):
-        if not wanted:
-            raise ResultError(f"an empty selection from {what}")
-        return [_find_one(what, values, one) for one in wanted]
-    return _find_one(what, values, wanted)
-
-
-def _find_one(what: str, values: tuple, wanted: Any) -> int:
-    # True == 1 in Python: a mask must not pass for the values 0 and 1.
-    found = [
-        i for i, value in enumerate(values) if value == wanted and isinstance(wanted, bool) is isinstance(value, bool)
-    ]
-    if not found:
-        raise ResultError(f"{what} has no {wanted!r}{nearest(wanted, values)}; it has {_some(values)}")
-    if len(found) > 1:
-        raise ResultError(f"{what} has {wanted!r} {len(found)} times, so it does not say which")
-    return found[0]
-
-
-def _some(values: Sequence) -> str:
-    """Return the values as text, in short when there are many."""
-    if len(values) <= 12:
-        return ", ".join(map(repr, values))
-    return f"{', '.join(map(repr, values[:6]))}, ..., {values[-1]!r}"
-
-
-def _shown(axis: Axis, cell: dict[str, Any]) -> str:
-    """Return the cell's value on the axis, with its label where that says more."""
-    value = cell[axis.name]
-    label = axis.labels[axis.values.index(value)]
-    return str(value) if label == str(value) else f"{value} {plots.visible(label)}"
-
-
-def _interval(cell: dict[str, Any]) -> str:
-    return "" if np.isnan(cell["low"]) else f"{cell['low']:+.4g} to {cell['high']:+.4g}"

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks import Inputs, Model, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
@@ -25,9 +24,11 @@ from hooks.digest import digest_of
 from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
 from hooks.saving import fingerprint
 from hooks.worlds import choose
+from interp.axes import Axis
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call, read_reference
-from interp.results import STATUS, Axis, Result
+from interp.progress import tqdm
+from interp.results import STATUS, Result
 from interp.streaming import Stream, weights_digest
 
 DIRECTIONS = ("denoising", "noising")
@@ -52,7 +53,7 @@ def sweep(
 
     Args:
         model: a wrapped model, in evaluation mode.
-        clean: the prompts that show the behaviour.
+        clean: the prompts (or images) that show the behaviour.
         corrupt: the prompts that do not, row by row of the same lengths; None where `intervention` needs no other
             prompts, which then is applied to `clean`.
         grid: the cells; see `interp.grid`.
@@ -80,6 +81,7 @@ def sweep(
     metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
     check_metrics(metrics)
     base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
+    model.check_inputs(base_inputs)
     if not isinstance(grid, Grid):
         raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
     axes, cells = grid.cells(model, base_inputs)
@@ -256,7 +258,8 @@ def assemble(
     rounding = np.finfo(np.float64).eps if model.dtype == torch.float64 else torch.finfo(model.dtype).eps
     floor = np.maximum(np.abs(values[:, 1] - base).max(1), rounding * np.abs(base).max(1))
     pick = (lambda a: a) if several else (lambda a: a[0])
-    labels = tuple("".join(inputs.labels(r)) if inputs.tokens else f"row {r}" for r in range(len(inputs)))
+    worded = inputs.tokens is not None and inputs.pixels is None
+    labels = tuple("".join(inputs.labels(r)) if worded else f"row {r}" for r in range(len(inputs)))
     return Result(
         effect=pick(effect),
         axes=axes,

@@ -99,6 +99,9 @@ class Spec:
 
     `rotary_width` is how many dimensions of a head are turned (None: all), `embed_scale` the factor of the embedding,
     `cap` what the logits stay below.
+
+    One that takes images has W_E [M,channels,height,width] and b_E [M] of a patch, and the embedding of its class token
+    [M]; every token sees every other, and the class token alone is read, by W_U and b_U.
     """
 
     W_E: Tensor
@@ -111,10 +114,14 @@ class Spec:
     rotary_width: int | None = None
     embed_scale: float = 1.0
     cap: float | None = None
+    class_token: Tensor | None = None
+    b_E: Tensor | None = None
+    b_U: Tensor | None = None
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits [..., V] of the final norm's output [..., M]."""
         logits = torch.einsum("...m,vm->...v", final, self.W_U)
+        logits = logits if self.b_U is None else logits + self.b_U
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
@@ -339,6 +346,36 @@ def read_small(model: nn.Module) -> Spec:
     )
 
 
+def read_vit(model: nn.Module) -> Spec:
+    """A vision transformer with a classifier: LayerNorm, biases everywhere."""
+    config, p = model.config, Parameters(model)
+    assert config.hidden_act == "gelu"
+    norm = (config.layer_norm_eps, True)
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at = f"vit.layers.{i}"
+        layers.append(
+            LayerWeights(
+                norm1=p.norm(f"{at}.layernorm_before", *norm),
+                attn=p.attention(f"{at}.attention", config.hidden_size // config.num_attention_heads, norm, None),
+                norm2=p.norm(f"{at}.layernorm_after", *norm),
+                mlp=p.mlp(f"{at}.mlp.gate", f"{at}.mlp.fc1", f"{at}.mlp.fc2", "gelu"),
+            )
+        )
+    return Spec(
+        W_E=p["vit.embeddings.patch_embeddings.projection.weight"],
+        W_pos=p["vit.embeddings.position_embeddings"][0],
+        layers=tuple(layers),
+        norm=p.norm("vit.layernorm", *norm),
+        W_U=p["classifier.weight"],
+        rotary_base=None,
+        angle_dtype=torch.float32,
+        class_token=p["vit.embeddings.cls_token"][0, 0],
+        b_E=p["vit.embeddings.patch_embeddings.projection.bias"],
+        b_U=p["classifier.bias"],
+    )
+
+
 READERS: dict[str, Callable[[nn.Module], Spec]] = {
     "GPT2LMHeadModel": read_gpt2,
     "Gemma2ForCausalLM": read_gemma,
@@ -348,6 +385,7 @@ READERS: dict[str, Callable[[nn.Module], Spec]] = {
     "Qwen2ForCausalLM": read_llama,
     "Qwen3ForCausalLM": read_llama,
     "Transformer": read_small,
+    "ViTForImageClassification": read_vit,
 }
 
 
@@ -359,6 +397,17 @@ def read(model: nn.Module) -> Spec:
 def positions(mask: Tensor) -> Tensor:
     """Return the position ids [B,T] that padding asks for: real tokens so far - 1, and 0 before the first."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def embed_image(spec: Spec, pixels: Tensor) -> Tensor:
+    """Embed pixels [B,channels,height,width]: the class token, then patch by patch, each with its position."""
+    height, width = spec.W_E.shape[2:]
+    tokens = [spec.class_token.expand(len(pixels), -1)]
+    for top in range(0, pixels.shape[2], height):
+        for left in range(0, pixels.shape[3], width):
+            patch = pixels[:, :, top : top + height, left : left + width]
+            tokens.append(torch.einsum("bchw,mchw->bm", patch, spec.W_E) + spec.b_E)
+    return torch.stack(tokens, dim=1) + spec.W_pos
 
 
 def rotate(x: Tensor, position: Tensor, base: float, dtype: torch.dtype) -> Tensor:
@@ -391,14 +440,14 @@ def forward(
 
     Args:
         model: a model of a family in `READERS`; only its parameters and config are read.
-        ids: token ids [B,T].
+        ids: token ids [B,T], or pixels [B,channels,height,width].
         mask: bool [B,T], True at real tokens. Masks keys alone, as the models do: a padded query before the first real
             token attends to nothing (its pattern is zero), one after the last still sees the real tokens before it.
         edits: (site, layer or None) -> function from the site's whole tensor to a new one of the same shape, applied in
             execution order. An edit of `resid_post` comes before one of the next layer's `resid_pre`.
 
     Returns:
-        The logits [B,T,V], and every site's value after editing by (site, layer or None).
+        The logits [B,T,V] ([B,1,V] of a classifier), and every site's value after editing by (site, layer or None).
 
     Raises:
         ValueError: an edit of a site that the model does not have, or one that changes the shape.
@@ -417,12 +466,13 @@ def forward(
         cache[name, layer] = x
         return x
 
-    T = ids.shape[1]
+    T = mask.shape[1]
     position = positions(mask)
     query, key = torch.arange(T, device=ids.device)[:, None], torch.arange(T, device=ids.device)[None, :]
 
-    resid = at("embed", None, spec.W_E[ids] * spec.embed_scale)
-    if spec.W_pos is not None:
+    images = spec.class_token is not None
+    resid = at("embed", None, embed_image(spec, ids) if images else spec.W_E[ids] * spec.embed_scale)
+    if spec.W_pos is not None and not images:
         resid = resid + at("pos_embed", None, spec.W_pos[position])
 
     for layer, w in enumerate(spec.layers):
@@ -445,7 +495,7 @@ def forward(
             q = at("rot_q", layer, rotate_some(q, position, spec))
             k = at("rot_k", layer, rotate_some(k, position, spec))
 
-        allowed = (key <= query) & mask[:, None, None, :]
+        allowed = mask[:, None, None, :] & ((key <= query) | images)
         if a.window is not None:
             allowed = allowed & (key > query - a.window)
         group = torch.arange(H, device=ids.device) // (H // K)  # the key/value head that each query head reads
@@ -479,7 +529,7 @@ def forward(
         resid = at("resid_post", layer, mid + mlp_out)
 
     final = at("ln_final", None, spec.norm(resid))
-    logits = at("logits", None, spec.logits(final))
+    logits = at("logits", None, spec.logits(final[:, :1] if images else final))
     if pending:
         raise ValueError(f"{type(model).__name__} has no sites {sorted(pending, key=str)}")
     return logits, cache

@@ -17,8 +17,9 @@ from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 
 from hooks.errors import ResultError
+from interp.axes import Axis
 from interp.plots import heatmap, visible
-from interp.results import Axis, Result
+from interp.results import Result
 
 TOKENS = (
     "<|endoftext|>",
@@ -389,7 +390,8 @@ def test_figure_shows_itself_in_a_notebook_and_can_be_copied():
 RESULT = """
 import sys
 import numpy as np
-from interp.results import Axis, Result
+from interp.axes import Axis
+from interp.results import Result
 r = Result(
     np.ones((2, 3)), (Axis("layer", (0, 1)),), ("m",), False, np.zeros(3), None, np.zeros(2), 0.0, ("a", "b", "c"), {}
 )

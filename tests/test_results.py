@@ -14,7 +14,8 @@ import pytest
 
 from hooks.errors import InterpError, ResultError
 from interp import stats
-from interp.results import Axis, Result
+from interp.axes import Axis
+from interp.results import Result
 
 ODD = {"a$b": [1, 2.5, None, True, {"deep": ["é", "\ud800", "\n"]}], "big": 10**30, "selected": "mine", "": {}}
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from interp.models import Transformer, TransformerConfig
 
 VOCAB = 50
+IMAGE, PATCH = (2, 8, 8), 4  # channels, height and width of vit's images, and the side of a patch: 5 tokens
+CLASSES = 6
 WINDOW = 4  # mistral's and gemma's sliding window, in tokens: shorter than the sequences of most tests
 
 
@@ -201,6 +203,24 @@ def _small_qk_norm() -> nn.Module:
     )
 
 
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=24,
+            image_size=IMAGE[1:],
+            patch_size=PATCH,
+            num_channels=IMAGE[0],
+            num_labels=CLASSES,
+            attn_implementation="sdpa",
+        )
+    )
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": _gpt2,
     "llama": _llama,
@@ -216,13 +236,15 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "small_qk_norm": _small_qk_norm,
 }
 FAMILIES = list(BUILDERS)
+IMAGE_BUILDERS: dict[str, Callable[[], nn.Module]] = {"vit": _vit}
+"""What takes images in place of tokens, for tests of its own."""
 
 
 def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, widen: bool = True) -> nn.Module:
     """Return a tiny model of `family` in eval mode, with random weights.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES`, or of `IMAGE_BUILDERS`.
         seed: of the weights; the same in every dtype, up to rounding.
         dtype: of the weights.
         widen: make the RMSNorms and the eager attention of transformers compute in the model's own dtype where that is
@@ -231,7 +253,7 @@ def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, widen: 
             eager attention's masks are made of, becomes an infinity, and a row without a key NaN.
     """
     with torch.random.fork_rng(devices=[]):  # constructors initialise their weights: leave the caller's generator alone
-        model = BUILDERS[family]()
+        model = (BUILDERS | IMAGE_BUILDERS)[family]()
     return prepare(model, seed, dtype, widen)
 
 
@@ -336,3 +358,8 @@ def random_inputs(vocab: int, lengths: Sequence[int], padding: str = "right", se
         ids[row, real] = torch.randint(1, vocab, (length,), generator=generator)
         mask[row, real] = True
     return ids, mask
+
+
+def random_images(rows: int, seed: int = 0) -> Tensor:
+    """Return random pixels [B, *IMAGE] in float64."""
+    return torch.randn(rows, *IMAGE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

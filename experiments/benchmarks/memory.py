@@ -43,25 +43,28 @@ def _peaks(setting: Setting, side: str) -> list[dict[str, Any]]:
     with torch.no_grad():
         model(input_ids=setting.ids(1, 2).to(setting.device))  # what the first call loads belongs to nobody's sweep
     rows = []
-    before = _held(setting.device)
+    before = held(setting.device)
     for tokens in sorted(setting.lengths):  # from small to large: what an allocator holds back hides no later peak
         for site in ("z", "resid_pre"):
             task = setting.task(site, tokens, setting.shared[0])
-            _forget_peak(setting.device)
+            forget_peak(setting.device)
             (prepare(task) if side == "ours" else prepare(task, task.cells[:FEW]))()
-            rows.append({"side": side, "site": site, "tokens": tokens, "bytes": _peak(setting.device) - before})
+            rows.append({"side": side, "site": site, "tokens": tokens, "bytes": peak(setting.device) - before})
     return rows
 
 
-def _held(device: str) -> int:
+def held(device: str) -> int:
+    """Bytes held now."""
     return torch.cuda.memory_allocated() if device.startswith("cuda") else _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """Bytes held at most since `forget_peak`."""
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
 
 
-def _forget_peak(device: str) -> None:
+def forget_peak(device: str) -> None:
+    """Start a new high-water mark."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,13 @@ def tables(record: dict[str, Any]) -> str:
 
 def write_readme(path: Path, readme: Path) -> None:
     """Put the tables of a record between the README's markers for its file, at the end where there are none yet."""
+    written(path, readme, tables)
+
+
+def written(path: Path, readme: Path, of: Callable[[dict[str, Any]], str]) -> None:
+    """Put a text made of a record between the README's markers for its file, at the end where there are none yet."""
     begin, end = f"<!-- begin {path.name} -->", f"<!-- end {path.name} -->"
-    block = f"{begin}\n\n{tables(json.loads(path.read_text()))}\n\n{end}"
+    block = f"{begin}\n\n{of(json.loads(path.read_text()))}\n\n{end}"
     text = readme.read_text()
     if begin in text:
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
@@ -89,14 +94,14 @@ def _speed(record: dict[str, Any]) -> str:
                 seconds["ours"],
                 seconds.get("batched", ""),
                 others["transformer_lens"],
-                _times(sweep["over_ours"]["transformer_lens"]),
+                times(sweep["over_ours"]["transformer_lens"]),
                 "" if target is None or record["setting"]["quick"] else f"≥ {target}",
                 others["hook_loop"],
-                _times(sweep["over_ours"]["hook_loop"]),
+                times(sweep["over_ours"]["hook_loop"]),
             ]
         )
     note = f"\\* extrapolated from {record['setting']['sample']} cells. "
-    return _table(head, rows) + f"\n\n{note}In brackets: the smallest and the largest ratio of a repetition."
+    return table(head, rows) + f"\n\n{note}In brackets: the smallest and the largest ratio of a repetition."
 
 
 def _agreement(record: dict[str, Any]) -> str:
@@ -119,11 +124,11 @@ def _agreement(record: dict[str, Any]) -> str:
             f"{sweep['forwards']:.1f}",
             sweep["cells"],
             f"{sweep['bound_seconds']:.2f} s",
-            _times(sweep["over_bound"], digits=2),
+            times(sweep["over_bound"], digits=2),
         ]
         for sweep in record["sweeps"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _memory(record: dict[str, Any]) -> str:
@@ -134,7 +139,7 @@ def _memory(record: dict[str, Any]) -> str:
         [f"{NAMES[site]}, {tokens} tokens", *(f"{sides[s]:.0f}" for s in ("ours", "transformer_lens", "hook_loop"))]
         for (site, tokens), sides in found.items()
     ]
-    return _table(["sweep", "ours", "TransformerLens", "hook loop"], rows)
+    return table(["sweep", "ours", "TransformerLens", "hook loop"], rows)
 
 
 def _forwards(record: dict[str, Any]) -> str:
@@ -147,15 +152,17 @@ def _forwards(record: dict[str, Any]) -> str:
             found = size["over_bare"][name]
             cells.append(f"{found['ratio']:.3f} ({found['lower_quartile']:.3f} to {found['upper_quartile']:.3f})")
         rows.append([name, *cells])
-    return _table(head, rows) + "\n\nIn brackets: the quartiles of the repetitions' ratios."
+    return table(head, rows) + "\n\nIn brackets: the quartiles of the repetitions' ratios."
 
 
-def _times(found: dict[str, float], digits: int = 1) -> str:
+def times(found: dict[str, float], digits: int = 1) -> str:
+    """A ratio with its smallest and largest."""
     middle, low, high = (f"{found[key]:.{digits}f}" for key in ("ratio", "min", "max"))
     return f"{middle} ({low} to {high})"
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])

@@ -24,6 +24,7 @@ _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "mistral": f"{_HERE}.llama",
     "qwen2": f"{_HERE}.llama",
     "qwen3": f"{_HERE}.llama",
+    "vit": f"{_HERE}.vit",
     "interp.models.transformer.Transformer": f"{_HERE}.small",
 }
 

@@ -1,4 +1,4 @@
-"""What the engine needs to know of a decoder: its parts, named once, for both ways of running it.
+"""What the engine needs to know of a transformer: its parts, named once, for both ways of running it.
 
 Forward hooks are placed on these modules, and the copy-on-write executor calls them on packed tokens. A part is a
 module of the user's model, never a copy of its weights.
@@ -94,6 +94,21 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class ImageFormat:
+    """The images that a model takes, which it cuts into patches from left to right and from top to bottom.
+
+    Attributes:
+        channels, height, width: of an image, in numbers and pixels.
+        patch: height and width of a patch, in pixels; what is left over on the right and below belongs to none.
+    """
+
+    channels: int
+    height: int
+    width: int
+    patch: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Block:
     """One block: attention and an MLP (None in an attention-only model), each behind a norm.
 
@@ -108,7 +123,7 @@ class Block:
         parallel: attention and the MLP both read the residual before the block (attention is computed first, there is
             no residual between them); else the MLP reads what attention has added to.
         post1, post2: norms of what attention and the MLP add to the residual.
-        drop1, drop2: dropout outside the sublayers, the last thing before what they return is added.
+        drop1, drop2: dropout outside the sublayers, the last thing before what they return is added; may be one module.
     """
 
     module: nn.Module
@@ -148,20 +163,24 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parts of a causal decoder.
+    """The parts of a transformer: a causal decoder, unless it says otherwise.
 
     Attributes:
         family: what the adapter calls it.
-        embed: token embedding; `pos_embed`: learned positions, a module called on positions, or None.
+        embed: token embedding, called on ids (or on pixels, for every token of an image and with its position);
+            `pos_embed`: learned positions, a module called on positions, or None.
         blocks: the blocks in order.
         norm: the final norm; `unembed`: the module from it to logits.
-        width: M; vocabulary: V.
+        width: M; vocabulary: V, the tokens or classes that there are logits for.
         rotary: from positions [...] and a dtype to (cos, sin), each [..., R] for the first R dimensions of a head (the
             others are not turned), or None where there is no rotary embedding.
         cap: what the unembedding's output goes through to be the logits, entry by entry, or None.
         lift_cap: context manager within which the model leaves `cap` out, so that edits of the logits come after it.
         swap_attention: context manager that makes one attention module call a given function
             ``f(module, q [B,H,T,D], k [B,K,S,D], v, mask, scaling=..., dropout=...) -> (z [B,T,H,D], None)``.
+        causal: whether a token attends to those before it and itself, or to all.
+        readout: the position whose final state alone is unembedded, in a classifier; None where every one is.
+        images: what images the model takes, or None where it takes tokens.
     """
 
     family: str
@@ -174,6 +193,9 @@ class Architecture:
     vocabulary: int
     swap_attention: Callable[[Any, AttentionFunction], AbstractContextManager[None]]
     rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]] | None = None
+    causal: bool = True
+    readout: int | None = None
+    images: ImageFormat | None = None
     cap: Callable[[Tensor], Tensor] | None = None
     lift_cap: Callable[[], AbstractContextManager[None]] = nullcontext
 

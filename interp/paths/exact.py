@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooks import Inputs, Model, Plan, Site, World, patch, recompute, run_worlds
 from hooks.digest import digest_of
@@ -18,6 +17,7 @@ from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.saving import fingerprint
 from hooks.worlds import default_budget
+from interp.axes import Axis
 from interp.grids import Cell
 from interp.metrics import Metric
 from interp.paths.graph import Graph
@@ -26,7 +26,8 @@ from interp.paths.nodes import Edge, Writer
 from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
-from interp.results import Axis, Result
+from interp.progress import tqdm
+from interp.results import Result
 from interp.streaming import Stream, weights_digest
 from interp.sweeps import assemble, check_model, describe_run, source_metrics
 

@@ -20,7 +20,7 @@ from interp.paths.streams import Streams
 BACKWARD = 2
 """A backward pass costs about two forward passes."""
 Respond = Callable[[Tensor], Tensor]
-"""From changes of writers [U, b, T, M] to scores [S, U, R, b], of S spans and the R readers of one kind and layer."""
+"""From changes of writers [U, b, T, M] to scores [S, U, R, b], of S spans and R readers of one layer."""
 
 
 class Gradients:
@@ -32,6 +32,9 @@ class Gradients:
         window: which rows.
         spans: for each span the tokens that it is, bool [b, T]; None for all.
         embedded: embeddings [b, T, M] that the gradients are taken at; by default the edited run's.
+
+    Attributes:
+        metric: the metric there, float64 [b].
 
     Raises:
         MetricError: the metric has no gradient.
@@ -77,31 +80,31 @@ class Gradients:
             site.key: torch.zeros_like(value) if g is None else _masked(g, real)
             for site, value, g in zip(sites, kept, found, strict=False)
         }
+        self.metric = measured.detach().to("cpu", torch.float64).numpy()
         if self.meter is not None:
             self.meter.work += (1 + BACKWARD) * self.meter.row(int(inputs.mask[window].sum()))
 
-    def at_input(self, kind: str, layer: int) -> Respond:
+    def at_inputs(self, kinds: Sequence[str], layer: int) -> Respond:
         """<d_u, gradient at in_v>, summed over positions."""
-        gradient = self._of_input(kind, layer)
+        gradient = torch.cat([self._of_input(kind, layer) for kind in kinds], 2)
         return lambda changes: torch.stack(
-            [torch.einsum("ubtm,btrm->urb", part, gradient) for part in self._by_span(changes)]
+            [torch.einsum("ubtm,btrm->urb", change, gradient) for change in self._by_span(changes)]
         )
 
-    def at_output(self, kind: str, layer: int) -> Respond:
+    def at_outputs(self, kinds: Sequence[str], layer: int) -> Respond:
         """<what v computes from in_v + d_u less what it does from in_v, the gradient there>, summed over positions."""
-        names = {"mlp": ("mlp_out",), "attn": QKV}.get(kind, (kind,))
-        before = self._computed(kind, layer, torch.zeros_like(self.base.embedded))
+        unchanged = torch.zeros_like(self.base.embedded)
+        before = {kind: self._computed(kind, layer, unchanged) for kind in kinds}
 
-        def respond(changes: Tensor) -> Tensor:
-            parts = []
-            for change in self._by_span(changes):
-                now = self._computed(kind, layer, change)
-                found = [self._along(name, layer, now[name] - before[name]) for name in names]
-                # One reader for each head, or one alone.
-                parts.append(found[0] if kind in QKV else torch.cat(found, 1).sum(1, keepdim=True))
-            return torch.stack(parts)
+        def moved(kind: str, change: Tensor) -> Tensor:
+            now = self._computed(kind, layer, change)
+            found = [self._along(name, layer, now[name] - before[kind][name]) for name in now]
+            # One reader for each head, or one alone.
+            return found[0] if kind in QKV else torch.cat(found, 1).sum(1, keepdim=True)
 
-        return respond
+        return lambda changes: torch.stack(
+            [torch.cat([moved(kind, change) for kind in kinds], 1) for change in self._by_span(changes)]
+        )
 
     def _by_span(self, changes: Tensor) -> list[Tensor]:
         return [changes if span is None else changes * span for span in self.spans]

@@ -168,6 +168,18 @@ class Graph:
         """Place of each edge in `edges`, by name."""
         return {name: i for i, name in enumerate(self.edges)}
 
+    @cached_property
+    def table(self) -> np.ndarray:
+        """int [spans, writers, readers]: the place of each edge, -1 where there is none."""
+        out = np.full((len(self.span_names), len(self.writers), len(self.readers)), -1)
+        at = 0
+        for r, reader in enumerate(self.readers):
+            before = [u for u, writer in enumerate(self.writers) if writer.time < reader.time]
+            for s in range(len(self.span_names)):
+                out[s, before, r] = np.arange(at, at + len(before))
+                at += len(before)
+        return out
+
     def __len__(self) -> int:
         return len(self.listed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,17 @@ from hooks import Inputs, Model, World
 from hooks.errors import PathError, nearest
 from hooks.meter import Meter
 from hooks.worlds import default_budget, rows_per_pass
+from interp.axes import Axis
 from interp.metrics import Metric
 from interp.paths.adaptive import adaptive
-from interp.paths.exact import cells_of, describe, edge_sweep, port
+from interp.paths.exact import cells_of, describe, edge_sweep
 from interp.paths.gradients import Gradients
 from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
 from interp.paths.rewire import span_tokens
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
-from interp.results import Axis, Result
+from interp.results import Result
 from interp.sweeps import assemble, check_model, source_metrics
 
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact", "adaptive")
@@ -107,7 +107,8 @@ def edge_scores(
     meter = Meter(model.architecture)
     measure = Measure.of(model, metric, inputs, source, budget=budget, seed=seed, meter=meter)
     spans = [None if span is None else span_tokens(graph, span, inputs, model) for span in graph.span_names]
-    base, points = measure.all([World(inputs)])[0], _points(pair, method, steps)
+    points = _points(pair, method, steps)
+    base = np.full(len(inputs), np.nan) if 0.0 in points else measure.all([World(inputs)])[0]
     scores = np.zeros((len(graph), len(inputs)))
     # The graph of a backward pass keeps every layer's activations, and readers' gradients come on top.
     limit = (budget if budget is not None else default_budget(model.device)) // (2 * model.n_layers)
@@ -120,6 +121,8 @@ def edge_scores(
         for fraction in points:
             embedded = part.base.embedded + fraction * line if fraction else None
             gradients = Gradients(measure, part.base, window, marks, embedded)
+            if not fraction:
+                base[window] = gradients.metric
             scores[:, window] += _scores(graph, part, gradients, method == "receiver-exact") / len(points)
     found = np.concatenate([base[None], base[None], base + scores])[None]
     if method == "receiver-exact":
@@ -150,21 +153,15 @@ def _points(pair: Pair, method: str, steps: int) -> list[float]:
 def _scores(graph: Graph, pair: Pair, gradients: Gradients, exactly: bool) -> np.ndarray:
     """Scores float64 [edges, b] at one point; `exactly` where the response of readers (but the logits) is exact."""
     scores = np.zeros((len(graph), len(pair.base.inputs)))
-    spans = {span: i for i, span in enumerate(graph.span_names)}
-    for time, group in groupby(sorted(graph.listed, key=port), key=lambda edge: edge.reader.time):
-        # The readers of a time see the same writers.
-        ports = {key: list(edges) for key, edges in groupby(group, key=lambda e: (e.reader.kind, e.reader.layer))}
-        if exactly:
-            ports.pop(("logits", graph.layers), None)
-        respond = {key: (gradients.at_output if exactly else gradients.at_input)(*key) for key in ports}
-        writers = [writer for writer in graph.writers if writer.time < time] if ports else []
+    for layer in range(graph.layers + (not exactly)):
+        readers = [i for i, reader in enumerate(graph.readers) if reader.layer == layer]
+        kinds = list(dict.fromkeys(graph.readers[i].kind for i in readers))
+        respond = (gradients.at_outputs if exactly else gradients.at_inputs)(kinds, layer)
+        last = max(graph.readers[i].time for i in readers)
+        writers = [i for i, writer in enumerate(graph.writers) if writer.time < last]
         for start in range(0, len(writers), WRITERS):
             some = writers[start : start + WRITERS]
-            at, changes = {writer: i for i, writer in enumerate(some)}, pair.stack(some)
-            for key, edges in ports.items():
-                numbers = respond[key](changes).to("cpu", torch.float64).numpy()
-                for edge in edges:
-                    if edge.writer in at:
-                        place = spans[edge.span], at[edge.writer], edge.reader.head or 0
-                        scores[graph.index[edge.name]] = numbers[place]
+            numbers = respond(pair.stack([graph.writers[i] for i in some])).to("cpu", torch.float64).numpy()
+            places = graph.table[:, some][:, :, readers]
+            scores[places[places >= 0]] = numbers[places >= 0]
     return scores

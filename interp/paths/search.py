@@ -6,13 +6,13 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from hooks import Inputs, Model, World
 from hooks.errors import PathError
 from interp.metrics import Metric, kl
 from interp.paths.circuits import Circuit, CircuitRunner, score_array
 from interp.paths.graph import Graph
+from interp.progress import tqdm
 from interp.results import Result
 
 
@@ -91,16 +91,16 @@ def acdc(
 ) -> Circuit:
     """Remove every edge that can be spared, from the logits down (ACDC, Conmy et al. 2023, algorithm 1).
 
-    In reverse topological order, an edge is removed where the metric's mean rises by less than `tau`. `batch` removals
-    are tried at once, each on top of those before it, as if all of those were removed; the decisions are those of the
-    serial algorithm, which `batch=1` is.
+    In reverse topological order, an edge is removed where the metric's mean rises by less than `tau`. Several removals
+    are tried at once, each on top of those before it, as if all of those were removed: up to `batch`, fewer after one
+    was refused. The decisions are those of the serial algorithm, which `batch=1` is.
 
     Args:
         model, clean, corrupt, graph, values, reference, pooled, budget, progress, seed: as in `edge_sweep`.
         tau: largest rise, in the metric's unit.
         metric: default the KL divergence from the whole model on the clean prompts.
         lower_is_better: whether a rise is what removal costs; False for a metric such as a logit difference.
-        batch: how many removals are tried at once.
+        batch: how many removals are tried at once, at most.
 
     Returns:
         The circuit, whose scores are the rise that each edge's removal made when it was tried.
@@ -121,10 +121,10 @@ def acdc(
     members, rises = np.ones(len(graph), bool), np.full(len(graph), np.nan)
     now = measure([members])[0]
     order = removal_order(graph)
-    at, tried = 0, 1
+    at, tried, size = 0, 1, 1
     with tqdm(total=len(order), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
         while at < len(order):
-            some = order[at : at + batch]
+            some = order[at : at + size]
             masks, mask = [], members
             for i in some:
                 mask = mask.copy()
@@ -132,12 +132,15 @@ def acdc(
                 masks.append(mask)
             found = measure(masks)
             tried += len(some)
+            size = min(batch, 2 * size)
             for i, mask, value in zip(some, masks, found, strict=True):
                 at += 1
                 bar.update()
                 rises[i] = value - now
                 if not rises[i] < tau:
-                    break  # kept: the masks after it lack an edge that is in
+                    # It stays: the masks after it lack an edge that is in. Guess as far as this guess went.
+                    size = max(1, some.index(i))
+                    break
                 members, now = mask, value
     told = {"found by": "acdc", "tau": tau, "metric": measured.name, "values": values, "batch": batch, "tried": tried}
     return Circuit(graph, members, rises, told)

@@ -98,8 +98,8 @@ class Pair:
             if len(heads) > 2 and (self.source.run is not None or self.source.kind == "zero"):
                 # All heads of a layer in one product.
                 own = self.base.heads(layer)
-                other = 0 if self.source.run is None else self.source.run.heads(layer)
-                found |= {w: (other - own)[:, :, w.head] for w in heads}
+                change = -own if self.source.run is None else self.source.run.heads(layer) - own
+                found |= {w: change[:, :, w.head] for w in heads}
             for w in mine:
                 if w not in found:
                     own = self.base.writer(w)
@@ -176,4 +176,6 @@ def laid_like(inputs: Inputs, like: Inputs) -> Inputs:
 
 def _take(inputs: Inputs, rows: Tensor) -> Inputs:
     tokens = None if inputs.tokens is None else tuple(inputs.tokens[i] for i in rows.tolist())
-    return replace(inputs, ids=inputs.ids[rows], mask=inputs.mask[rows], row_ids=inputs.row_ids[rows], tokens=tokens)
+    pixels = None if inputs.pixels is None else inputs.pixels[rows]
+    ids, mask, row_ids = inputs.ids[rows], inputs.mask[rows], inputs.row_ids[rows]
+    return replace(inputs, ids=ids, mask=mask, row_ids=row_ids, tokens=tokens, pixels=pixels)

@@ -183,6 +183,7 @@ def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = No
     return require_additive(streams(model, inputs), tolerance)
 
 
+@torch.no_grad()
 def require_additive(run: Streams, tolerance: float | None = None) -> float:
     """`check_additive` of a run that is at hand."""
     arch, real = run.model.architecture, run.inputs.mask.to(run.embedded.device)

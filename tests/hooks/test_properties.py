@@ -50,6 +50,8 @@ def parts(draw: st.DrawFn, model: Model, x: Inputs, axes: tuple[str, ...] | None
     positions: list[Any] = [None, slice(1, None), slice(-2, None), slice(0, 2)]
     positions += [draw(st.integers(-shortest, shortest - 1)), (0, -1), (1, 2)]
     positions.append(torch.tensor(draw(st.lists(st.integers(0, shortest - 1), min_size=rows, max_size=rows))))
+    if model.sizes[place.key].get("pos") == 1:  # the logits of a classifier
+        positions = [None, 0, -1, slice(0, 2), torch.zeros(rows, dtype=torch.int64)]
     restrictions = {"pos": draw(st.sampled_from(positions))}
     if "key_pos" in place.axes:
         restrictions["key_pos"] = draw(st.sampled_from([None, 0, (0, 1), slice(0, 2), -1]))

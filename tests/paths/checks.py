@@ -10,7 +10,7 @@ import torch
 
 import interp as ip
 from interp import paths
-from interp.results import Axis
+from interp.axes import Axis
 from tests.paths import oracle, scoring
 from tests.paths.cases import CLOSE, MEASURE, METRIC, Case, at_last, case
 

@@ -112,7 +112,7 @@ def test_a_gradient_in_place_of_a_response_is_caught():
     gradients = scores.Gradients
 
     def mutate(patched: pytest.MonkeyPatch) -> None:
-        patched.setattr(gradients, "at_output", gradients.at_input)
+        patched.setattr(gradients, "at_outputs", gradients.at_inputs)
 
     caught(lambda: checks.scores_are_those_defined(GIVEN, expected, method="receiver-exact"), mutate)
 

@@ -9,10 +9,10 @@ import torch
 import interp as ip
 from hooks.sites import Span
 from interp import paths
+from interp.axes import Axis
 from interp.models import Transformer, TransformerConfig
 from interp.paths.adaptive import adaptive
 from interp.paths.sources import Pair
-from interp.results import Axis
 from tests import zoo
 from tests.paths import networks, scoring
 from tests.paths.cases import CLOSE, DIRECTIONS, METRIC, case, kl, oracle

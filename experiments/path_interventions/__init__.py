@@ -1,0 +1,1 @@
+"""Studies of path interventions: the circuits of three models."""

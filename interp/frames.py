@@ -1,0 +1,39 @@
+"""A result as a table, one line a metric x cell x row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp.results import Result
+
+
+def frame(result: Result, status: Sequence[str]) -> pd.DataFrame:
+    """Return a table with one line a metric x cell x row, for pandas, seaborn, statsmodels.
+
+    Columns: metric, one an axis (its values), row, effect, base, source (nan for ablations), status ("fired", ...).
+    """
+    import pandas as pd
+
+    shape = (len(result.metrics), *(len(axis) for axis in result.axes), len(result.rows))
+    every = np.indices(shape, sparse=True)
+
+    def spread(values: Sequence | np.ndarray, where: Sequence[np.ndarray]) -> np.ndarray:
+        """Return a value for each line; `where` holds one index array for each dimension of the values."""
+        if not isinstance(values, np.ndarray):
+            values = pd.Series(list(values)).to_numpy()  # keeps tuples whole and numbers numbers
+        return np.broadcast_to(values[tuple(where)], shape).ravel()
+
+    nowhere = np.full(result.base.shape, np.nan)
+    per_row = {"base": result.base, "source": nowhere if result.source is None else result.source}
+    columns = {"metric": spread(result.metrics, every[:1])}
+    columns |= {axis.name: spread(axis.values, [at]) for axis, at in zip(result.axes, every[1:-1], strict=True)}
+    columns |= {"row": spread(result.rows, every[-1:]), "effect": result.effect.ravel()}
+    columns |= {name: spread(np.atleast_2d(x), [every[0], every[-1]]) for name, x in per_row.items()}
+    columns["status"] = np.array(status, dtype=object)[spread(result.status, every[1:-1])]
+    return pd.DataFrame(columns)
