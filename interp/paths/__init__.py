@@ -12,7 +12,8 @@ from interp.paths.circuits import Circuit, circuit_metric
 from interp.paths.effects import path_patch
 from interp.paths.exact import edge_sweep
 from interp.paths.files import from_eap_ig, to_eap_ig
-from interp.paths.graph import Edge, Graph, Reader, Writer
+from interp.paths.graph import Graph
+from interp.paths.nodes import Edge, Reader, Writer
 from interp.paths.quality import Curve, auroc, completeness, faithfulness, minimality, split_half, stability
 from interp.paths.repair import Repair, repair, repair_plan
 from interp.paths.scores import METHODS, edge_scores

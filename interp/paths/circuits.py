@@ -16,8 +16,9 @@ from hooks import Inputs, Model, Plan, World
 from hooks.errors import PathError
 from hooks.html import table
 from interp.metrics import Metric
-from interp.paths.graph import Edge, Graph
+from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
+from interp.paths.nodes import Edge
 from interp.paths.rewire import rewire
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
@@ -58,6 +59,7 @@ class Circuit:
         members.flags.writeable = scores.flags.writeable = False
         object.__setattr__(self, "members", members)
         object.__setattr__(self, "scores", scores)
+        object.__setattr__(self, "config", dict(self.config))
 
     @classmethod
     def of(
@@ -93,9 +95,20 @@ class Circuit:
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """The nodes that its edges touch, in the order of time."""
-        touched = {edge.writer.name for edge in self._listed} | {edge.reader.node for edge in self._listed}
+        touched = {edge.writer.name for edge in self._listed} | {n for edge in self._listed for n in self.targets(edge)}
         order = [*(writer.name for writer in self.graph.writers), "logits"]
         return tuple(name for name in order if name in touched)
+
+    def targets(self, edge: Edge) -> tuple[str, ...]:
+        """The nodes that an edge leads to: of the query heads that share a key/value head, those that are in."""
+        nodes = self.graph.nodes_of(edge.reader)
+        return tuple(name for name in nodes if name in self._active) or nodes
+
+    @cached_property
+    def _active(self) -> set[str]:
+        """The nodes that write, or that read by a reader of their own."""
+        alone = (self.graph.nodes_of(edge.reader) for edge in self._listed)
+        return {edge.writer.name for edge in self._listed} | {nodes[0] for nodes in alone if len(nodes) == 1}
 
     @property
     def _listed(self) -> list[Edge]:
@@ -121,19 +134,26 @@ class Circuit:
     def without(self, edges: Iterable[str | Edge] = (), node: str | None = None) -> Circuit:
         """The circuit less some edges, or less every edge of a node.
 
+        The keys and values that a head shares with others stay, since those read them.
+
         Raises:
             PathError: an edge or a node that the graph lacks.
         """
         members = self.members & ~self.graph.mask(edges)
         if node is not None:
-            if node not in {w.name for w in self.graph.writers} | {r.node for r in self.graph.readers}:
-                self.graph.writer(node)  # which says that there is none
-            touches = [edge.writer.name == node or edge.reader.node == node for edge in self.graph.listed]
+            if node != "logits":
+                self.graph.writer(node)
+            touches = [
+                edge.writer.name == node or self.graph.nodes_of(edge.reader) == (node,) for edge in self.graph.listed
+            ]
             members &= ~np.array(touches)
         return Circuit(self.graph, members, self.scores, self.config)
 
     def pruned(self) -> Circuit:
-        """The circuit less its dangling edges: those of nodes that nothing reaches, or that reach no logits."""
+        """The circuit less its dangling edges: those of nodes that no edge reaches, or that reach no logits.
+
+        A node that is reached at one span counts as reached: attention carries from position to position.
+        """
         members = self.members.copy()
         listed = self.graph.listed
         feeds = {reader: set(self.graph.feeds(reader)) for reader in self.graph.readers}
@@ -205,20 +225,24 @@ class Circuit:
         from interp.paths.drawing import svg
 
         strongest = sorted(self._listed, key=lambda e: -abs(np.nan_to_num(self.scores[self.graph.index[e.name]])))[:5]
-        rows = [(edge.name, f"{self.scores[self.graph.index[edge.name]]:+.4g}") for edge in strongest]
+        scores = [self.scores[self.graph.index[edge.name]] for edge in strongest]
+        rows = [(e.name, "" if np.isnan(s) else f"{s:+.4g}") for e, s in zip(strongest, scores, strict=True)]
         return table(("edge", "score"), rows, caption=repr(self)) + svg(self)
 
 
 def score_array(graph: Graph, scores: Result | np.ndarray | None) -> np.ndarray:
-    """Mean scores float64 [edges] of a result over a graph's edges.
+    """Mean scores float64 [edges] of a result over a graph's edges; nan without one.
 
     Raises:
-        PathError: the result is about other edges.
+        PathError: the result is about other edges, or the array of another size.
     """
     if scores is None:
         return np.full(len(graph), np.nan)
     if not isinstance(scores, Result):
-        return np.asarray(scores, np.float64)
+        array = np.asarray(scores, np.float64)
+        if array.shape != (len(graph),):
+            raise PathError(f"scores of {graph} are float [{len(graph)}], got {list(array.shape)}")
+        return array
     if len(scores.axes) != 1 or scores.axes[0].name != "edge" or scores.several:
         raise PathError("scores are a result with one axis, 'edge', and one metric, as edge_scores gives")
     names = scores.axes[0].values
@@ -247,7 +271,7 @@ def circuit_metric(
 
     Args:
         model, clean, corrupt, metric, values, reference, pooled, executor, budget, seed: as in `edge_sweep`, noising.
-        circuits: one, or several, or bool [n, edges] over the edges of ``Graph.of(model)``.
+        circuits: one, or several; or bool [edges] or [n, edges] over the edges of ``Graph.of(model)``.
 
     Returns:
         float64 [rows], or [circuits, rows].
@@ -256,8 +280,9 @@ def circuit_metric(
         PathError: a circuit of another model's graph.
     """
     if isinstance(circuits, (np.ndarray, torch.Tensor)):
-        graph, masks = Graph.of(model), np.asarray(circuits)
-        circuits = [Circuit(graph, mask, score_array(graph, None)) for mask in np.atleast_2d(masks)]
+        graph, masks = Graph.of(model), np.array(circuits.tolist())
+        made = [Circuit(graph, mask, score_array(graph, None)) for mask in np.atleast_2d(masks)]
+        circuits = made[0] if masks.ndim == 1 else made
     run = CircuitRunner.of(
         model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, executor=executor,
         budget=budget, seed=seed,

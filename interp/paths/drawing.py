@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp.paths.graph import QKV, Edge
+from interp.paths.nodes import QKV, Edge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ def layout(circuit: Circuit) -> dict[Place, tuple[float, float]]:
     time = {w.name: (w.time, w.head) for w in graph.writers} | {"logits": (2 * graph.layers + 1, None)}
     used: dict[str | None, set[str]] = {s: set() for s in spans}
     for edge in _edges(circuit):
-        used[edge.span] |= {edge.writer.name, edge.reader.node}
+        used[edge.span] |= {edge.writer.name, *circuit.targets(edge)}
     rows = sorted({time[name][0] for names in used.values() for name in names})
     places: dict[Place, tuple[float, float]] = {}
     left = 0.0
@@ -41,7 +40,7 @@ def layout(circuit: Circuit) -> dict[Place, tuple[float, float]]:
         width = max((len(names) for names in by_row), default=1)
         for y, names in enumerate(by_row):
             for i, name in enumerate(names):
-                # A lone node stands where its head stands in the layer, so that straight columns of nodes are rare.
+                # Every other row is shifted, so that an arrow from a row to the next but one passes between nodes.
                 places[name, span] = (left + (width - len(names)) / 2 + i + (0.18 if y % 2 else -0.18), float(y))
         left += width + 0.8
     return places
@@ -70,8 +69,13 @@ def draw(circuit: Circuit, ax: Axes | None = None, *, title: str | None = None, 
     largest = float(np.nanmax(np.abs(scores), initial=0.0)) or 1.0
     crowded = len(edges) > 80
     ax.set_axis_off()
-    for edge, score in sorted(zip(edges, scores, strict=True), key=lambda pair: abs(np.nan_to_num(pair[1]))):
-        start, end = places[edge.writer.name, edge.span], places[edge.reader.node, edge.span]
+    arrows = [
+        (edge, score, places[name, edge.span])
+        for edge, score in zip(edges, scores, strict=True)
+        for name in circuit.targets(edge)
+    ]
+    for edge, score, end in sorted(arrows, key=lambda arrow: abs(np.nan_to_num(arrow[1]))):
+        start = places[edge.writer.name, edge.span]
         share = 0.3 if np.isnan(score) else abs(score) / largest
         shift = {"q": -0.22, "k": 0.0, "v": 0.22}.get(edge.reader.kind, 0.0)
         far = end[1] - start[1] > 1
@@ -89,7 +93,7 @@ def draw(circuit: Circuit, ax: Axes | None = None, *, title: str | None = None, 
             zorder=1 + share,
         )
         ax.add_patch(arrow)
-    _nodes(ax, places, edges)
+    _nodes(ax, places, circuit)
     xs, ys = zip(*places.values(), strict=True) if places else ((0.0,), (0.0,))
     ax.set_xlim(min(xs) - 0.8, max(xs) + 0.8)
     ax.set_ylim(min(ys) - 0.6, max(ys) + 0.5)
@@ -98,11 +102,12 @@ def draw(circuit: Circuit, ax: Axes | None = None, *, title: str | None = None, 
     return ax
 
 
-def _nodes(ax: Axes, places: dict[Place, tuple[float, float]], edges: Sequence[Edge]) -> None:
+def _nodes(ax: Axes, places: dict[Place, tuple[float, float]], circuit: Circuit) -> None:
     read: dict[Place, set[str]] = {}
-    for edge in edges:
+    for edge in _edges(circuit):
         if edge.reader.kind in QKV:
-            read.setdefault((edge.reader.node, edge.span), set()).add(edge.reader.kind)
+            for name in circuit.targets(edge):
+                read.setdefault((name, edge.span), set()).add(edge.reader.kind)
     columns: dict[str, list[tuple[float, float]]] = {}
     for (name, span), (x, y) in places.items():
         colour = "#fff3d6" if name.startswith("m") else "#e8eef7" if name.startswith("a") else "#eeeeee"

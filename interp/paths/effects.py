@@ -14,8 +14,9 @@ from hooks.errors import PathError, nearest
 from hooks.meter import Meter
 from interp.metrics import Metric
 from interp.paths.exact import describe, edge_sweep
-from interp.paths.graph import Edge, Graph, Reader
+from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
+from interp.paths.nodes import Edge, Reader
 from interp.paths.readers import check_norms, forced, responses
 from interp.paths.rewire import rewire
 from interp.paths.sources import Pair, pair_of

@@ -20,8 +20,9 @@ from hooks.worlds import default_budget
 from interp.axes import Axis
 from interp.grids import Cell
 from interp.metrics import Metric
-from interp.paths.graph import Edge, Graph, Writer
+from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
+from interp.paths.nodes import Edge, Writer
 from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive

@@ -13,82 +13,11 @@ from torch import Tensor
 
 from hooks import Inputs, Model
 from hooks.errors import PathError, SiteError, nearest
-from hooks.sites import Index
+from hooks.sites import Index, Span
 from interp.grids import row_positions
+from interp.paths.nodes import QKV, Edge, Reader, Writer
 
 GRANULARITIES = ("heads", "blocks")
-QKV = ("q", "k", "v")
-
-
-@dataclass(frozen=True)
-class Writer:
-    """What adds to the residual stream: the input (embeddings), a head or a whole attention layer, or an MLP.
-
-    Attributes:
-        kind: "input", "head", "attn" or "mlp".
-        layer: the block; -1 for the input.
-        head: the head, of a "head".
-        time: when it writes, on the clock that `Reader.time` reads.
-    """
-
-    kind: str
-    layer: int
-    head: int | None
-    time: int
-
-    @property
-    def name(self) -> str:
-        """``input``, ``a3.h1``, ``a3`` or ``m3``."""
-        return _name(self.kind, self.layer, self.head)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What reads the residual stream.
-
-    Attributes:
-        kind: "q", "k" or "v" of a head, "attn" (a whole attention layer), "mlp" or "logits".
-        layer: the block; L for the logits.
-        head: the head; a key/value head for "k" and "v", unless the graph's are query heads.
-        time: it sees the writers of an earlier `time`.
-    """
-
-    kind: str
-    layer: int
-    head: int | None
-    time: int
-
-    @property
-    def name(self) -> str:
-        """``a3.h1<q>``, ``a3``, ``m3`` or ``logits``."""
-        if self.kind in QKV:
-            return f"a{self.layer}.h{self.head}<{self.kind}>"
-        return _name(self.kind, self.layer, self.head)
-
-    @property
-    def node(self) -> str:
-        """The name of the node that it belongs to, as a writer is called: ``a3.h1``, ``a3``, ``m3`` or ``logits``."""
-        return _name("head" if self.kind in QKV else self.kind, self.layer, self.head)
-
-
-def _name(kind: str, layer: int, head: int | None) -> str:
-    if kind in ("input", "logits"):
-        return kind
-    return f"m{layer}" if kind == "mlp" else f"a{layer}" + ("" if head is None else f".h{head}")
-
-
-@dataclass(frozen=True)
-class Edge:
-    """From a writer to a reader, at all positions or at those of a span."""
-
-    writer: Writer
-    reader: Reader
-    span: str | None = None
-
-    @property
-    def name(self) -> str:
-        """``a0.h1->a2.h3<q>``, or with a span ``a0.h1->a2.h3<q>@subject``."""
-        return f"{self.writer.name}->{self.reader.name}" + ("" if self.span is None else f"@{self.span}")
 
 
 @dataclass(frozen=True)
@@ -309,7 +238,7 @@ class Graph:
     ) -> tuple[Edge, ...]:
         """The edges named, or those of named writers and readers; all where nothing is named.
 
-        A writer or reader may be a node: ``"a2.h1"`` as a reader means its q, k and v.
+        A reader may be a node: ``"a2.h1"`` means its q, k and v, under grouped-query attention those of its group.
 
         Raises:
             PathError: a name that the graph lacks, or nothing left.
@@ -343,7 +272,9 @@ class Graph:
         Raises:
             PathError: there is none.
         """
-        found = tuple(r for r in self.readers if r.name == name or r.node == name)
+        found = tuple(r for r in self.readers if r.name == name) or tuple(
+            r for r in self.readers if name in self.nodes_of(r)
+        )
         return found or (self.reader(name),)
 
     def feeds(self, reader: Reader) -> tuple[Writer, ...]:
@@ -360,6 +291,10 @@ class Graph:
             for w in self.writers
             if w.layer == reader.layer and (w.kind == "mlp") == (reader.kind == "mlp") and w.head in heads
         )
+
+    def nodes_of(self, reader: Reader) -> tuple[str, ...]:
+        """The names of the nodes that read by it: several for a key/value head that query heads share."""
+        return ("logits",) if reader.kind == "logits" else tuple(writer.name for writer in self.feeds(reader))
 
     def mask(self, edges: Iterable[str | Edge]) -> np.ndarray:
         """bool [edges], True for those named."""
@@ -393,7 +328,21 @@ def _spans(positions: Any) -> tuple[tuple[str, Index], ...] | None:
         return None
     if isinstance(positions, str):
         raise PathError(f"positions is a list of positions or a dict of named ones, not {positions!r}")
-    named = positions if isinstance(positions, Mapping) else {str(p): int(p) for p in positions}
+    named = positions if isinstance(positions, Mapping) else {str(p): p for p in positions}
     if not named or any("@" in str(name) or "->" in str(name) for name in named):
         raise PathError("give at least one position, under a name without '@' and '->'")
-    return tuple((str(name), tuple(at) if isinstance(at, (list, range)) else at) for name, at in named.items())
+    return tuple((str(name), _place(name, at)) for name, at in named.items())
+
+
+def _place(name: Any, at: Any) -> Index:
+    """A position as a site takes it: an int, ints, a span, or a tensor of one set of prompts."""
+    if isinstance(at, (Span, Tensor)):
+        return at
+    if isinstance(at, slice) and at.step in (None, 1):
+        return Span(at.start, at.stop)
+    listed = [at] if isinstance(at, (int, np.integer)) else at
+    if not isinstance(listed, Iterable) or not (listed := list(listed)):
+        raise PathError(f"position {name!r} is an int, ints, a Span, or a tensor of one set of prompts, not {at!r}")
+    if not all(isinstance(p, (int, np.integer)) and not isinstance(p, bool) for p in listed):
+        raise PathError(f"position {name!r} is made of ints, not {at!r}")
+    return int(at) if isinstance(at, (int, np.integer)) else tuple(int(p) for p in listed)

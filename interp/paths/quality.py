@@ -15,6 +15,7 @@ from interp.paths.circuits import Circuit, CircuitRunner, score_array
 from interp.paths.graph import Graph
 from interp.paths.search import greedy
 from interp.results import Result
+from interp.stats import row_mean
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of edges at which the MIB circuit track measures faithfulness (Mueller et al. 2025)."""
@@ -29,7 +30,7 @@ class Curve:
         sizes: shares of the graph's edges.
         edges: how many edges each circuit has, after pruning.
         faithfulness: f = (m(C) - m(empty)) / (m(N) - m(empty)).
-        cpr: area under f over the sizes (trapezoid, linear axis, from the smallest size to 1).
+        cpr: area under f over the sizes (trapezoid, linear axis, from the smallest size to the largest).
         cmd: area of |1 - f|, likewise.
     """
 
@@ -52,6 +53,7 @@ def faithfulness(
     choose: Choose = greedy,
     values: str = "patch",
     reference: Inputs | None = None,
+    pooled: bool = False,
     budget: int | None = None,
     seed: int = 0,
 ) -> Curve:
@@ -61,7 +63,7 @@ def faithfulness(
     replaced. The ratio is of means over rows. CPR and CMD are those of the MIB circuit track (Mueller et al. 2025).
 
     Args:
-        model, clean, corrupt, metric, values, reference, budget, seed: as in `circuit_metric`.
+        model, clean, corrupt, metric, values, reference, pooled, budget, seed: as in `circuit_metric`.
         scores: of every edge.
         graph: the graph.
         sizes: shares of its edges, ascending, at most 1.
@@ -73,7 +75,9 @@ def faithfulness(
     if list(sizes) != sorted(set(sizes)) or not sizes or not 0 <= sizes[0] <= sizes[-1] <= 1:
         raise PathError(f"sizes are ascending shares of the edges, 0 to 1, not {tuple(sizes)}")
     circuits = [choose(scores, graph, round(size * len(graph))) for size in sizes]
-    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, budget=budget, seed=seed)
+    run = CircuitRunner.of(
+        model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, budget=budget, seed=seed
+    )
     shares = _faithful(run, circuits, graph)
     return Curve(
         sizes=tuple(float(s) for s in sizes),
@@ -111,12 +115,13 @@ def completeness(
     size: int = 3,
     values: str = "patch",
     reference: Inputs | None = None,
+    pooled: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Whether a circuit fails as the model does when parts of both are taken out (Wang et al. 2022, section 4).
 
     Args:
-        model, clean, corrupt, metric, values, reference, seed: as in `circuit_metric`.
+        model, clean, corrupt, metric, values, reference, pooled, seed: as in `circuit_metric`.
         circuit: the circuit C.
         subsets: how many random sets K of its nodes are drawn.
         size: largest number of nodes in K.
@@ -137,7 +142,7 @@ def completeness(
         for _ in range(subsets)
     ]
     graph = circuit.graph
-    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, seed=seed)
+    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, seed=seed)
     small, large = ([_without(whole, names) for names in sets] for whole in (circuit, Circuit.all(graph)))
     share = _faithful(run, [*small, *large], graph)
     mine, theirs = share[: len(sets)], share[len(sets) :]
@@ -158,6 +163,7 @@ def minimality(
     metric: Metric,
     values: str = "patch",
     reference: Inputs | None = None,
+    pooled: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
     """What each node of a circuit is good for: the share of the behaviour that the circuit loses without it.
@@ -166,7 +172,7 @@ def minimality(
     `completeness`; input and logits are not nodes to be taken out.
     """
     inner = [name for name in circuit.nodes if name not in ("input", "logits")]
-    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, seed=seed)
+    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, seed=seed)
     share = _faithful(run, [circuit, *(circuit.without(node=name) for name in inner)], circuit.graph)
     return {name: float(share[0] - found) for name, found in zip(inner, share[1:], strict=True)}
 
@@ -183,12 +189,15 @@ def auroc(scores: Result | np.ndarray, known: Circuit) -> float:
     The probability that an edge inside scores above one outside, ties counting half.
 
     Raises:
-        PathError: the circuit has every edge, or none.
+        PathError: the circuit has every edge, or none; or an edge has no score.
     """
     inside = known.members
     if inside.all() or not inside.any():
         raise PathError("an AUROC needs edges inside and outside the known circuit")
-    ranks = _ranks(np.abs(score_array(known.graph, scores)))
+    sizes = np.abs(score_array(known.graph, scores))
+    if np.isnan(sizes).any():
+        raise PathError(f"{int(np.isnan(sizes).sum())} of {len(sizes)} edges have no score")
+    ranks = _ranks(sizes)
     n, m = int(inside.sum()), int((~inside).sum())
     return float((ranks[inside].sum() - n * (n + 1) / 2) / (n * m))
 
@@ -196,28 +205,44 @@ def auroc(scores: Result | np.ndarray, known: Circuit) -> float:
 def stability(one: Result | np.ndarray, two: Result | np.ndarray, graph: Graph, k: int) -> dict[str, float]:
     """How much two sets of scores agree: of two seeds, two halves of the data, or with and without input noise.
 
+    Edges that have no score in one of them (no prompt has their position, say) are left out.
+
     Returns:
-        "spearman", the rank correlation of |score| over all edges, and "jaccard", the overlap of the k largest.
+        "spearman", the rank correlation of |score| over all edges, nan where one of the two scores all edges alike; and
+        "jaccard", the overlap of the k largest.
+
+    Raises:
+        PathError: k out of range, or scores of other edges.
     """
     a, b = (np.abs(score_array(graph, scores)) for scores in (one, two))
     if not 1 <= k <= len(graph):
         raise PathError(f"k is a number of edges, 1 to {len(graph)}, not {k!r}")
+    both = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[both], b[both]
+    if k > len(a):
+        raise PathError(f"{len(a)} edges have a score in both, so {k} cannot be compared")
     tops = [set(np.argsort(-x, kind="stable")[:k].tolist()) for x in (a, b)]
+    one_rank, two_rank = (x - x.mean() for x in (_ranks(a), _ranks(b)))
+    spread = float(np.sqrt((one_rank**2).sum() * (two_rank**2).sum()))
     return {
-        "spearman": float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]),
+        "spearman": float((one_rank * two_rank).sum() / spread) if spread else float("nan"),
         "jaccard": len(tops[0] & tops[1]) / len(tops[0] | tops[1]),
     }
 
 
 def split_half(scores: Result, graph: Graph, k: int, *, draws: int = 20, seed: int = 0) -> dict[str, Any]:
-    """`stability` between two random halves of the rows, mean and quartiles over draws.
+    """`stability` between two random halves of the rows.
+
+    Returns:
+        for "spearman" and "jaccard" the "low" quartile, "median" and "high" quartile over draws.
 
     Raises:
-        PathError: fewer than two rows.
+        PathError: fewer than two rows, or scores of other edges.
     """
     rows = len(scores.rows)
     if rows < 2:
         raise PathError("two halves need at least two rows")
+    score_array(graph, scores)  # which says so, where they are of other edges
     draw = np.random.default_rng(seed)
     found: list[dict[str, float]] = []
     place = [graph.index[name] for name in scores.axes[0].values]
@@ -226,7 +251,7 @@ def split_half(scores: Result, graph: Graph, k: int, *, draws: int = 20, seed: i
         halves = []
         for part in (order[: rows // 2], order[rows // 2 :]):
             mean = np.full(len(graph), np.nan)
-            mean[place] = scores.effect[:, part].mean(1)
+            mean[place] = row_mean(scores.effect[:, part])
             halves.append(mean)
         found.append(stability(halves[0], halves[1], graph, k))
     told = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 from hooks import Intervention, Model, Plan, Site, patch
 from hooks.errors import PathError, nearest
 from hooks.sites import Index
-from interp.paths.graph import Reader
+from interp.paths.nodes import Reader
 from interp.paths.streams import Streams, frozen_norm
 
 NORMS = ("recompute", "frozen")

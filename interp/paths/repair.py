@@ -12,7 +12,8 @@ from hooks import Inputs, Model, Plan, World
 from hooks.errors import InputsError
 from hooks.html import table
 from interp.metrics import Metric, evaluate
-from interp.paths.graph import Edge, Graph
+from interp.paths.graph import Graph
+from interp.paths.nodes import Edge
 from interp.paths.rewire import rewire
 from interp.paths.sources import pair_of
 from interp.sweeps import check_model

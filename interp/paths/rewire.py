@@ -16,7 +16,8 @@ from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
 from hooks.errors import PathError
 from hooks.plan import Read
 from hooks.region import resolve
-from interp.paths.graph import Graph, Reader, Writer
+from interp.paths.graph import Graph
+from interp.paths.nodes import Reader, Writer
 from interp.paths.sources import Source
 from interp.paths.streams import head_outputs, post_norm
 

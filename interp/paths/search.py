@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hooks import Inputs, Model
+from hooks import Inputs, Model, World
 from hooks.errors import PathError
 from interp.metrics import Metric, kl
 from interp.paths.circuits import Circuit, CircuitRunner, score_array
@@ -39,6 +39,8 @@ def top_k(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune:
 
 def greedy(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
     """k edges, chosen from the logits downwards: at each step the best edge into a node that is already in.
+
+    Of edges that score alike, the first in the graph's order.
 
     Args and raises: as `top_k`. (Hanna et al. 2024, section 3.)
     """
@@ -81,6 +83,7 @@ def acdc(
     lower_is_better: bool = True,
     values: str = "patch",
     reference: Inputs | None = None,
+    pooled: bool = False,
     batch: int = 32,
     budget: int | None = None,
     progress: bool | None = None,
@@ -93,7 +96,7 @@ def acdc(
     was refused. The decisions are those of the serial algorithm, which `batch=1` is.
 
     Args:
-        model, clean, corrupt, graph, values, reference, budget, progress, seed: as in `edge_sweep`.
+        model, clean, corrupt, graph, values, reference, pooled, budget, progress, seed: as in `edge_sweep`.
         tau: largest rise, in the metric's unit.
         metric: default the KL divergence from the whole model on the clean prompts.
         lower_is_better: whether a rise is what removal costs; False for a metric such as a logit difference.
@@ -102,14 +105,12 @@ def acdc(
     Returns:
         The circuit, whose scores are the rise that each edge's removal made when it was tried.
     """
-    from hooks import World
-
     if not batch >= 1 or not tau >= 0:
         raise PathError(f"tau is at least 0 and batch at least 1, got {tau} and {batch}")
     graph = Graph.of(model) if graph is None else graph
     measured = kl(World(clean)) if metric is None else metric
     run = CircuitRunner.of(
-        model, clean, corrupt, measured, values=values, reference=reference, budget=budget, seed=seed
+        model, clean, corrupt, measured, values=values, reference=reference, pooled=pooled, budget=budget, seed=seed
     )
     sign = 1.0 if lower_is_better else -1.0
 

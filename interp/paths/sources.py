@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooks import Inputs, Model, align
 from hooks.errors import InputsError, PathError, nearest
-from interp.paths.graph import Writer
+from interp.paths.nodes import Writer
 from interp.paths.streams import Streams, streams
 from interp.sweeps import DIRECTIONS
 

@@ -13,7 +13,7 @@ from hooks import Inputs, Model, Site, World
 from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import ModelError, PathError
 from hooks.worlds import run_worlds
-from interp.paths.graph import Writer
+from interp.paths.nodes import Writer
 
 
 def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:

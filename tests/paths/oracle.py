@@ -130,6 +130,7 @@ def forward(
     *,
     held: Mapping[str, Tensor] | None = None,
     query_heads: bool = False,
+    embedded: Tensor | None = None,
 ) -> Trace:
     """Run a model of a family that `tests.oracle` reads.
 
@@ -139,6 +140,7 @@ def forward(
         override: what each reader reads; by default the residual stream as it is there.
         held: for some readers an input [B,T,M], whose norm scale is used instead of that of what they read.
         query_heads: whether each query head has key and value readers of its own.
+        embedded: embeddings [B,T,M] instead of the tokens'.
     """
     spec, mask, position = oracle.read(model), prompts.mask, oracle.positions(prompts.mask)
     held = held or {}
@@ -153,6 +155,7 @@ def forward(
     resid = spec.W_E[prompts.ids] * spec.embed_scale
     if spec.W_pos is not None:
         resid = resid + spec.W_pos[position]
+    resid = resid if embedded is None else embedded
     writers["input"] = resid
 
     for layer, w in enumerate(spec.layers):
