@@ -29,9 +29,9 @@ def draw() -> Figure:
         ax.set_xlabel("edges kept (%)")
         ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
-    first, *_, last = figure.axes
+    first = figure.axes[0]
     first.set_ylabel("faithfulness")
-    last.legend(frameon=False, fontsize=8, loc="lower right")
+    first.legend(frameon=False, fontsize=8, loc="center right")
     return figure
 
 
