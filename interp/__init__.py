@@ -53,6 +53,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
+from interp import training
 from interp.attribution import attribution
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
@@ -125,6 +126,7 @@ __all__ = [
     "site",
     "steer",
     "sweep",
+    "training",
     "wrap",
     "zero",
 ]

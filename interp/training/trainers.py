@@ -30,7 +30,7 @@ def trainer_callback(monitor: Monitor, trainer: Any = None) -> Any:
     from transformers.trainer_callback import ExportableState
 
     if trainer is not None and monitor.logger is None:
-        monitor.logger = lambda numbers, step: trainer.log(dict(numbers))
+        monitor.logger = lambda numbers, step: _log(trainer, numbers)
 
     class MonitorCallback(TrainerCallback, ExportableState):
         def state(self) -> dict[str, Any]:
@@ -123,6 +123,13 @@ def lightning_callback(monitor: Monitor) -> Any:
             monitor.load_state_dict(state_dict)
 
     return MonitorCallback()
+
+
+def _log(trainer: Any, numbers: dict[str, float]) -> None:
+    # Whatever is logged takes back the trainer's intention to log its own loss in this step.
+    intended = trainer.control.should_log
+    trainer.log(dict(numbers))
+    trainer.control.should_log = intended
 
 
 def _require_part(monitor: Monitor, module: nn.Module | None) -> None:
