@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters.architecture import ImageFormat
-from .audit import Audit
+from .audit import Audit, Entry
+from .checkpointing import uncheckpointed
 from .editing import Edits
-from .errors import InputsError, PlanError
+from .errors import InputsError, PlanError, UnfiredError
 from .images import patch_grid
 from .inputs import Inputs
-from .plan import Origin, Plan, World
+from .plan import Plan, World, as_plan
 from .session import Session, install
 from .sites import Site
 from .tape import Tape
@@ -24,82 +27,173 @@ from .worlds import all_reads, exposed_layers, read_tapes
 if TYPE_CHECKING:
     from .model import Model
 
+PlanOf = Callable[[Inputs], Any]
+"""A plan (or an intervention, or several) that depends on what the model is called with."""
+
+
+@dataclass(eq=False)
+class Held:
+    """What one `apply` holds.
+
+    Attributes:
+        plan: a plan, or a function from the inputs of a call to one.
+        audit: its record, which grows by entries where the plan is a function.
+    """
+
+    plan: Plan | PlanOf
+    audit: Audit
+
+    @classmethod
+    def of(cls, plan: Any) -> Held:
+        """Begin the record of a plan or of a function."""
+        if callable(plan) and not isinstance(plan, type):
+            return cls(plan, Audit())
+        listed = as_plan(plan)  # type: ignore[arg-type]
+        return cls(listed, Audit.of(listed))
+
+    def on(self, inputs: Inputs, model: Model) -> tuple[Plan, tuple[Entry, ...]]:
+        """The plan on these inputs, and the entry of the record that belongs to each of its interventions."""
+        if isinstance(self.plan, Plan):
+            return self.plan, self.audit.entries
+        plan = as_plan(self.plan(inputs))
+        model.check(plan)
+        # The n-th intervention of a kind at a place is the same one from call to call, whatever its values are.
+        left: dict[Any, list[Entry]] = {}
+        for entry in self.audit.entries:
+            left.setdefault(_kind(entry.intervention), []).append(entry)
+        found = []
+        for item in plan:
+            same = left.get(_kind(item))
+            found.append(same.pop(0) if same else Entry(item))
+        known = {id(entry) for entry in self.audit.entries}
+        self.audit.entries += tuple(entry for entry in found if id(entry) not in known)
+        return plan, tuple(found)
+
+    def require_fired(self) -> None:
+        """Raise where something never fired, or where a function never gave anything to do."""
+        if not isinstance(self.plan, Plan) and not len(self.audit):
+            name = getattr(self.plan, "__name__", type(self.plan).__name__)
+            raise UnfiredError(f"never fired: {name} was asked for no intervention while it was applied")
+        self.audit.require_fired()
+
+
+def _kind(item: Any) -> Any:
+    return (item.site.key, item.op.name, str(item.site.head))
+
 
 class Applied:
-    """A plan held on a model: each forward pass of the user's is one run of it."""
+    """Plans held on a model: each forward pass of the user's is one run of them together."""
 
-    def __init__(self, model: Model, plan: Plan, audit: Audit, seed: int) -> None:
-        self.model, self.plan, self.audit, self.seed = model, plan, audit, seed
-        self.busy = False
+    def __init__(self, model: Model, held: tuple[Held, ...], seed: int) -> None:
+        self.model, self.held, self.seed = model, held, seed
         self.session = Session([], [])
-        self.unedited = _unedited_sites(plan)
-        # Keys are needed to place the hooks; the inputs are known only when the user calls.
-        self.empty = World(Inputs.of(torch.zeros(1, 1, dtype=torch.int64)), plan)
-        self.expose = exposed_layers([self.empty], ())
-        self.others = [key for key in all_reads([self.empty]) if key[0] == "world"]
-        self.stack = ExitStack()
+        self.expose: frozenset[int] = frozenset()
+        self.static = all(isinstance(one.plan, Plan) for one in held)
+        self.hooks, self.stack = ExitStack(), ExitStack()
+        if self.static:
+            # The sites are needed to place the hooks; the inputs are known only when the user calls.
+            empty = World(Inputs.of(torch.zeros(1, 1, dtype=torch.int64)), self.on(None)[0])
+            self.expose = exposed_layers([empty], ())
+            self.session.begin([Edits(empty, model.sizes, {}, seed)], [[]])
+            self.session.open = False
+
+    def on(self, inputs: Inputs | None) -> tuple[Plan, Audit]:
+        """The plan on these inputs (which plans that are no functions do not need), and its record."""
+        plan, entries = Plan(), ()
+        for one in self.held:
+            part, found = one.on(inputs, self.model)  # type: ignore[arg-type]
+            plan, entries = plan + part, entries + found
+        return plan, Audit(entries)
 
     def install(self) -> None:
-        """Place the hooks."""
+        """Place the hooks; those of a plan that is a function are placed anew in every call."""
         with ExitStack() as stack:
-            self.session.begin([Edits(self.empty, self.model.sizes, {}, self.seed)], [[]])
-            self.session.watched = {place.key for place in self.unedited}
-            self.session.open = False
             root = self.model.module
             stack.callback(root.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
             stack.callback(root.register_forward_hook(self.end, always_call=True).remove)
-            install(self.session, self.model.architecture, stack, self.expose)
+            self.place()
             # Only now, so that an error in between takes away what was placed so far.
             self.stack = stack.pop_all()
 
+    def place(self) -> None:
+        """Place the hooks on the parts of the model."""
+        self.hooks.close()
+        if not self.session.worlds:
+            return
+        with ExitStack() as stack:
+            install(self.session, self.model.architecture, stack, self.expose)
+            self.hooks = stack.pop_all()
+
     def remove(self) -> None:
         """Take the hooks away."""
+        self.hooks.close()
         self.stack.close()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn what the user runs the model on, before it runs."""
-        if self.busy:
-            return
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         call = call | call.get("kwargs", {})
-        if call.get("logits_to_keep") is not None and ("logits", -1, None) in set(self.session.keys()):
-            raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
         inputs = _inputs_of_call(call, self.model.architecture.images)
-        world, graph = World(inputs, self.plan), torch.is_grad_enabled()
+        plan, audit = self.on(inputs)
+        world = World(inputs, plan)
+        if not self.static:
+            self.expose = exposed_layers([world], ())
         tapes: dict[Any, Tape] = {}
-        if self.others:
+        if all_reads([world]):
             # Run anew for every call: in training the weights have changed since the last one.
             with self.model.suspended():
-                tapes |= read_tapes(self.model, [world], self.seed, self.expose, only=self.others, graph=graph)
-        if self.unedited:
-            self.busy = True
-            shadow = Edits(World(inputs), self.model.sizes, {}, self.seed)
-            try:
-                self.session.begin([shadow], [self.unedited], graph=graph)
-                module(*args, **kwargs)
-            finally:
-                self.busy = False
-            values = tuple((p, self.session.kept[0][i]) for i, p in enumerate(self.unedited))
-            tapes[("unedited", id(inputs))] = Tape(inputs, values, self.model.sizes)
+                tapes = self.read(world, lambda: module(*args, **kwargs))
         edits = Edits(world, self.model.sizes, tapes, self.seed)
-        edits.audit = self.audit
+        edits.audit = audit
         self.session.begin([edits], [[]])
+        if call.get("logits_to_keep") is not None and ("logits", -1, None) in set(self.session.keys()):
+            raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
+        if not self.static:
+            self.place()
 
     def end(self, *_: Any) -> None:
         """From here on, until the next call of the model, nothing says which rows and positions a value is of."""
-        if not self.busy:
-            self.session.open = False
+        self.session.open = False
+
+    def read(self, world: World, again: Callable[[], Any]) -> dict[Any, Tape]:
+        """Run the worlds that a world reads: those on the inputs of the call by making the call again."""
+        tapes: dict[Any, Tape] = {}
+        constants = _read_as_constants(world)
+        for key, (source, sites) in all_reads([world]).items():
+            graph = torch.is_grad_enabled() and key not in constants
+            if source.inputs is not world.inputs:
+                tapes |= read_tapes(self.model, [world], self.seed, self.expose, only={key}, graph=graph)
+                continue
+            with torch.set_grad_enabled(graph):
+                edits = Edits(source, self.model.sizes, self.read(source, again), self.seed)
+                values = self.repeat(edits, sites, again, graph)
+            edits.audit.require_fired()
+            tapes[key] = Tape(source.inputs, values, self.model.sizes)
+        return tapes
+
+    def repeat(
+        self, edits: Edits, sites: list[Site], again: Callable[[], Any], graph: bool
+    ) -> tuple[tuple[Site, Tensor], ...]:
+        """Make the call again under other edits, and keep the values at some sites."""
+        session = Session([edits], [sites], graph)
+        device = self.model.device
+        with ExitStack() as stack:
+            # The user's own pass is to draw the same numbers (dropout) as this one, and as it would have without it.
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            if graph:
+                stack.enter_context(uncheckpointed(self.model.module))
+            install(session, self.model.architecture, stack, self.expose)
+            again()
+        return tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
 
 
-def _unedited_sites(plan: Plan) -> list[Site]:
-    found: list[Site] = []
-    for item in plan:
-        for read in item.reads:
-            if read.source is Origin.UNEDITED:
-                place = (item.site if read.site is None else read.site).whole
-                if place not in found:
-                    found.append(place)
-    return found
+def _read_as_constants(world: World) -> set[Any]:
+    """The worlds that are read by functions through which no gradient flows, and by no other."""
+    constant: dict[Any, bool] = {}
+    for item in world.plan:
+        for key in all_reads([replace(world, plan=Plan((item,)))]):
+            constant[key] = constant.get(key, True) and item.op.reads_constants
+    return {key for key, every in constant.items() if every}
 
 
 def _inputs_of_call(call: dict[str, Any], images: ImageFormat | None) -> Inputs:

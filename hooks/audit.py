@@ -75,9 +75,12 @@ class Entry:
         return INERT if self.change == 0.0 else FIRED
 
 
-@dataclass(frozen=True)
+@dataclass
 class Audit:
-    """One `Entry` for each intervention of a plan, in its order."""
+    """One `Entry` for each intervention of a plan, in its order.
+
+    Of a plan that is a function of the inputs there is one for each intervention that it has given so far.
+    """
 
     entries: tuple[Entry, ...] = ()
 

@@ -57,14 +57,15 @@ class Edits:
         if self.window is None:
             self.window = slice(0, len(self.world.inputs))
 
-    def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
+    def visit(self, key: Key, x: Tensor, guard: Guard | None = None, again: bool = False) -> Tensor:
         """Apply the interventions at a site to its value (all rows of the window), in the order of the plan.
 
         Args:
             guard: bool of x's shape and a number: where it is False, x is that number whatever an intervention says.
+            again: the value is computed a second time in the same pass, which the record does not count.
         """
         for index in self.by_key.get(key, ()):
-            x = self._apply(self.world.plan[index], self.audit[index], x, guard)
+            x = self._apply(self.world.plan[index], None if again else self.audit[index], x, guard)
         if key in self.needs_here:
             self.here[key] = x
         return x
@@ -78,7 +79,7 @@ class Edits:
             self._regions[memo] = self._full[memo].rows(self.window)
         return self._regions[memo]
 
-    def _apply(self, item: Intervention, entry: Entry, x: Tensor, guard: Guard | None) -> Tensor:
+    def _apply(self, item: Intervention, entry: Entry | None, x: Tensor, guard: Guard | None) -> Tensor:
         assert self.window is not None
         region = self.region(item.site, item.only)
         old = part = region.get(x)
@@ -90,7 +91,8 @@ class Edits:
         reads = [self._read(read, item, region, x) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in reads))
         for read, (value, _) in zip(item.reads, reads, strict=True):
-            if item.op.name in ("patch", "freeze", "interchange") and value.shape != part.shape:
+            exact = item.op.name in ("patch", "patch_constant", "freeze", "interchange")
+            if exact and value.shape != part.shape:
                 raise ShapeError(f"{item}: {list(value.shape)} is read ({read}), the site has {list(part.shape)}")
         new = item.op(part, *(value for value, _ in reads), ctx=ctx)
         if (
@@ -106,7 +108,8 @@ class Edits:
         new = blend(part, new, item.weight, len(self.world.inputs), self.window)
         if guard is not None:
             new = torch.where(region.get(guard[0]), new, guard[1])
-        entry.record(old, new, region)
+        if entry is not None:
+            entry.record(old, new, region)
         return region.put(x, new)
 
     def _read(self, read: Read, item: Intervention, region: Region, x: Tensor) -> tuple[Tensor, Reference | None]:
@@ -174,14 +177,20 @@ class Edits:
         return value
 
 
-def source_id(source: World | Origin | Any, world: World) -> Any:
-    """What identifies a world that is read: the object, or for the unedited world its inputs."""
-    return ("unedited", id(world.inputs)) if source is Origin.UNEDITED else ("world", id(source))
+def source_id(source: World | Plan | Origin | Any, world: World) -> Any:
+    """What identifies a world that is read: the object, or the plan under which this world's inputs are run instead."""
+    if source is Origin.UNEDITED:
+        return ("unedited", id(world.inputs))
+    if isinstance(source, Plan):
+        return ("plan", id(world.inputs), id(source))
+    return ("world", id(source))
 
 
-def source_world(source: World | Origin, world: World) -> World:
+def source_world(source: World | Plan | Origin, world: World) -> World:
     """The world that is read."""
-    return World(world.inputs) if source is Origin.UNEDITED else source  # type: ignore[return-value]
+    if source is Origin.UNEDITED:
+        return World(world.inputs)
+    return World(world.inputs, source) if isinstance(source, Plan) else source  # type: ignore[return-value]
 
 
 def world_reads(plan: Plan, world: World) -> dict[Any, tuple[World, list[Site]]]:
@@ -189,7 +198,7 @@ def world_reads(plan: Plan, world: World) -> dict[Any, tuple[World, list[Site]]]
     found: dict[Any, tuple[World, list[Site]]] = {}
     for item in plan:
         for read in item.reads:
-            if isinstance(read.source, World) or read.source is Origin.UNEDITED:
+            if isinstance(read.source, (World, Plan)) or read.source is Origin.UNEDITED:
                 place = (item.site if read.site is None else read.site).whole
                 _, sites = found.setdefault(source_id(read.source, world), (source_world(read.source, world), []))
                 if place not in sites:

@@ -17,7 +17,8 @@ from torch import Tensor
 from .context import Context, Reference, fit
 from .errors import PlanError, ShapeError, SiteError
 from .inputs import Inputs
-from .plan import Intervention, Op, Origin, Read, Source, World
+from .patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
+from .plan import Intervention, Op, Origin, Plan, Read, Source, World
 from .random import choice, normal
 from .sites import Site, site
 from .tape import Tape
@@ -33,6 +34,17 @@ class Patch(Op):
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return reads[0].expand_as(x)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchConstant(Patch):
+    """The value read, in place of x, as a constant: no gradient flows into what is read."""
+
+    name: ClassVar[str] = "patch_constant"
+    reads_constants: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        return reads[0].detach().expand_as(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,21 +227,28 @@ class Custom(Op):
 OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
-        Patch, Freeze, Clamp, Zero, Mean, Resample, Noise, Steer, Scale, ProjectOut, Interchange, Knockout, Recompute,
+        Patch, PatchConstant, Freeze, Clamp, Zero, Mean, Resample, Noise, Steer, Scale, ProjectOut, Interchange,
+        Knockout, Recompute, Attend, AttendBack, ForbidBack, CopyScores, FromPositions,
     )
 }  # fmt: skip
 """The functions that a saved plan may name."""
 
 
-def patch(where: Site | str, source: Source, *, source_site: Site | str | None = None) -> Intervention:
+def patch(
+    where: Site | str, source: Source, *, source_site: Site | str | None = None, stop_gradient: bool = False
+) -> Intervention:
     """Replace the value at a site by the value that another world has there.
 
     Args:
         where: the site.
-        source: a `World`, a `Tape` of a run, or a tensor with the part's shape (or the whole activation's).
+        source: a `World`, a `Plan` (this world's inputs under that plan instead), a `Tape` of a run, or a tensor with
+            the part's shape (or the whole activation's).
         source_site: read another site or other positions of the source instead; as many positions as `where` selects.
+        stop_gradient: take the value as a constant; otherwise gradients flow through what is read.
     """
-    return Intervention(site(where), Patch(), (_read("patch", source, source_site),))
+    return Intervention(
+        site(where), PatchConstant() if stop_gradient else Patch(), (_read("patch", source, source_site),)
+    )
 
 
 def clamp(where: Site | str, value: Value) -> Intervention:
@@ -303,9 +322,9 @@ def knockout(where: Site | str) -> Intervention:
     return Intervention(scores, Knockout())
 
 
-def freeze(where: Site | str) -> Intervention:
-    """Hold a site at the value that this world has without interventions."""
-    return Intervention(site(where), Freeze(), (Read(Origin.UNEDITED),))
+def freeze(where: Site | str, *, stop_gradient: bool = False) -> Intervention:
+    """Hold a site at the value that this world has without interventions; see `patch` for the gradient."""
+    return Intervention(site(where), PatchConstant() if stop_gradient else Freeze(), (Read(Origin.UNEDITED),))
 
 
 def recompute(where: Site | str) -> Intervention:
@@ -339,7 +358,9 @@ def _read(what: str, source: Any, where: Site | str | None = None, aligned: bool
     """A read of what a user gave as a source."""
     if isinstance(source, Inputs):
         source = World(source)
-    if not isinstance(source, (World, Tape, Tensor)):
+    if isinstance(source, Intervention):
+        source = Plan((source,))
+    if not isinstance(source, (World, Plan, Tape, Tensor)):
         given = "nothing" if source is None else type(source).__name__
-        raise PlanError(f"{what} takes values from a World, a Tape or a tensor (source=), not {given}")
+        raise PlanError(f"{what} takes values from a World, a Plan, a Tape or a tensor (source=), not {given}")
     return Read(source, None if where is None else site(where), aligned)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapters import describe
 from .adapters.architecture import Architecture
-from .applied import Applied
+from .applied import Applied, Held, PlanOf
 from .audit import Audit
 from .catalogue import SiteInfo, SiteTable, site_sizes
 from .editing import Edits, check_reads
@@ -148,6 +148,8 @@ class Model:
                 if isinstance(read.source, World):
                     self.check_inputs(read.source.inputs)
                     self.check(read.source.plan)
+                elif isinstance(read.source, Plan):
+                    self.check(read.source)
             self._check_values(item)
 
     def check_inputs(self, inputs: Inputs) -> None:
@@ -181,8 +183,9 @@ class Model:
         elif isinstance(where.dim, Span) and last is not None:
             last = len(range(*slice(where.dim.start, where.dim.stop).indices(last)))
         for name, value in item.op.parameters().items():
-            checkable = isinstance(value, Tensor) and value.ndim and last is not None and not isinstance(where.dim, int)
-            if checkable and value.shape[-1] != last:
+            # Integers are positions or tokens, which are not laid out like the site.
+            is_value = isinstance(value, Tensor) and value.ndim and value.is_floating_point()
+            if is_value and last is not None and not isinstance(where.dim, int) and value.shape[-1] != last:
                 raise ShapeError(f"{item}: {name} ends in {value.shape[-1]} entries, the site in {last}")
 
     def inputs(
@@ -333,7 +336,8 @@ class Model:
         self.check_inputs(inputs)
         own = as_plan(plan)
         self.check(own)
-        world = World(inputs, self.held + own)
+        held, record = self.held_on(inputs)
+        world = World(inputs, held + own)
         sites = [site(c) for c in ([capture] if isinstance(capture, (str, Site)) else capture)]
         for place in sites:
             self.require(place)
@@ -341,41 +345,45 @@ class Model:
         with self.suspended(), torch.enable_grad() if grad else torch.no_grad():
             edits = Edits(world, self.sizes, read_tapes(self, [world], seed, expose, graph=grad), seed)
             session, logits = hooked_pass(self, [edits], [sites], expose, graph=grad)
-        audit = edits.audit.split(len(self.held), self.held_audit)
+        audit = edits.audit.split(len(held), record)
         audit.require_fired()
         kept = tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
         return Run(logits, Tape(inputs, kept, self.sizes), audit)
 
     @contextmanager
-    def apply(self, plan: Plan | Intervention, *, seed: int = 0) -> Iterator[Audit]:
+    def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> Iterator[Audit]:
         """Hold a plan on the model while the user calls it: any forward, or a training step.
 
         Inside another one, and for `run` and sweeps inside, the outer plan comes first: together they are one plan.
-        The model is as it was afterwards, whatever was raised inside. Gradients flow through the interventions.
+        The model is as it was afterwards, whatever was raised inside. Gradients flow through the interventions. Where
+        the plan reads this world unedited or under another plan, each call is made once more for it, with the same
+        dropout.
+
+        Args:
+            plan: a plan; or a function from the `Inputs` of a call (ids, mask, positions) to a plan, for one whose
+                positions or values depend on the batch.
+            seed: seed of random interventions.
 
         Yields:
-            The audit, which grows with every forward pass.
+            The audit, which grows with every forward pass (what gradient checkpointing computes again is not counted).
 
         Raises:
             UnfiredError: on leaving without an exception, where an intervention never fired.
             PlanError: a call that continues from a key/value cache, whose earlier tokens the plan has not seen.
         """
-        plan = as_plan(plan)
-        self.check(plan)
-        mine = Audit.of(plan)
+        mine = Held.of(plan)
+        if isinstance(mine.plan, Plan):
+            self.check(mine.plan)
         outer = self._held[-1] if self._held else None
         # A plan inside another one is one plan, so that it sees what the outer one did, within a layer too.
-        whole = plan if outer is None else outer.plan + plan
-        audit = mine if outer is None else Audit(outer.audit.entries + mine.entries)
-        with self.suspended():
-            applied = Applied(self, whole, audit, seed)
+        applied = Applied(self, (*(outer.held if outer else ()), mine), seed)
         if outer is not None:
             outer.remove()
         try:
             applied.install()
             self._held.append(applied)
             try:
-                yield mine
+                yield mine.audit
             finally:
                 self._held.pop()
                 applied.remove()
@@ -390,14 +398,13 @@ class Model:
         return _HELD.setdefault(self.module, [])
 
     @property
-    def held(self) -> Plan:
-        """The plan that `apply` holds on the model at the moment; empty outside."""
-        return self._held[-1].plan if self._held else Plan()
+    def holds(self) -> bool:
+        """Whether `apply` holds a plan on the model at the moment."""
+        return bool(self._held)
 
-    @property
-    def held_audit(self) -> Audit | None:
-        """The record of the plan that is held."""
-        return self._held[-1].audit if self._held else None
+    def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
+        """The plan that `apply` holds on the model at the moment, on these inputs, and its record; empty outside."""
+        return self._held[-1].on(inputs) if self._held else (Plan(), Audit())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ class Op:
         writes_inf: whether it writes -inf, so that it has no strength.
         always: whether what follows is computed again though the value did not change.
         needs_full_rows: whether each row of a reference set must have every position that is edited.
+        reads_constants: whether no gradient flows into what is read.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Op:
     writes_inf: ClassVar[bool] = False
     always: ClassVar[bool] = False
     needs_full_rows: ClassVar[bool] = False
+    reads_constants: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         """Return the new value, of x's shape, dtype and device."""
@@ -105,7 +107,7 @@ class World:
     __repr__ = __str__
 
 
-Source = Union["World", "Tape", Inputs, Tensor, Origin]
+Source = Union["World", "Plan", "Tape", Inputs, Tensor, Origin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ class Read:
     """A value that an intervention reads.
 
     Attributes:
-        source: a world, a tape, a tensor, or an `Origin`.
+        source: a world, a tape, a tensor, an `Origin`, or a plan: the inputs of the world that reads, under that plan.
         site: the site read; None for the intervention's own.
         aligned: whether row i of the source belongs to row i of the world. If not, the source is a reference set of any
             number of rows, and the function gets all of them.
@@ -135,6 +137,8 @@ class Read:
         source = self.source
         if isinstance(source, Tensor):
             text = f"tensor{list(source.shape)}"
+        elif isinstance(source, Plan):
+            text = f"this world under another plan of {len(source)}"
         else:
             text = source.value if isinstance(source, Origin) else str(source)
         return text if self.site is None else f"{text} at {self.site}"

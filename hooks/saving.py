@@ -200,7 +200,7 @@ _TYPES: dict[tuple[str, str], tuple[type, ...]] = {
     ("intervention", "reads"): (tuple,),
     ("intervention", "weight"): (int, float, Tensor),
     ("intervention", "only"): (Tensor, _NONE),
-    ("read", "source"): (World, Tape, Tensor, Origin),
+    ("read", "source"): (World, Plan, Tape, Tensor, Origin),
     ("read", "site"): (Site, _NONE),
     ("read", "aligned"): (bool,),
     ("site", "name"): (str,),

@@ -35,7 +35,6 @@ class Session:
         captures: for each world, the sites to keep.
         graph: keep values attached to the autograd graph (made to start at the first of them, if need be).
         kept: for each world, the value of each of its captures, after a forward pass.
-        watched: further sites to place hooks for.
         open: whether a call is under way whose rows and positions are known.
     """
 
@@ -44,7 +43,6 @@ class Session:
     graph: bool = False
     kept: list[dict[int, Tensor]] = field(default_factory=list)
 
-    watched: set[Key] = field(default_factory=set)
     open: bool = True
 
     def __post_init__(self) -> None:
@@ -53,6 +51,7 @@ class Session:
     def begin(self, worlds: Sequence[Edits], captures: Sequence[Sequence[Site]], graph: bool = False) -> None:
         """Start a forward pass, of these worlds; their sites have to be among those that hooks were placed for."""
         self.worlds, self.captures, self.graph, self.open = worlds, captures, graph, True
+        self.tracking = torch.is_grad_enabled()
         self.kept = [{} for _ in worlds]
         self._captured: dict[Key, list[tuple[int, int]]] = {}
         for world, sites in enumerate(captures):
@@ -66,7 +65,7 @@ class Session:
 
     def keys(self) -> set[Key]:
         """The sites at which something is edited, read or kept."""
-        keys = set(self._captured) | self.watched
+        keys = set(self._captured)
         for world in self.worlds:
             keys |= set(world.by_key) | world.needs_here
         return keys
@@ -78,13 +77,23 @@ class Session:
             raise PlanError(
                 "a part of the model is called by itself, so rows and positions are unknown: call the model"
             )
+        if (
+            self.open
+            and self.tracking
+            and not torch.is_grad_enabled()
+            and any(key in w.needs_here for w in self.worlds)
+        ):
+            raise PlanError(
+                f"{key[0]} is read further on, and reentrant gradient checkpointing would let no gradient reach it: "
+                "set use_reentrant=False"
+            )
         count = len(self.worlds)
         parts = list(x.chunk(count)) if count > 1 else [x]
         guards = [None] * count if guard is None else [(g, guard[1]) for g in guard[0].chunk(count)]
         edited = [key in world.by_key or key in world.needs_here for world in self.worlds]
         for w, world in enumerate(self.worlds):
             if edited[w]:
-                parts[w] = world.visit(key, parts[w], guards[w])
+                parts[w] = world.visit(key, parts[w], guards[w], again=not self.open)
         if any(edited):
             x = torch.cat(parts) if count > 1 else parts[0]
         for world, index in self._captured.get(key, ()):

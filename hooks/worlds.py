@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .audit import FIRED, INERT, PRUNED, Audit
+from .checkpointing import uncheckpointed
 from .editing import Edits, source_id, world_reads
 from .errors import ModelError, PlanError, nearest
 from .inputs import Inputs
@@ -125,9 +126,9 @@ def run_worlds(
     limit = budget if budget is not None else default_budget(model.device)
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0 or limit == float("inf"):
         raise ModelError(f"a memory budget is a positive number of bytes, not {limit!r}")
-    held = model.held
-    if len(held):
-        worlds = [World(world.inputs, held + world.plan) for world in worlds]
+    held = [model.held_on(world.inputs) for world in worlds] if model.holds else []
+    if held:
+        worlds = [World(world.inputs, plan + world.plan) for (plan, _), world in zip(held, worlds, strict=True)]
     with model.suspended():
         choice = choose(model, worlds, executor)
     expose = exposed_layers(worlds, reads)
@@ -141,7 +142,10 @@ def run_worlds(
         if chunk is None:
             return
         for outcome in chunk:
-            yield replace(outcome, audit=outcome.audit.split(len(held), model.held_audit)) if len(held) else outcome
+            if held:
+                plan, record = held[outcome.index]
+                outcome = replace(outcome, audit=outcome.audit.split(len(plan), record))
+            yield outcome
 
 
 def exposed_layers(worlds: Sequence[World], reads: Sequence[Site]) -> frozenset[int]:
@@ -170,6 +174,8 @@ def hooked_pass(
     """One forward pass of the user's model, with worlds of equally many rows and columns along its batch."""
     session = Session(edits, captures, graph)
     with ExitStack() as stack:
+        if graph and session.keys():
+            stack.enter_context(uncheckpointed(model.module))
         install(session, model.architecture, stack, expose)
         inputs = [e.world.inputs.rows(e.window) for e in edits if e.window is not None]
         pixels = [i.pixels for i in inputs if i.pixels is not None]

@@ -53,7 +53,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths
+from interp import paths, training
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.grids import Grid, grid
@@ -128,6 +128,7 @@ __all__ = [
     "site",
     "steer",
     "sweep",
+    "training",
     "wrap",
     "zero",
 ]

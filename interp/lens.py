@@ -137,7 +137,7 @@ def direct_logit_attribution(
     tape = model.run(inputs, capture=wanted).tape
     with torch.no_grad():
         final = tape[last][:, 0]
-        frozen, towards = _frozen_norm(arch.norm, final), direction.to(final.device)
+        frozen, towards = frozen_norm(arch.norm, final), direction.to(final.device)
 
         def onto(part: Tensor) -> Tensor:
             return (frozen(part) * towards).sum(-1)
@@ -146,7 +146,7 @@ def direct_logit_attribution(
         for layer, block in enumerate(arch.blocks):
             out = tape[Site("attn_out", layer, pos=pos)][:, 0]
             if heads:
-                each, bias = _heads(block, tape[Site("z", layer, pos=pos)][:, 0])
+                each, bias = head_outputs(block, tape[Site("z", layer, pos=pos)][:, 0])
                 names += [f"{layer}.h{h}" for h in range(block.q.heads)]
                 parts += [onto(each[:, h]) for h in range(block.q.heads)]
                 if bias is not None:
@@ -184,20 +184,22 @@ def _columns(weight: Tensor, tokens: Tensor) -> Tensor:
     return weight.detach()[tokens.to(weight.device)].mean(1)
 
 
-def _heads(block: Block, z: Tensor) -> tuple[Tensor, Tensor | None]:
+def head_outputs(block: Block, z: Tensor) -> tuple[Tensor, Tensor | None]:
     """What each head [B, H, M] and the biases together ([B, M] or [M], None without any) add to the residual."""
     weight, bias = linear_weight(block.out)
     each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.q.heads, block.q.width)))
     if block.post1 is None:
         return each, bias
-    frozen, own = _frozen_norm(block.post1, block.out(z.flatten(1))[:, None]), getattr(block.post1, "bias", None)
+    frozen, own = frozen_norm(block.post1, block.out(z.flatten(1))[:, None]), getattr(block.post1, "bias", None)
     if bias is not None:
         bias = frozen(bias)[:, 0]
     return frozen(each), own if bias is None else bias if own is None else bias + own
 
 
-def _frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """A norm without its bias, as a linear function of parts of x [..., M]: the scale is that of x."""
+    if isinstance(norm, nn.Identity):
+        return lambda part: part
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         raise ModelError(f"the final norm, {type(norm).__name__}, is not a LayerNorm or an RMSNorm with a weight")

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 
 import interp as ip
-from hooks import Plan, Span
+from hooks import Intervention, Plan, Span
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
 from hooks.interventions import OPS
+from hooks.patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
 from hooks.saving import fingerprint
 from tests import zoo
 
@@ -64,6 +65,28 @@ def every_op(model: ip.Model, inputs: ip.Inputs) -> dict[str, Plan]:
         "knockout": ip.knockout(ip.site("pattern", 1, head=2, pos=-1, key_pos=(0, 1)))
         + ip.knockout(ip.site("scores", 0, key_pos=slice(1, None))),
         "recompute": Plan((ip.recompute("hook_embed"),)),
+        "patch_constant": ip.patch(resid, ip.scale(z, 2.0), stop_gradient=True) + ip.patch(z, ip.zero(z)),
+        "attend": Plan((Intervention(ip.site("pattern", 0, head=1), Attend(torch.eye(2))),)),
+        "attend_back": Plan((Intervention(ip.site("pattern", 0, head=1), AttendBack(2)),)),
+        "forbid_back": Plan((Intervention(ip.site("scores", 1), ForbidBack(1)),)),
+        "copy_scores": Plan(
+            (
+                Intervention(
+                    ip.site("logits", pos=-1),
+                    CopyScores(torch.tensor([[3, 4]])),
+                    (ip.here(ip.site("scores", 1, head=2, pos=-1, key_pos=(0, 1))),),
+                ),
+            )
+        ),
+        "from_positions": Plan(
+            (
+                Intervention(
+                    ip.site("q_input", 1, pos=(0, 1, 2)),
+                    FromPositions(torch.tensor([0, 0, 1])),
+                    (ip.here(ip.site("embed", pos=(0, 1, 2))),),
+                ),
+            )
+        ),
     }
 
 

@@ -23,6 +23,7 @@ from hooks.interventions import (
     Mean,
     Noise,
     Patch,
+    PatchConstant,
     ProjectOut,
     Recompute,
     Resample,
@@ -42,6 +43,8 @@ PLACES = [
     site("z", 0),
     site("scores", 0, head=1),
 ]
+# Functions that apply at sites of one kind only: tests/hooks/test_patterns.py.
+ELSEWHERE = {"attend", "attend_back", "forbid_back", "copy_scores", "from_positions"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ def cases(place: Site, dtype: torch.dtype) -> dict[str, Case]:
     ctx = dataclasses.replace(ctx, references=(None,))
     found = {
         "patch": Case(Patch(), x, (random(*x.shape),), ctx),
+        "patch_constant": Case(PatchConstant(), x, (random(*x.shape),), ctx),
         "freeze": Case(Freeze(), x, (random(*x.shape),), ctx),
         "clamp": Case(Clamp(0.3), x, (), ctx),
         "clamp a tensor": Case(Clamp(random(*tail)), x, (), ctx),
@@ -106,7 +110,7 @@ def cases(place: Site, dtype: torch.dtype) -> dict[str, Case]:
         "recompute": Case(Recompute(), x, (), ctx),
         "intervene": Case(Custom(lambda x, y, ctx: torch.lerp(x, y, 0.25)), x, (random(*x.shape),), ctx),
     }
-    assert {case.op.name for case in found.values()} == {*OPS, "intervene"}
+    assert {case.op.name for case in found.values()} == {*OPS, "intervene"} - ELSEWHERE
     return found
 
 

@@ -1,0 +1,178 @@
+"""Callbacks on a plain training loop: two lines."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from hooks import Model
+from hooks.errors import ModelError
+from interp.training.callbacks import Callback, Clamp, PhaseChange, Probe
+from interp.training.records import JsonLines, scalars
+
+Log = Callable[[dict[str, float], int], Any]
+
+
+class Monitor:
+    """Callbacks, the count of optimizer steps, and where what they find is logged.
+
+    ::
+
+        monitor = Monitor(model, [Clamp(plan), Probe(measure, every=100)], log="run.jsonl")
+        for batch in batches:
+            with monitor.step() as step:
+                loss = loss_of(batch)
+                loss.backward(); optimizer.step(); optimizer.zero_grad()
+                step.loss(loss)
+        monitor.finish()
+
+    A step is one update of the optimizer, whatever number of forward and backward passes it has. To resume, save
+    `state_dict` with the optimizer's, between two steps, and load both.
+
+    Args:
+        model: the wrapped model that is trained.
+        callbacks: in the order in which they act; clamps that come later see what earlier ones did.
+        log: a JSON-lines file, in which a line is written wherever there is something to log. A run that starts at step
+            0 writes it anew; one that is resumed drops the lines after the step at which it resumes.
+        logger: a function of the numbers by name and the step, as trainers' loggers are.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        callbacks: Sequence[Callback],
+        *,
+        log: str | os.PathLike[str] | None = None,
+        logger: Log | None = None,
+    ) -> None:
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise ModelError(f"a callback is a Clamp, a Probe, ... or another Callback, not {callback!r}")
+        named = [c.name for c in callbacks if isinstance(c, (Clamp, Probe, PhaseChange))]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise ModelError(f"two callbacks would log under {twice!r}: give each a name=")
+        self.model, self.callbacks, self.logger = model, tuple(callbacks), logger
+        self.file = None if log is None else JsonLines(log)
+        self.steps, self.lines = 0, None
+        self.started, self.seen = False, -1
+        self.open: ExitStack | None = None
+        self.losses: list[Tensor | float] = []
+
+    @contextmanager
+    def step(self) -> Iterator[Monitor]:
+        """One optimizer step: everything from its first forward pass to the update.
+
+        Raises:
+            UnfiredError: a clamp that was in force and never fired.
+        """
+        self.enter()
+        try:
+            yield self
+        except BaseException:
+            self.abandon()
+            raise
+        self.leave()
+
+    def loss(self, value: Tensor | float) -> None:
+        """Say the loss of the step, or of each of its passes, whose mean is taken."""
+        self.losses.append(value.detach() if isinstance(value, Tensor) else value)
+
+    def start(self) -> None:
+        """Training begins, or goes on, at the present step; `enter` does this by itself."""
+        if self.started:
+            return
+        self.started = True
+        if self.file is not None:
+            self.file.start(self.steps, self.lines)
+        self.look()
+
+    def enter(self) -> None:
+        """A step begins."""
+        self.start()
+        if self.open is not None:
+            raise ModelError(f"step {self.steps} has begun already: steps do not nest")
+        self.losses = []
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback.during(self.model, self.steps))
+            self.open = stack.pop_all()
+
+    def leave(self) -> None:
+        """A step, the optimizer's update included, is done."""
+        stack, self.open = self.open, None
+        if stack is None:
+            raise ModelError("no step has begun")
+        stack.close()
+        if self.losses:
+            self.observe(self.steps, math.fsum(float(x) for x in self.losses) / len(self.losses))
+        self.steps += 1
+        self.look()
+
+    def abandon(self) -> None:
+        """A step was interrupted: take its clamps off the model, and do not count it."""
+        stack, self.open = self.open, None
+        if stack is not None:
+            # As if something had been raised inside: what did not fire may not have had its turn.
+            stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+    def observe(self, step: int, loss: float) -> None:
+        """Tell the callbacks the loss of the model after `step` updates."""
+        for callback in self.callbacks:
+            self.write(step, callback.loss(self.model, step, loss))
+
+    def look(self) -> None:
+        """Let the callbacks look at the model as it is, once a step."""
+        if self.seen == self.steps:
+            return
+        self.seen = self.steps
+        found: dict[str, Any] = {}
+        for callback in self.callbacks:
+            found |= callback.at(self.model, self.steps)
+        self.write(self.steps, found)
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Log a record, where there is anything in it."""
+        if not record:
+            return
+        if self.file is not None:
+            self.file.write(step, record)
+        numbers = scalars(record)
+        if self.logger is not None and numbers:
+            self.logger(numbers, step)
+
+    def finish(self) -> None:
+        """Training is over.
+
+        Raises:
+            UnfiredError: a clamp that never was in force.
+        """
+        self.start()
+        for callback in self.callbacks:
+            callback.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain data (JSON)."""
+        states = [{"type": type(c).__name__, "state": c.state_dict()} for c in self.callbacks]
+        lines = None if self.file is None else self.file.lines
+        return {"steps": self.steps, "seen": self.seen, "lines": lines, "callbacks": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave, with the same callbacks in the same order.
+
+        Raises:
+            ModelError: they are others, or a step is under way.
+        """
+        if self.open is not None:
+            raise ModelError("a run is resumed between two steps")
+        given, mine = [s["type"] for s in state["callbacks"]], [type(c).__name__ for c in self.callbacks]
+        if given != mine:
+            raise ModelError(f"the saved run had the callbacks {given}, this one has {mine}")
+        self.steps, self.seen, self.lines, self.started = state["steps"], state["seen"], state["lines"], False
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(saved["state"])
