@@ -45,8 +45,9 @@ format: $(STAMP) ## format the code and mend what lint can mend
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: $(STAMP) ## measure patching against other tools
+bench: $(STAMP) ## measure patching and paths against other tools
 	$(PY) -m experiments.benchmarks.patching --out experiments/benchmarks/patching.json
+	$(PY) -m experiments.benchmarks.paths --out experiments/benchmarks/paths.json
 
 figures: $(STAMP) ## draw the gallery again from committed results
 	$(PY) -m figures
