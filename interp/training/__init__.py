@@ -1,0 +1,1 @@
+"""Training seen from inside: clamps held through it, and many conditions trained as one ensemble."""
