@@ -96,7 +96,7 @@ def _speed(record: dict[str, Any]) -> str:
             ]
         )
     note = f"\\* extrapolated from {record['setting']['sample']} cells. "
-    return _table(head, rows) + f"\n\n{note}In brackets: the smallest and the largest ratio of a repetition."
+    return table(head, rows) + f"\n\n{note}In brackets: the smallest and the largest ratio of a repetition."
 
 
 def _agreement(record: dict[str, Any]) -> str:
@@ -123,7 +123,7 @@ def _agreement(record: dict[str, Any]) -> str:
         ]
         for sweep in record["sweeps"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _memory(record: dict[str, Any]) -> str:
@@ -134,7 +134,7 @@ def _memory(record: dict[str, Any]) -> str:
         [f"{NAMES[site]}, {tokens} tokens", *(f"{sides[s]:.0f}" for s in ("ours", "transformer_lens", "hook_loop"))]
         for (site, tokens), sides in found.items()
     ]
-    return _table(["sweep", "ours", "TransformerLens", "hook loop"], rows)
+    return table(["sweep", "ours", "TransformerLens", "hook loop"], rows)
 
 
 def _forwards(record: dict[str, Any]) -> str:
@@ -147,7 +147,7 @@ def _forwards(record: dict[str, Any]) -> str:
             found = size["over_bare"][name]
             cells.append(f"{found['ratio']:.3f} ({found['lower_quartile']:.3f} to {found['upper_quartile']:.3f})")
         rows.append([name, *cells])
-    return _table(head, rows) + "\n\nIn brackets: the quartiles of the repetitions' ratios."
+    return table(head, rows) + "\n\nIn brackets: the quartiles of the repetitions' ratios."
 
 
 def _times(found: dict[str, float], digits: int = 1) -> str:
@@ -155,7 +155,7 @@ def _times(found: dict[str, float], digits: int = 1) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])

@@ -130,8 +130,14 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
         p["label"].dtype
     )
 
-    vectors = c["exemplars"][batch.classes.flatten(1)]
-    embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors.transpose(1, 2))
+    which = batch.classes.flatten(1)
+    if which.shape[1] > len(c["exemplars"]):  # more tokens than exemplars: embed each exemplar once
+        vectors = c["exemplars"].T.expand(members, -1, -1)
+        embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
+        embedded = embedded.gather(2, which[:, None].expand(-1, m, -1))
+    else:
+        vectors = c["exemplars"][which].transpose(1, 2)
+        embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
     tokens = torch.cat((embedded, p["label"].transpose(1, 2)), dim=2)
     normed = _norm(tokens, p, "ln0", shape)
     table = torch.cat((tokens, torch.bmm(p["qkv0"], normed)), dim=1)

@@ -26,7 +26,7 @@ from interp.training.induction_task import Batch, Task, draw, every_sequence, ex
 SHAPE = Shape(d_input=12, d_model=16, n_heads=4)
 TASK = Task(n_classes=6, largest=8, held_out_classes=4)
 TABLE = exemplars(TASK, 12)
-ROWS, RATE = 7, 1e-2
+ROWS, RATE = 5, 1e-2
 
 CLAMPS = {
     "none": Clamp(),
@@ -159,6 +159,16 @@ def test_clamps_equal_plans_of_the_engine(clamp, plan):
     found = forward(run.params, batch, run.constants, SHAPE).logits[0].T
     torch.testing.assert_close(found, edited, rtol=0, atol=1e-10)
     assert (found - free).abs().max() > 1e-3
+
+
+def test_more_tokens_than_exemplars_are_embedded_once_each():
+    run = ensemble(MEMBERS[:3])
+    batch = draw(run.constants, 0, 11)
+    whole = forward(run.params, batch, run.constants, SHAPE).logits
+    parts = [Batch(*pieces) for pieces in zip(*(value.split((5, 5, 1), dim=-1) for value in batch), strict=True)]
+    assert 2 * 11 > len(TABLE) > 2 * 5
+    apart = torch.cat([forward(run.params, part, run.constants, SHAPE).logits for part in parts], -1)
+    torch.testing.assert_close(whole, apart, rtol=0, atol=1e-12)
 
 
 def test_tasks_of_several_sizes_train_together():
