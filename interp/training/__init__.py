@@ -19,6 +19,7 @@ from interp.training.clamps import (
     previous_token,
     temperature,
 )
+from interp.training.ensemble import Ensemble, Program
 from interp.training.graft import graft
 from interp.training.measures import (
     attention,
@@ -42,11 +43,13 @@ __all__ = [
     "Callback",
     "Checkpoints",
     "Clamp",
+    "Ensemble",
     "JsonLines",
     "Monitor",
     "PhaseChange",
     "PhaseTimes",
     "Probe",
+    "Program",
     "ablate_heads",
     "all_but",
     "at_strength",

@@ -1,0 +1,1 @@
+"""How induction heads form: training under clamps."""

@@ -1,0 +1,117 @@
+"""What is measured while the members train, and on the trained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.induction_formation.settings import ALL, CLAMPS, PROGRESS, Roster, Settings
+from interp.training.ensemble import Ensemble, Params
+from interp.training.induction import Member, conditions, evaluate, previous_token_strengths, strengths
+from interp.training.induction_clamps import Clamp, only_head
+from interp.training.induction_model import Shape
+from interp.training.induction_task import SPLITS, Batch, Task, draw, every_sequence
+
+FRESH = 1_000_000
+"""Added to a member's seed for what it is measured on, so that no sequence is drawn as in training."""
+
+
+def during(run: Ensemble, settings: Settings, people: Roster, table: Tensor, shape: Shape) -> dict[str, Any]:
+    """Splits, strengths and progress measures at the present step.
+
+    Returns:
+        ``splits``: by split, accuracy and loss of each member of `people.free`; ``strengths``: by member and last-layer
+        head; ``previous``: by member and first-layer head; ``progress``: by clamp, the loss under it of each member
+        that trains with one head and no clamp.
+    """
+    free, single = people.free, people.clamped["none"]
+    found: dict[str, Any] = {"splits": {}, "progress": {}}
+    for split in SPLITS:
+        measured, output, batch = measure(run, free, None, split, settings.evaluated, table, shape)
+        found["splits"][split] = {name: _rounded(measured[name]) for name in ("accuracy", "loss", "context_accuracy")}
+        if split == "train":
+            found["strengths"] = _rounded(strengths(output, batch))
+            found["previous"] = _rounded(previous_token_strengths(output))
+    for name in PROGRESS:
+        clamps = [CLAMPS[name]] * len(single)
+        measured, _, _ = measure(run, single, clamps, "train", settings.evaluated, table, shape)
+        found["progress"][name] = _rounded(measured["loss"])
+    return found
+
+
+def at_the_end(run: Ensemble, people: Roster, table: Tensor, shape: Shape, sequences: int = 4096) -> dict[str, Any]:
+    """Trained members without a clamp: strengths over every sequence, and accuracy with each head alone or removed.
+
+    Returns:
+        ``strengths`` [member][head]; ``whole``, ``direct_path_ablated``, ``first_layer_ablated``: accuracy by member;
+        ``only``, ``without``: accuracy [member][head]; accuracies over `sequences` fresh ones.
+    """
+    free = people.free
+
+    def accuracy(clamp: Clamp) -> list[float]:
+        return _rounded(measure(run, free, [clamp] * len(free), "train", sequences, table, shape)[0]["accuracy"])
+
+    return {
+        "sequences": sequences,
+        "strengths": _rounded(_strengths(run, free, table, shape)),
+        "whole": accuracy(Clamp()),
+        "direct_path_ablated": accuracy(Clamp(ablate_first=ALL, preserve=("q", "k", "v"))),
+        "first_layer_ablated": accuracy(Clamp(ablate_first=ALL)),
+        "only": np.transpose([accuracy(only_head(head)) for head in ALL]).tolist(),
+        "without": np.transpose([accuracy(Clamp(ablate_last=(head,))) for head in ALL]).tolist(),
+    }
+
+
+def measure(
+    run: Ensemble,
+    indices: Sequence[int],
+    clamps: Sequence[Clamp] | None,
+    split: str,
+    sequences: int,
+    table: Tensor,
+    shape: Shape,
+) -> tuple[dict[str, Tensor], Any, Batch]:
+    """Evaluate some members on fresh sequences of a split, under other clamps than their own where given."""
+    members = [replace(run.members[i], seed=FRESH + run.members[i].seed) for i in indices]
+    params, constants = _of(run, indices, members, clamps, split, table, shape)
+    batch = draw(constants, 0, sequences)
+    return *evaluate(params, constants, shape, batch), batch
+
+
+def _of(
+    run: Ensemble,
+    indices: Sequence[int],
+    members: Sequence[Member],
+    clamps: Sequence[Clamp] | None,
+    split: str,
+    table: Tensor,
+    shape: Shape,
+) -> tuple[Params, dict[str, Tensor]]:
+    device = run.rates.device
+    constants = conditions(members, table, shape, clamps=clamps, split=split)
+    labels = constants["unused"].shape[1]
+    params = {name: value[list(indices)] for name, value in run.params.items()}
+    for name in ("label", "read.weight", "read.bias"):  # rows of labels that none of these members has
+        params[name] = params[name][:, :labels]
+    return params, {name: value.to(device) for name, value in constants.items()}
+
+
+def _strengths(run: Ensemble, indices: Sequence[int], table: Tensor, shape: Shape, chunk: int = 2800) -> Tensor:
+    """Strengths [M, H] over every training sequence, in equal chunks."""
+    members = [run.members[i] for i in indices]
+    params, constants = _of(run, indices, members, None, "train", table, shape)
+    parts = [value.to(run.rates.device).split(chunk, dim=-1) for value in every_sequence(Task())]
+    found = []
+    for pieces in zip(*parts, strict=True):
+        batch = Batch(*(piece.expand(len(indices), *piece.shape) for piece in pieces))
+        found.append(strengths(evaluate(params, constants, shape, batch)[1], batch))
+    return torch.stack(found).mean(0)
+
+
+def _rounded(values: Tensor) -> Any:
+    return np.round(values.double().cpu().numpy(), 4).tolist()

@@ -1,0 +1,108 @@
+"""What the study trains: sizes, and the members that its figures need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from interp.training.induction import Member
+from interp.training.induction_clamps import Clamp, only_head
+from interp.training.induction_task import Task
+
+HEADS = 8
+KEPT = 0
+"""The last-layer head that stays where the circuit is single; heads differ by their random start alone."""
+ALL = tuple(range(HEADS))
+
+CLAMPS: dict[str, Clamp] = {
+    "none": only_head(KEPT),
+    "previous token": only_head(KEPT, previous_token=(0,)),
+    "layer 1": only_head(KEPT, first_layer=True),
+    "copy": only_head(KEPT, copy=KEPT),
+    "layer 1 + copy": only_head(KEPT, first_layer=True, copy=KEPT),
+    "match": only_head(KEPT, match=KEPT),
+}
+"""Figure 5b: what is held, in order of the circuit, with one last-layer head throughout."""
+PROGRESS = ("layer 1", "copy", "layer 1 + copy", "match")
+ISOLATED = {"normal": Clamp(), "B: match (layer 1 + copy clamped)": CLAMPS["layer 1 + copy"],
+            "C: copy (match clamped)": CLAMPS["match"]}  # fmt: skip
+"""Figure 6: the whole network, and the clamps that leave one subcircuit to learn."""
+SIZES = ((50, 5), (100, 5), (200, 5), (50, 10), (50, 15))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; by default the paper's settings.
+
+    Attributes:
+        name: of the results.
+        rate: Adam's learning rate.
+        batch: sequences a step.
+        steps: updates.
+        seeds: members a condition.
+        alone_seeds: members a head in figure 4b.
+        every: steps between measurements; training losses are averaged over as many.
+        evaluated: sequences of a measurement.
+        checkpoint: steps between checkpoints, a multiple of `every`.
+        reduced: whether this is not the paper's setting.
+    """
+
+    name: str = "full"
+    rate: float = 1e-5
+    batch: int = 32
+    steps: int = 300_000
+    seeds: int = 5
+    alone_seeds: int = 5
+    every: int = 500
+    evaluated: int = 1024
+    checkpoint: int = 10_000
+    reduced: bool = False
+
+
+QUICK = Settings(
+    name="quick",
+    rate=1e-4,
+    steps=8000,
+    alone_seeds=2,
+    every=40,
+    evaluated=128,
+    checkpoint=400,
+    reduced=True,
+)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Every member once, and where each figure finds its own.
+
+    Attributes:
+        members: all of them, in a fixed order.
+        free: indices of normal training, by seed.
+        alone: by head, then by seed.
+        clamped: by name of `CLAMPS`, then by seed.
+        sizes: by (kind of `ISOLATED`, classes, labels), then by seed.
+    """
+
+    members: tuple[Member, ...]
+    free: list[int]
+    alone: list[list[int]]
+    clamped: dict[str, list[int]]
+    sizes: dict[tuple[str, int, int], list[int]]
+
+
+def roster(settings: Settings) -> Roster:
+    """The members of all figures together; a run that two figures need is trained once."""
+    index: dict[Member, int] = {}
+
+    def add(clamp: Clamp, seeds: int, task: Task) -> list[int]:
+        return [index.setdefault(Member(seed, clamp, task), len(index)) for seed in range(seeds)]
+
+    plain = Task()
+    free = add(Clamp(), settings.seeds, plain)
+    clamped = {name: add(clamp, settings.seeds, plain) for name, clamp in CLAMPS.items()}
+    alone = [add(only_head(head), settings.alone_seeds, plain) for head in ALL]
+    sizes = {
+        (kind, classes, labels): add(clamp, settings.seeds, Task(n_classes=classes, n_labels=labels))
+        for kind, clamp in ISOLATED.items()
+        for classes, labels in SIZES
+    }
+    return Roster(tuple(index), free, alone, clamped, sizes)

@@ -1,0 +1,232 @@
+"""Many training runs as one batched program: conditions and seeds are members, stacked on a leading axis.
+
+Members share a program and differ in data alone: parameters, clamps, batches, learning rates. Nothing mixes members, so
+each trains as it would alone, and Adam on stacked parameters is as many separate Adams.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hooks.errors import ModelError, ResultError, ShapeError
+from hooks.files import pair, write_all
+
+SCHEMA, VERSION = "interp.ensemble", 1
+Params = dict[str, Tensor]
+MemberT = TypeVar("MemberT")
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What an ensemble trains.
+
+    Attributes:
+        params: trained tensors [members, ...].
+        constants: tensors that the loss reads besides: what members share, and their clamps and data [members, ...].
+        loss: ``loss(params, constants, step)``, a pure function that returns one loss a member [members]; `step` is an
+            int64 tensor [], and batches are functions of it. A member's loss may depend on its own entries only.
+    """
+
+    params: Params
+    constants: dict[str, Tensor]
+    loss: Callable[[Params, dict[str, Tensor], Tensor], Tensor]
+
+
+class Ensemble(Generic[MemberT]):
+    """Train all members together; each as it would train alone, to float tolerance.
+
+    Args:
+        build: from the members to their `Program`.
+        members: what differs: clamps, seeds, sizes; at least one.
+        rate: Adam's learning rate, one for all or one a member.
+        betas: Adam's decays.
+        eps: added to Adam's denominator.
+        compile: whether forward, backward and optimizer become one compiled graph; needs a C++ compiler on a CPU.
+        device: where to train.
+
+    Raises:
+        ModelError: no member, or a rate that is not positive.
+        ShapeError: parameters without a leading axis of members, or as many rates as there are not members.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Sequence[MemberT]], Program],
+        members: Sequence[MemberT],
+        *,
+        rate: float | Sequence[float] = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        compile: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not members:
+            raise ModelError("an ensemble needs at least one member")
+        self.members = tuple(members)
+        program = build(self.members)
+        for name, value in program.params.items():
+            if value.ndim == 0 or value.shape[0] != len(members):
+                raise ShapeError(
+                    f"{name} must have a leading axis of {len(members)} members; its shape is {list(value.shape)}"
+                )
+        rates = [rate] * len(members) if isinstance(rate, (int, float)) else list(rate)
+        if len(rates) != len(members):
+            raise ShapeError(f"give one rate, or one a member ({len(members)}); got {len(rates)}")
+        if min(rates) <= 0:
+            raise ModelError(f"learning rates must be positive, got {min(rates)}")
+        self.loss = program.loss
+        self.params = {name: value.detach().to(device, copy=True) for name, value in program.params.items()}
+        self.constants = {name: value.to(device) for name, value in program.constants.items()}
+        self.moments = {
+            f"{which}.{name}": torch.zeros_like(value) for which in ("m", "v") for name, value in self.params.items()
+        }
+        self.rates = torch.tensor(rates, dtype=torch.float64, device=device)
+        self.betas, self.eps = betas, eps
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._update = (
+            torch.compile(self._plain_update, fullgraph=True, dynamic=False) if compile else self._plain_update
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return int(self._count)
+
+    def train(self, steps: int = 1) -> Tensor:
+        """Take some steps and return the losses before each of them [steps, members]."""
+        found = []
+        with torch.no_grad():
+            for _ in range(steps):
+                found.append(self._update(self.params, self.moments, self.constants, self.rates, self._count).clone())
+        return torch.stack(found) if found else torch.empty(0, len(self.members), device=self._count.device)
+
+    def member(self, index: int) -> Params:
+        """One member's parameters, copied."""
+        return {name: value[index].clone() for name, value in self.params.items()}
+
+    def _plain_update(
+        self, params: Params, moments: Params, constants: dict[str, Tensor], rates: Tensor, count: Tensor
+    ) -> Tensor:
+        def total(p: Params) -> tuple[Tensor, Tensor]:
+            each = self.loss(p, constants, count)
+            return each.sum(), each.detach()
+
+        gradients, each = torch.func.grad(total, has_aux=True)(params)
+        taken = (count + 1).to(torch.float64)
+        first, second = 1 - self.betas[0] ** taken, 1 - self.betas[1] ** taken
+        for name, value in params.items():
+            g, m, v = gradients[name], moments[f"m.{name}"], moments[f"v.{name}"]
+            m.copy_(m * self.betas[0] + g * (1 - self.betas[0]))
+            v.copy_(v * self.betas[1] + g * g * (1 - self.betas[1]))
+            size = (rates / first).to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+            root = second.sqrt().to(value.dtype)
+            value.copy_(value - size * (m / (v.sqrt() / root + self.eps)))
+        count.add_(1)
+        return each
+
+    def save(self, path: str | os.PathLike[str], note: Any = None) -> None:
+        """Write `path`.safetensors (parameters, Adam's moments) and `path`.json (step, settings, and a note).
+
+        Args:
+            path: a `.json` or `.safetensors` suffix is stripped; missing folders are made.
+            note: JSON data of the caller's own, which `load` returns.
+        """
+        tensors = {f"param.{name}": value for name, value in self.params.items()} | self.moments
+        data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+        record = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "step": self.step,
+            **self._settings(),
+            "note": note,
+            "tensors_sha256": hashlib.sha256(data).hexdigest(),
+        }
+        json_path, tensors_path = pair(path)
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_all({tensors_path: data, json_path: (json.dumps(record, indent=1) + "\n").encode()})
+
+    def load(self, path: str | os.PathLike[str]) -> Any:
+        """Continue where `save` stopped: the next steps are those that an uninterrupted run would take, bit for bit.
+
+        Returns:
+            the note.
+
+        Raises:
+            ResultError: not a checkpoint, one of another ensemble, or two files that do not belong together; the
+                ensemble is then as it was.
+        """
+        json_path, tensors_path = pair(path)
+        data = tensors_path.read_bytes()
+        try:
+            record = json.loads(json_path.read_text())
+        except ValueError as error:
+            raise ResultError(f"{json_path} is not JSON: {error}") from None
+        if not isinstance(record, dict) or (record.get("schema"), record.get("version")) != (SCHEMA, VERSION):
+            raise ResultError(f"{json_path} is not a checkpoint of an ensemble, or of another version")
+        if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
+            raise ResultError(f"{tensors_path} does not belong to {json_path}: its checksum differs")
+        for name, value in json.loads(json.dumps(self._settings())).items():
+            if record[name] != value:
+                raise ResultError(f"{json_path} is of another ensemble: its {name} is {record[name]}, here {value}")
+        tensors = safetensors.torch.load(data)
+        for name, value in self.params.items():
+            value.copy_(tensors[f"param.{name}"])
+        for name, value in self.moments.items():
+            value.copy_(tensors[name])
+        self._count.fill_(record["step"])
+        return record["note"]
+
+    def _settings(self) -> dict[str, Any]:
+        """What has to agree for a checkpoint to continue this ensemble."""
+        return {
+            "members": [repr(member) for member in self.members],
+            "rates": self.rates.tolist(),
+            "betas": list(self.betas),
+            "eps": self.eps,
+            "shapes": {name: [str(value.dtype), *value.shape] for name, value in self.params.items()},
+        }
+
+
+def from_modules(
+    modules: Sequence[nn.Module],
+    loss: Callable[[Callable[..., Any], dict[str, Tensor], Tensor], Tensor],
+    data: dict[str, Tensor] | None = None,
+) -> Program:
+    """A program for any PyTorch module, by `torch.func.vmap` over stacked parameters: the plain reference.
+
+    Args:
+        modules: one a member, of one architecture; buffers and training mode are those of the first.
+        loss: ``loss(call, data, step)`` of one member, where ``call(*inputs)`` runs its module and `data` are its own
+            entries; returns a scalar.
+        data: tensors with a leading axis of members: clamps, seeds, inputs.
+
+    Raises:
+        ModelError: no module.
+    """
+    if not modules:
+        raise ModelError("an ensemble needs at least one member")
+    template = modules[0]
+    params = {
+        name: torch.stack([dict(module.named_parameters())[name].detach() for module in modules])
+        for name, _ in template.named_parameters()
+    }
+
+    def stacked(params: Params, constants: dict[str, Tensor], step: Tensor) -> Tensor:
+        def one(own: Params, given: dict[str, Tensor]) -> Tensor:
+            return loss(lambda *inputs: torch.func.functional_call(template, own, inputs), given, step)
+
+        # Of torch's attention kernels, only the plain one can be batched over members.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.vmap(one, randomness="different")(params, constants)
+
+    return Program(params, dict(data or {}), stacked)

@@ -1,0 +1,184 @@
+"""Members of an induction study, and the program that trains them together.
+
+Source: Singh et al., "What needs to go right for an induction head?" (ICML 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks.errors import ShapeError
+from interp.training.ensemble import Params, Program
+from interp.training.induction_clamps import Clamp, stack
+from interp.training.induction_model import Output, Shape, forward, losses, rotary, stack_initial
+from interp.training.induction_task import Batch, Task, draw, source
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run: where it starts, what it sees, what is held.
+
+    Attributes:
+        seed: of its parameters and batches.
+        clamp: held at every step.
+        task: its classes and labels.
+    """
+
+    seed: int = 0
+    clamp: Clamp = field(default_factory=Clamp)
+    task: Task = field(default_factory=Task)
+
+
+@dataclass(frozen=True)
+class Graft:
+    """Layers taken from another checkpoint and not trained.
+
+    Attributes:
+        params: the other checkpoint's parameters, as `Ensemble.member` returns them.
+        first: whether the embeddings and the first layer are taken, or the last layer and the read-out.
+    """
+
+    params: Params
+    first: bool
+
+
+LAST = ("q1", "kv1", "out1", "ln1", "ln_final", "read")
+
+
+def program(
+    table: Tensor,
+    *,
+    shape: Shape | None = None,
+    batch: int = 32,
+    dtype: torch.dtype = torch.float32,
+    grafts: dict[int, Graft] | None = None,
+) -> Callable[[Sequence[Member]], Program]:
+    """What `Ensemble` needs to train members of the induction study.
+
+    Args:
+        table: exemplars [n_exemplars, d_input], training classes first (see `Task`).
+        shape: sizes of the network; by default the paper's, with the table's d_input.
+        batch: sequences a step B.
+        dtype: of parameters and arithmetic.
+        grafts: by index of the member.
+    """
+    shape = shape or Shape(d_input=table.shape[1])
+
+    def build(members: Sequence[Member]) -> Program:
+        params = initial_params(members, shape, dtype)
+        constants = conditions(members, table, shape, dtype)
+        for index, graft in (grafts or {}).items():
+            for name, value in params.items():
+                if (name.split(".")[0] not in LAST) == graft.first:
+                    value[index] = graft.params[name].to(dtype)
+                    held = constants.setdefault(f"trained.{name}", torch.ones(len(members), dtype=torch.bool))
+                    held[index] = False
+
+        def loss(params: Params, constants: dict[str, Tensor], step: Tensor) -> Tensor:
+            trained = {
+                name: torch.where(_like(constants[f"trained.{name}"], value), value, value.detach())
+                if f"trained.{name}" in constants
+                else value
+                for name, value in params.items()
+            }
+            drawn = draw(constants, step, batch)
+            return losses(forward(trained, drawn, constants, shape).logits, drawn.answer).mean(1)
+
+        return Program(params, constants, loss)
+
+    return build
+
+
+def initial_params(members: Sequence[Member], shape: Shape, dtype: torch.dtype = torch.float32) -> Params:
+    """Every member's parameters before training [M, ...]."""
+    return stack_initial(shape, [m.task.n_labels for m in members], [m.seed for m in members], dtype)
+
+
+def conditions(
+    members: Sequence[Member],
+    table: Tensor,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    *,
+    clamps: Sequence[Clamp] | None = None,
+    split: str = "train",
+) -> dict[str, Tensor]:
+    """Every constant that `induction_model.forward` and `induction_task.draw` read.
+
+    Args:
+        members: whose tasks and seeds they are.
+        table: exemplars [n_exemplars, d_input].
+        shape: sizes of the network.
+        dtype: of the arithmetic.
+        clamps: one a member, instead of the members' own: a progress measure evaluates under a clamp that was not held.
+        split: which sequences are drawn, see `induction_task.source`.
+
+    Raises:
+        ShapeError: a table without a row for every class.
+    """
+    if table.shape != (members[0].task.n_exemplars, shape.d_input):
+        raise ShapeError(
+            f"exemplars must be {[members[0].task.n_exemplars, shape.d_input]} (training classes, then held-out ones);"
+            f" got {list(table.shape)}"
+        )
+    most = max(member.task.n_labels for member in members)
+    missing = torch.tensor([[float(i >= m.task.n_labels) for i in range(most)] for m in members], dtype=dtype)
+    return {
+        "exemplars": table.to(dtype),
+        "rotary": rotary(shape, dtype),
+        "unused": torch.where(missing > 0, -torch.inf, 0.0)[..., None].to(dtype),
+        **source([member.task for member in members], [member.seed for member in members], split),
+        **stack([m.clamp for m in members] if clamps is None else clamps, shape.n_heads, dtype),
+    }
+
+
+def evaluate(
+    params: Params, constants: dict[str, Tensor], shape: Shape, batch: Batch
+) -> tuple[dict[str, Tensor], Output]:
+    """Losses and accuracies of every member, and the forward pass they come from.
+
+    Args:
+        params: [M, ...].
+        constants: of `conditions`.
+        shape: sizes of the network.
+        batch: classes and labels [M, 2, B], target [M, B].
+
+    Returns:
+        ``loss``, ``accuracy``, ``probability`` of the answer, and ``context_loss``, ``context_accuracy`` among the two
+        labels in context, each [M]; and the output.
+    """
+    with torch.no_grad():
+        output = forward(params, batch, constants, shape)
+    logits = output.logits
+    per_row = losses(logits, batch.answer)
+    right = torch.gather(logits, 1, batch.answer[:, None])[:, 0]
+    wrong_label = torch.where(batch.target.bool(), batch.labels[:, 0], batch.labels[:, 1])
+    wrong = torch.gather(logits, 1, wrong_label[:, None])[:, 0]
+    found: dict[str, Any] = {
+        "loss": per_row,
+        "accuracy": (logits.argmax(1) == batch.answer).to(logits.dtype),
+        "probability": (-per_row).exp(),
+        "context_loss": torch.nn.functional.softplus(wrong - right),
+        "context_accuracy": (right > wrong).to(logits.dtype),
+    }
+    return {name: value.mean(1) for name, value in found.items()}, output
+
+
+def strengths(output: Output, batch: Batch) -> Tensor:
+    """Induction strength of each last-layer head [M, H]: attention to the right label token minus to the wrong one."""
+    difference = output.pattern[:, :, 1] - output.pattern[:, :, 3]
+    return torch.where(batch.target.bool()[:, None], -difference, difference).mean(2)
+
+
+def previous_token_strengths(output: Output) -> Tensor:
+    """Attention of each first-layer head [M, H] from the label tokens to the exemplars before them, averaged."""
+    return (output.first_pattern[:, :, 1, 0] + output.first_pattern[:, :, 3, 2]).mean(2) / 2
+
+
+def _like(mask: Tensor, value: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (value.ndim - 1))

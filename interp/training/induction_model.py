@@ -1,0 +1,265 @@
+"""The two-layer attention-only network of the induction study, for many members at once.
+
+Everything is feature-major with the batch last: [M, features, tokens, B]. Projections are then batched products of a
+weight [M, out, in] with columns, and attention over five tokens is element-wise arithmetic along a contiguous batch.
+Only what reaches the logits is computed: a first-layer projection once a distinct token (the query repeats an exemplar,
+labels are few), and the last layer at the query alone. `interp.training.induction_module` is the same network plainly.
+
+Source: Singh et al., "What needs to go right for an induction head?" (ICML 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hooks.random import hash_counters
+from interp.training.induction_clamps import BLOCKED
+from interp.training.induction_task import QUERY, TOKENS, Batch
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the network.
+
+    Attributes:
+        d_input: numbers of an exemplar.
+        d_model: width of the residual stream M.
+        n_heads: heads a layer H.
+        rotary_base: base of the rotary wavelengths, in tokens.
+        norm_eps: added to the variance in every norm.
+    """
+
+    d_input: int = 512
+    d_model: int = 64
+    n_heads: int = 8
+    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def d_head(self) -> int:
+        """D."""
+        return self.d_model // self.n_heads
+
+
+class Output(NamedTuple):
+    """What a forward pass gives at the query.
+
+    Attributes:
+        logits: [M, labels, B]; -inf at labels that a member does not have.
+        scores: of the last layer before its softmax [M, H, S, B].
+        pattern: of the last layer [M, H, S, B].
+        first_pattern: of the first layer [M, H, T, S, B].
+    """
+
+    logits: Tensor
+    scores: Tensor
+    pattern: Tensor
+    first_pattern: Tensor
+
+
+def initial(shape: Shape, n_labels: int, seed: int) -> Params:
+    """One member's parameters in float64: LeCun-normal, label embeddings of deviation 0.02, norms at 1, biases 0.
+
+    Normals are truncated at two deviations; LeCun-normal ones are rescaled to keep their variance.
+    """
+    generator = torch.Generator().manual_seed(int(hash_counters(seed, 1)) % 2**63)
+    m = shape.d_model
+
+    def lecun(rows: int, columns: int) -> Tensor:
+        return truncated(rows, columns) * (columns**-0.5 / 0.87962566103423978)
+
+    def truncated(rows: int, columns: int) -> Tensor:
+        out = torch.empty(rows, columns, dtype=torch.float64)
+        return torch.nn.init.trunc_normal_(out, a=-2.0, b=2.0, generator=generator)
+
+    params = {"embed.weight": lecun(m, shape.d_input), "embed.bias": torch.zeros(m)}
+    params["label"] = 0.02 * truncated(n_labels, m)
+    for layer, names in ((0, ("qkv",)), (1, ("q", "kv"))):
+        for name in names:
+            params[f"{name}{layer}"] = torch.cat([lecun(m, m) for _ in name])
+        params[f"out{layer}"] = lecun(m, m)
+    params["read.weight"], params["read.bias"] = lecun(n_labels, m), torch.zeros(n_labels)
+    for norm in ("ln0", "ln1", "ln_final"):
+        params[f"{norm}.weight"], params[f"{norm}.bias"] = torch.ones(m), torch.zeros(m)
+    return {name: value.double() for name, value in params.items()}
+
+
+def stack_initial(shape: Shape, n_labels: Sequence[int], seeds: Sequence[int], dtype: torch.dtype) -> Params:
+    """Parameters of many members [M, ...]; rows of labels that a member does not have are zero."""
+    most = max(n_labels)
+    members = []
+    for labels, seed in zip(n_labels, seeds, strict=True):
+        params = initial(shape, labels, seed)
+        for name in ("label", "read.weight", "read.bias"):
+            missing = most - labels
+            params[name] = torch.cat((params[name], params[name].new_zeros(missing, *params[name].shape[1:])))
+        members.append(params)
+    return {name: torch.stack([m[name] for m in members]).to(dtype) for name in members[0]}
+
+
+def rotary(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Cosines and sines of the rotary angles of five tokens: [2, D / 2, T] (Su et al. 2021; halves as in Llama)."""
+    exponent = torch.arange(0, shape.d_head, 2, dtype=torch.float64) / shape.d_head
+    angles = torch.arange(TOKENS) * shape.rotary_base ** -exponent[:, None]
+    return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+
+
+def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: Shape) -> Output:
+    """Run every member on its own sequences, under its own clamp.
+
+    Args:
+        params: [M, ...], as `stack_initial` gives them.
+        batch: classes [M, 2, B], labels [M, 2, B], target [M, B].
+        constants: ``exemplars`` [classes, d_input], ``rotary`` (see `rotary`), ``unused`` (0, or -inf at labels that a
+            member lacks, [M, labels, 1]), and what `induction_clamps.stack` gives.
+        shape: sizes of the network.
+    """
+    c, p = constants, params
+    members, _, size = batch.classes.shape
+    m, h, d = shape.d_model, shape.n_heads, shape.d_head
+    target = batch.target.bool()
+    n_labels = p["label"].shape[1]
+    onehot = (batch.labels.flatten(1)[:, None] == torch.arange(n_labels, device=target.device)[:, None]).to(
+        p["label"].dtype
+    )
+
+    which = batch.classes.flatten(1)
+    if which.shape[1] > len(c["exemplars"]):  # more tokens than exemplars: embed each exemplar once
+        vectors = c["exemplars"].T.expand(members, -1, -1)
+        embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
+        embedded = embedded.gather(2, which[:, None].expand(-1, m, -1))
+    else:
+        vectors = c["exemplars"][which].transpose(1, 2)
+        embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
+    tokens = torch.cat((embedded, p["label"].transpose(1, 2)), dim=2)
+    normed = _norm(tokens, p, "ln0", shape)
+    table = torch.cat((tokens, torch.bmm(p["qkv0"], normed)), dim=1)
+    of_labels = torch.bmm(table[:, :, 2 * size :], onehot).view(members, 4 * m, 2, size)
+    of_exemplars = table[:, :, : 2 * size].view(members, 4 * m, 2, size)
+    query = torch.where(target[:, None], of_exemplars[:, :, 1], of_exemplars[:, :, 0])
+    at = (of_exemplars[:, :, 0], of_labels[:, :, 0], of_exemplars[:, :, 1], of_labels[:, :, 1], query)
+    x, q, k, v = torch.stack(at, dim=2).split(m, dim=1)
+
+    scores = _scores(_rotate(q, c, h), _rotate(k, c, h)) * d**-0.5
+    if "scale_first" in c:
+        scores = scores * c["scale_first"][..., None, None, None]
+    if "blocked" in c:
+        scores = torch.where(c["blocked"][..., None], BLOCKED, scores)
+    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=x.device).tril()
+    first_pattern = _softmax(torch.where(causal[..., None], scores, -torch.inf), dim=3)
+    if "previous" in c:
+        share = c["previous"][..., None, None, None]
+        first_pattern = first_pattern * (1 - share) + share * _previous(x)
+    z = (first_pattern[:, :, None] * v.view(members, h, d, 1, TOKENS, size)).sum(4)
+    whole = x + torch.bmm(p["out0"], z.reshape(members, m, -1)).view_as(x)
+    after = whole
+    if "gate_first" in c:
+        gated = z * c["gate_first"][..., None, None, None]
+        after = x + torch.bmm(p["out0"], gated.reshape(members, m, -1)).view_as(x)
+
+    scores, v = _last_layer_reads(p, c, shape, x, after, whole)
+    if "scale_last" in c:
+        scores = scores * c["scale_last"][..., None, None]
+    pattern = _softmax(scores, dim=2)
+    if "match" in c:
+        sharp = c["sharpness"][:, None, None]
+        right = torch.where(target[:, None], 1 - sharp, sharp)
+        zero = torch.zeros_like(right)
+        held = torch.stack((zero, right, zero, 1 - right, zero), dim=2)
+        share = c["match"][..., None, None]
+        pattern = pattern * (1 - share) + share * held
+    z = (pattern[:, :, None] * v).sum(3)
+    if "gate_last" in c:
+        z = z * c["gate_last"][..., None, None]
+    final = after[:, :, QUERY] + torch.bmm(p["out1"], z.reshape(members, m, size))
+    logits = torch.baddbmm(p["read.bias"][..., None], p["read.weight"], _norm(final, p, "ln_final", shape))
+    if "copy" in c:
+        logits = _copied(scores, batch, c["copy"], logits)
+    return Output(logits + c["unused"], scores, pattern, first_pattern)
+
+
+def losses(logits: Tensor, answer: Tensor) -> Tensor:
+    """Cross-entropy [M, B] of logits [M, labels, B] at the answers [M, B], in nats."""
+    given = answer[:, None] == torch.arange(logits.shape[1], device=answer.device)[:, None]
+    return logits.logsumexp(1) - torch.where(given, logits, 0.0).sum(1)
+
+
+def _last_layer_reads(
+    p: Params, c: dict[str, Tensor], shape: Shape, x: Tensor, after: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of the query [M, H, S, B] and values [M, H, D, S, B] of the last layer."""
+    members, m, _, size = x.shape
+    h, d = shape.n_heads, shape.d_head
+    to_k, to_v = p["kv1"].split(m, dim=1)
+    if "preserve" in c or "first_layer" in c:
+        streams = [after, after, after]
+        if "preserve" in c:
+            shares = c["preserve"].unbind(1)
+            streams = [after * (1 - s[:, None, None, None]) + whole * s[:, None, None, None] for s in shares]
+        if "first_layer" in c:
+            s = c["first_layer"][:, None, None, None]
+            shifted = torch.stack((x[:, :, 0], x[:, :, 0], x[:, :, 2], x[:, :, 2], x[:, :, 4]), dim=2)
+            given = (shifted, shifted, x)
+            streams = [own * (1 - s) + new * s for own, new in zip(streams, given, strict=True)]
+        for_q, for_k, for_v = (_norm(stream, p, "ln1", shape) for stream in streams)
+        k = torch.bmm(to_k, for_k.flatten(2)).view(members, m, TOKENS, size)
+        v = torch.bmm(to_v, for_v.flatten(2)).view(members, m, TOKENS, size)
+        q = torch.bmm(p["q1"], for_q[:, :, QUERY])
+    else:
+        normed = _norm(after, p, "ln1", shape)
+        k, v = torch.bmm(p["kv1"], normed.flatten(2)).view(members, 2 * m, TOKENS, size).split(m, dim=1)
+        q = torch.bmm(p["q1"], normed[:, :, QUERY])
+    q = _rotate(q[:, :, None], {"rotary": c["rotary"][..., QUERY:]}, h)
+    scores = _scores(q, _rotate(k, c, h)) * d**-0.5
+    return scores[:, :, 0], v.view(members, h, d, TOKENS, size)
+
+
+def _norm(x: Tensor, p: Params, name: str, shape: Shape) -> Tensor:
+    """LayerNorm over the features, dim 1."""
+    centred = x - x.mean(1, keepdim=True)
+    unit = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + shape.norm_eps)
+    trailing = (...,) + (None,) * (x.ndim - 2)
+    return unit * p[f"{name}.weight"][trailing] + p[f"{name}.bias"][trailing]
+
+
+def _rotate(x: Tensor, c: dict[str, Tensor], n_heads: int) -> tuple[Tensor, Tensor]:
+    """Both halves of every head's dimensions after rotary, each [M, H, D / 2, T, B], of x [M, H * D, T, B]."""
+    cos, sin = c["rotary"][..., None]
+    one, two = x.unflatten(1, (n_heads, 2, -1)).unbind(2)
+    return one * cos - two * sin, two * cos + one * sin
+
+
+def _scores(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor]) -> Tensor:
+    """Products of queries and keys [M, H, T, S, B], from halves [M, H, D / 2, T, B] and [M, H, D / 2, S, B]."""
+    one, two = (a[:, :, :, :, None] * b[:, :, :, None] for a, b in zip(q, k, strict=True))
+    return (one + two).sum(2)
+
+
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    shifted = (x - x.amax(dim, keepdim=True).detach()).exp()
+    return shifted / shifted.sum(dim, keepdim=True)
+
+
+def _previous(like: Tensor) -> Tensor:
+    """The pattern that attends to the token before, and at position 0 to itself: [T, S, 1]."""
+    held = torch.zeros(TOKENS, TOKENS, dtype=like.dtype, device=like.device).diagonal_scatter(
+        torch.ones(TOKENS - 1, dtype=like.dtype, device=like.device), -1
+    )
+    first = torch.arange(TOKENS, device=like.device) == 0
+    return (held + (first[:, None] & first)).unsqueeze(-1)
+
+
+def _copied(scores: Tensor, batch: Batch, copy: Tensor, logits: Tensor) -> Tensor:
+    """Logits that are one head's scores on the two label tokens, for the members that copy."""
+    of_head = (scores * copy[..., None, None]).sum(1)
+    index = torch.arange(logits.shape[1], device=logits.device)[:, None]
+    one, two = (batch.labels[:, i, None] == index for i in (0, 1))
+    written = torch.where(one, of_head[:, 1, None], torch.where(two, of_head[:, 3, None], BLOCKED))
+    return torch.where(copy.sum(1)[:, None, None] > 0, written, logits)
