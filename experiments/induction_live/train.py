@@ -1,20 +1,21 @@
-"""Watch heads become induction heads, live, while Hugging Face's Trainer trains a two-layer GPT-2."""
+"""Watch heads become induction heads, live, while Hugging Face's Trainer trains a two-layer Llama."""
 
 import sys
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 import interp as ip
 from interp import training as tr
 
-STEPS, BATCH, FOLDER = int(sys.argv[1]) if len(sys.argv) > 1 else 2000, 64, "build/induction_live"
+STEPS, BATCH, FOLDER = int(sys.argv[1]) if len(sys.argv) > 1 else 800, 64, "build/induction_live"
 
 
 def example(seed: int) -> dict[str, torch.Tensor]:
-    """32 random tokens that repeat with a random period; what is to be predicted begins with the second copy."""
-    ids = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[: 8 + seed % 9].repeat(4)[:32]
-    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(32) < 8 + seed % 9, -100)}
+    """32 tokens, 4 to 16 random ones over and over; what is to be predicted begins with their second copy."""
+    period = 4 + seed % 13
+    ids = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:period].repeat(8)[:32]
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(32) <= period, -100)}
 
 
 def heads(model: ip.Model) -> dict[str, torch.Tensor]:
@@ -27,13 +28,14 @@ def show(found: dict[str, float], step: int) -> None:
 
 
 torch.manual_seed(0)
-model = ip.wrap(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=4)))
+sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+model = ip.wrap(LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.05, bos_token_id=None, eos_token_id=None)))
 fixed = tr.repeated_tokens(model, rows=16, length=16)
-callbacks = [tr.Probe(heads, every=100), tr.PhaseChange(0.5, plateau=(100, 300), smooth=10)]
+callbacks = [tr.Probe(heads, every=50), tr.PhaseChange(0.5, plateau=(50, 150), smooth=10)]
 monitor = tr.Monitor(model, callbacks, log=f"{FOLDER}/log.jsonl", logger=show)
 quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1}
 options = TrainingArguments(FOLDER, max_steps=STEPS, learning_rate=3e-3, per_device_train_batch_size=BATCH, **quiet)
-data = [example(seed) for seed in range(STEPS * BATCH // 4)]
+data = [example(seed) for seed in range(STEPS * BATCH)]
 trainer = Trainer(model.module, options, train_dataset=data, callbacks=[tr.trainer_callback(monitor)])
 trainer.pop_callback(PrinterCallback)
 print(" step  layer 0: previous token   layer 1: induction        layer 1: copying, in nats    (4 heads each)")
