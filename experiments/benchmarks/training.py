@@ -172,7 +172,8 @@ def tables(record: dict[str, Any]) -> str:
     compile_seconds = max(size["first_call_seconds"] for size in record["sizes"])
     return (
         f"Measured on {where}; {versions}; commit `{record['commit'][:12]}`; {record['took_seconds']:.0f} s in all. "
-        f"First calls, which compile or find kernels in the compiler's cache, took at most {compile_seconds:.0f} s.\n\nMember-steps a second:\n\n{table(head, rows)}\n\n"
+        f"First calls, which compile or find kernels in the compiler's cache, took at most {compile_seconds:.0f} s.\n\n"
+        f"Member-steps a second:\n\n{table(head, rows)}\n\n"
         "In brackets: the smallest and the largest ratio of a repetition. Differences are of the losses of the first "
         f"{record['setting']['compared']} steps, in nats."
     )
