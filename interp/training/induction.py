@@ -127,9 +127,10 @@ def conditions(
             f" got {list(table.shape)}"
         )
     most = max(member.task.n_labels for member in members)
+    drawn = len(table) if split == "classes" else max(member.task.n_classes for member in members)
     missing = torch.tensor([[float(i >= m.task.n_labels) for i in range(most)] for m in members], dtype=dtype)
     return {
-        "exemplars": table.to(dtype),
+        "exemplars": table[:drawn].to(dtype),
         "rotary": rotary(shape, dtype),
         "unused": torch.where(missing > 0, -torch.inf, 0.0)[..., None].to(dtype),
         **source([member.task for member in members], [member.seed for member in members], split),

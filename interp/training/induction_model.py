@@ -126,34 +126,35 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
     m, h, d = shape.d_model, shape.n_heads, shape.d_head
     target = batch.target.bool()
     n_labels = p["label"].shape[1]
-    onehot = (batch.labels.flatten(1)[:, None] == torch.arange(n_labels, device=target.device)[:, None]).to(
-        p["label"].dtype
-    )
-
-    which = batch.classes.flatten(1)
-    if which.shape[1] > len(c["exemplars"]):  # more tokens than exemplars: embed each exemplar once
-        vectors = c["exemplars"].T.expand(members, -1, -1)
-        embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
-        embedded = embedded.gather(2, which[:, None].expand(-1, m, -1))
+    # The exemplars in play are fewer than a batch's tokens, or more: embed each once, or each token's.
+    which, rows = batch.classes.flatten(1), len(c["exemplars"])
+    each_once = rows <= which.shape[1]
+    if each_once:
+        embedded = (p["embed.weight"].flatten(0, 1) @ c["exemplars"].T).view(members, m, rows)
+        embedded = embedded + p["embed.bias"][..., None]
     else:
         vectors = c["exemplars"][which].transpose(1, 2)
         embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
     tokens = torch.cat((embedded, p["label"].transpose(1, 2)), dim=2)
-    normed = _norm(tokens, p, "ln0", shape)
-    table = torch.cat((tokens, torch.bmm(p["qkv0"], normed)), dim=1)
-    of_labels = torch.bmm(table[:, :, 2 * size :], onehot).view(members, 4 * m, 2, size)
-    of_exemplars = table[:, :, : 2 * size].view(members, 4 * m, 2, size)
+    table = torch.cat((tokens, torch.bmm(p["qkv0"], _norm(tokens, p, "ln0", shape))), dim=1)
+    of_exemplars, of_labels = table.split((embedded.shape[2], n_labels), dim=2)
+    of_labels = _columns(of_labels, batch.labels.flatten(1)).view(members, 4 * m, 2, size)
+    if each_once:
+        of_exemplars = _columns(of_exemplars, which)
+    of_exemplars = of_exemplars.reshape(members, 4 * m, 2, size)
     query = torch.where(target[:, None], of_exemplars[:, :, 1], of_exemplars[:, :, 0])
     at = (of_exemplars[:, :, 0], of_labels[:, :, 0], of_exemplars[:, :, 1], of_labels[:, :, 1], query)
     x, q, k, v = torch.stack(at, dim=2).split(m, dim=1)
 
-    scores = _scores(_rotate(q, c, h), _rotate(k, c, h)) * d**-0.5
+    turned = c["rotary"] * d**-0.5  # the scale on the queries: smaller than scores are, and nothing for the gradient
     if "scale_first" in c:
-        scores = scores * c["scale_first"][..., None, None, None]
+        q = q.unflatten(1, (h, d)) * c["scale_first"][..., None, None, None]
+        q = q.flatten(1, 2)
+    # Added, not filled in: the gradient of a sum costs nothing, and what is at -inf has none.
+    barred = _barred(x)
     if "blocked" in c:
-        scores = torch.where(c["blocked"][..., None], BLOCKED, scores)
-    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=x.device).tril()
-    first_pattern = _softmax(torch.where(causal[..., None], scores, -torch.inf), dim=3)
+        barred = barred + BLOCKED * c["blocked"][..., None].to(x.dtype)
+    first_pattern = _softmax(_scores(_rotate(q, turned, h), _rotate(k, c["rotary"], h)) + barred, dim=3)
     if "previous" in c:
         share = c["previous"][..., None, None, None]
         first_pattern = first_pattern * (1 - share) + share * _previous(x)
@@ -216,9 +217,15 @@ def _last_layer_reads(
         normed = _norm(after, p, "ln1", shape)
         k, v = torch.bmm(p["kv1"], normed.flatten(2)).view(members, 2 * m, TOKENS, size).split(m, dim=1)
         q = torch.bmm(p["q1"], normed[:, :, QUERY])
-    q = _rotate(q[:, :, None], {"rotary": c["rotary"][..., QUERY:]}, h)
-    scores = _scores(q, _rotate(k, c, h)) * d**-0.5
+    q = _rotate(q[:, :, None], c["rotary"][..., QUERY:] * d**-0.5, h)
+    scores = _scores(q, _rotate(k, c["rotary"], h))
     return scores[:, :, 0], v.view(members, h, d, TOKENS, size)
+
+
+def _columns(table: Tensor, index: Tensor) -> Tensor:
+    """Columns [M, rows, N] of tables [M, rows, columns] at an index [M, N], as a product: a gather's gradient scatters."""
+    chosen = index[:, None] == torch.arange(table.shape[2], device=index.device)[:, None]
+    return torch.bmm(table, chosen.to(table.dtype))
 
 
 def _norm(x: Tensor, p: Params, name: str, shape: Shape) -> Tensor:
@@ -229,9 +236,9 @@ def _norm(x: Tensor, p: Params, name: str, shape: Shape) -> Tensor:
     return unit * p[f"{name}.weight"][trailing] + p[f"{name}.bias"][trailing]
 
 
-def _rotate(x: Tensor, c: dict[str, Tensor], n_heads: int) -> tuple[Tensor, Tensor]:
+def _rotate(x: Tensor, angles: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
     """Both halves of every head's dimensions after rotary, each [M, H, D / 2, T, B], of x [M, H * D, T, B]."""
-    cos, sin = c["rotary"][..., None]
+    cos, sin = angles[..., None]
     one, two = x.unflatten(1, (n_heads, 2, -1)).unbind(2)
     return one * cos - two * sin, two * cos + one * sin
 
@@ -245,6 +252,11 @@ def _scores(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor]) -> Tensor:
 def _softmax(x: Tensor, dim: int) -> Tensor:
     shifted = (x - x.amax(dim, keepdim=True).detach()).exp()
     return shifted / shifted.sum(dim, keepdim=True)
+
+
+def _barred(like: Tensor) -> Tensor:
+    """What is added to scores so that no query sees a later key: [T, S, 1]."""
+    return torch.full((TOKENS, TOKENS), -torch.inf, dtype=like.dtype, device=like.device).triu(1).unsqueeze(-1)
 
 
 def _previous(like: Tensor) -> Tensor:

@@ -165,7 +165,9 @@ def draw(source: dict[str, Tensor], step: Tensor | int, batch: int) -> Batch:
     pair = first_pair + below(n_pairs, 2)
     labels = torch.gather(pairs, 1, pair[..., None].expand(-1, -1, 2)).transpose(1, 2)
     labels = torch.where(below(2, 3)[:, None].bool(), labels.flip(1), labels)
-    return Batch(torch.stack((one, other), 1) + first_class[:, None], labels, below(2, 4))
+    # A compiler would draw again wherever a number is read; what as_strided is taken of, it stores.
+    drawn = (torch.stack((one, other), 1) + first_class[:, None], labels, below(2, 4))
+    return Batch(*(value.as_strided(value.shape, value.stride()) for value in drawn))
 
 
 def every_sequence(task: Task) -> Batch:
