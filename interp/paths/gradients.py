@@ -81,7 +81,7 @@ class Gradients:
             for site, value, g in zip(sites, kept, found, strict=False)
         }
         self.metric = measure.numbers(measured, window)
-        self.meter.work += (1 + BACKWARD) * self.meter.row(int(inputs.mask[window].sum()))
+        self.meter.work += (1 + BACKWARD) * sum(map(self.meter.row, inputs.lengths[window].tolist()))
 
     def at_inputs(self, kinds: Sequence[str], layer: int) -> Respond:
         """<d_u, gradient at in_v>, summed over positions."""

@@ -70,6 +70,25 @@ def test_a_held_repair_serves_batches_of_any_length(family, options):
         assert (expected - plain).abs().amax(1).min() > 1e-3
 
 
+def test_a_held_repair_of_a_classifier():
+    model = ip.wrap(zoo.make("vit"))
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randn(n, *zoo.IMAGE, generator=draw, dtype=torch.float64) for n in (6, 3, 1)]
+    edges, metric = ["input->a0.h1<v>", "a0.h0->m1"], ip.logit(0)
+    repaired = paths.repair_plan(model, edges, reference=model.inputs(images[0]))
+    for pixels in images[1:]:
+        inputs = model.inputs(pixels)
+        with torch.no_grad(), model.apply(repaired):
+            held = model.module(pixel_values=pixels).logits[:, 0]
+        told = paths.repair(model, edges, {"x": (inputs, metric)}, reference=model.inputs(images[0]))
+        found = paths.path_patch(
+            model, inputs, None, edges, semantics="set", metric=metric, values="mean", reference=model.inputs(images[0])
+        )
+        torch.testing.assert_close(held, torch.as_tensor(found.base + found.effect), **CLOSE)
+        assert told.after["x"] == pytest.approx(held.mean().item(), abs=1e-10)
+        assert found.effect.min() != 0 and abs(told.after["x"] - told.before["x"]) > 1e-4
+
+
 def test_a_held_repair_whose_reference_is_too_short():
     given = case("gpt2")
     repaired = paths.repair_plan(given.model, "m0->logits", reference=given.model.inputs([[3, 4], [5]]))
