@@ -45,9 +45,9 @@ class Meter:
         """Count columns of the logits at some tokens."""
         self.work += self.arch.width * columns * tokens
 
-    def whole(self, tokens: int) -> None:
-        """Count a plain forward pass over some tokens, unembedding and all."""
-        self.work += self.row(tokens)
+    def whole(self, rows: int, tokens: int) -> None:
+        """Count a plain forward pass over some rows of so many tokens, unembedding and all."""
+        self.work += rows * self.row(tokens)
 
     def row(self, tokens: float) -> float:
         """The work of a plain forward pass of one row of some tokens."""

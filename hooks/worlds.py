@@ -274,7 +274,7 @@ def _run_hooked(
                 edits = [Edits(worlds[i], model.sizes, tapes, seed, window) for i in chosen]
                 session, _ = hooked_pass(model, edits, [reads] * len(chosen), expose)
                 if meter is not None:
-                    meter.whole(len(chosen) * first.ids[window].numel())
+                    meter.whole(len(chosen) * len(first.ids[window]), first.width)
                 for entry in edits:
                     entry.audit.require_fired()
                 yield [

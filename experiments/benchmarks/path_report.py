@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.report import table, times, written
+from experiments.benchmarks.setting import SIZES, Setting
+from experiments.benchmarks.work import edges_operations, prompt_operations
 
 TARGETS = {("GPT-2 small", 0): 8, ("GPT-2 small", 8): 16}
 """How many times faster than the loop the sweep is to be, by model and tokens shared."""
-COUNTS = {("GPT-2 small", 0): 6110, ("GPT-2 small", 8): 3030}
-"""Forward passes that the work amounts to, as counted by hand."""
 
 
 def sweep_line(sweep: dict[str, Any]) -> str:
@@ -57,7 +58,7 @@ def _sweeps(record: dict[str, Any]) -> str:
     ]
     rows = []
     for s in record["sweeps"]:
-        key = (s["model"], s["shared"])
+        key, setting = (s["model"], s["shared"]), replace(Setting(), **SIZES[s["model"]])
         star = "" if s["sampled"] == s["edges"] else "*"
         rows.append(
             [
@@ -69,7 +70,7 @@ def _sweeps(record: dict[str, Any]) -> str:
                 f"{s['over_ours']:.1f}",
                 f"≥ {TARGETS[key]}" if key in TARGETS else "",
                 f"{s['forward_equivalents']:.0f}",
-                COUNTS.get(key, ""),
+                f"{edges_operations(setting, s['tokens'], s['shared']) / prompt_operations(setting, s['tokens']):.0f}",
                 f"{s['largest_difference']:.1e} of {s['largest_effect']:.2g}",
             ]
         )

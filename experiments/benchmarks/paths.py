@@ -25,12 +25,10 @@ import interp as ip
 from experiments.benchmarks import machine, path_report
 from experiments.benchmarks.memory import forget_peak, held, peak
 from experiments.benchmarks.path_sides import difference, eap_by_hooks, edge_loop
-from experiments.benchmarks.setting import ANSWER, FOIL, Setting, Task
+from experiments.benchmarks.setting import ANSWER, EDGE_TOKENS, FOIL, SIZES, Setting, Task
 from experiments.benchmarks.timing import interleaved, ratio, timed
 from interp import paths
 
-SIZES = {"ioi-mini": {"layers": 3, "width": 64, "heads": 4, "vocabulary": 178}, "GPT-2 small": {}}
-TOKENS = 16
 STEPS = 5
 METHODS = {"eap": {}, "eap-ig": {"steps": STEPS}}
 
@@ -114,7 +112,7 @@ SIDES = ("edge_sweep, one layer", "loop", "eap", "eap by hooks")
 def _peak(setting: Setting, side: str) -> int:
     torch.set_num_threads(setting.threads)
     model = ip.wrap(setting.model())
-    graph, task = paths.Graph.of(model), setting.task("resid_pre", TOKENS, 0)
+    graph, task = paths.Graph.of(model), setting.task("resid_pre", EDGE_TOKENS, 0)
     clean, corrupt = model.inputs(task.clean), model.inputs(task.corrupt)
     with torch.no_grad():
         difference(model.module, setting.ids(1, 2).to(setting.device))
@@ -155,10 +153,10 @@ def measure(setting: Setting, sample: int, save: Callable[[dict[str, Any]], None
         mine = replace(setting, **size)
         model = ip.wrap(mine.model())
         for method in METHODS:
-            record["scores"].append(measure_scores(name, mine, model, mine.task("resid_pre", TOKENS, 0), method))
+            record["scores"].append(measure_scores(name, mine, model, mine.task("resid_pre", EDGE_TOKENS, 0), method))
             done(path_report.score_line(record["scores"][-1]))
-        for shared in (0, TOKENS // 2):
-            task = mine.task("resid_pre", TOKENS, shared)
+        for shared in (0, EDGE_TOKENS // 2):
+            task = mine.task("resid_pre", EDGE_TOKENS, shared)
             record["sweeps"].append(measure_sweep(name, mine, model, task, sample))
             done(path_report.sweep_line(record["sweeps"][-1]))
         del model

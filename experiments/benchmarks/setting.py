@@ -11,6 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SIZES: dict[str, dict[str, int]] = {
+    "ioi-mini": {"layers": 3, "width": 64, "heads": 4, "vocabulary": 178},
+    "GPT-2 small": {},
+}
+"""The models whose edges are measured, as they differ from a default `Setting`."""
+EDGE_TOKENS = 16
+"""Tokens of the prompts on which edges are measured."""
 Cell = tuple[int, int]
 ANSWER, FOIL = 5, 9
 """The tokens whose logits the metric compares, at the last position."""

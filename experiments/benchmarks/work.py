@@ -1,8 +1,13 @@
-"""The floating-point work of a sweep that computes only what a patch changes and what is read depends on."""
+"""The floating-point work of a sweep that computes only what a patch changes and what is read depends on.
+
+python -m experiments.benchmarks.work
+"""
 
 from __future__ import annotations
 
-from experiments.benchmarks.setting import Setting, Task
+from dataclasses import replace
+
+from experiments.benchmarks.setting import EDGE_TOKENS, SIZES, Setting, Task
 
 
 def forward_operations(setting: Setting, tokens: int) -> int:
@@ -36,3 +41,70 @@ def sweep_operations(setting: Setting, task: Task) -> int:
             if above:
                 total += (above - 1) * block * reached + keys * reached + query + after
     return 2 * total
+
+
+def prompt_operations(setting: Setting, tokens: int) -> int:
+    """Operations of a plain forward pass over one prompt, logits and all: the unit in which work is told."""
+    return forward_operations(setting, tokens) + 2 * setting.width * setting.vocabulary * tokens
+
+
+def edges(setting: Setting) -> int:
+    """How many edges a model has: into the query, key and value of every head, every MLP, and the logits."""
+    writers = _writers(setting)
+    heads = 3 * setting.heads * sum(writers)
+    mlps = sum(before + setting.heads for before in writers)
+    return heads + mlps + writers[-1] + setting.heads + 1
+
+
+def projections(setting: Setting) -> int:
+    """Products of width x width, for each token, by which writers' changes become changes of queries, keys and values.
+
+    This is all that heads of rank `width / heads` could be cheaper in than their width x width products.
+    """
+    return 3 * sum(_writers(setting))
+
+
+def edges_operations(setting: Setting, tokens: int, shared: int) -> int:
+    """Operations of the exact effect of every edge, where a pair has its first `shared` tokens in common.
+
+    An edge costs what lies above its reader, at the tokens from the first that differs on; of the last block only the
+    last position is read. The projections of writers' changes are made once for all heads. The runs that are edited
+    and edited with, a few among thousands, are left out.
+    """
+    reached = tokens - shared
+    mlp, after, block = 8, 9, 12  # an MLP; with the output projection before it; a block
+    products = projections(setting) * reached
+    for layer, writers in enumerate(_writers(setting)):
+        above = setting.layers - 1 - layer
+        here = reached if above else 1
+        # The last block's keys and values are of all tokens that changed, its query and the rest of one.
+        rest = block * reached * (above - 1) + 2 * reached + (block - 2) if above else 0
+        products += 3 * setting.heads * writers * (after * here + rest)
+        products += (writers + setting.heads) * (mlp * here + rest)
+    return 2 * setting.width**2 * products
+
+
+def _writers(setting: Setting) -> list[int]:
+    """How many nodes write before the attention of each layer: the input, and the heads and MLPs below."""
+    return [1 + (setting.heads + 1) * layer for layer in range(setting.layers)]
+
+
+def main() -> None:
+    """Print the work of measuring every edge, and what part of it low-rank heads could save."""
+    for name, size in SIZES.items():
+        setting = replace(Setting(), **size)
+        for shared in (0, EDGE_TOKENS // 2):
+            work = edges_operations(setting, EDGE_TOKENS, shared)
+            print(
+                f"{name}, {shared} of {EDGE_TOKENS} tokens shared: {edges(setting):,} edges cost "
+                f"{work / prompt_operations(setting, EDGE_TOKENS):,.0f} forward passes of one prompt"
+            )
+        total = edges_operations(setting, EDGE_TOKENS, 0) / (2 * setting.width**2 * EDGE_TOKENS)
+        print(
+            f"{name}: {projections(setting):,} of {total:,.0f} products of width x width a token are projections of "
+            f"writers' changes, {100 * projections(setting) / total:.1f} %"
+        )
+
+
+if __name__ == "__main__":
+    main()

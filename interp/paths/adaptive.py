@@ -35,8 +35,7 @@ def adaptive(fast: Result, exactly: Callable[[Sequence[str]], Result], top: int,
         PathError: numbers below zero, or nothing to verify.
     """
     names = fast.axes[0].values
-    if top < 0 or sample < 0 or top + sample < 1:
-        raise PathError(f"adaptive verifies something: top={top} and sample={sample}")
+    check_counts(top, sample)
     order = np.argsort(-np.abs(fast.mean()), kind="stable")
     verified, rest = order[:top], order[top:]
     drawn = np.sort(np.random.default_rng(seed).permutation(rest)[:sample])
@@ -60,6 +59,13 @@ def adaptive(fast: Result, exactly: Callable[[Sequence[str]], Result], top: int,
         "forward_equivalents": fast.config["forward_equivalents"] + exact.config["forward_equivalents"],
     }
     return replace(fast, effect=effect, status=status, noise_floor=exact.noise_floor, config=config)
+
+
+def check_counts(top: int, sample: int) -> None:
+    """Raise PathError unless these are numbers of edges, and not both zero."""
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (top, sample))
+    if not whole or top + sample < 1:
+        raise PathError(f"adaptive verifies some edges, of each kind 0 or more, not top={top!r} and sample={sample!r}")
 
 
 def _share_beyond(drawn: int) -> float:

@@ -21,9 +21,7 @@ from interp.paths.measuring import Measure
 from interp.paths.nodes import Edge
 from interp.paths.rewire import rewire
 from interp.paths.sources import Pair, pair_of
-from interp.paths.streams import require_additive
 from interp.results import Result
-from interp.sweeps import check_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +63,7 @@ class Circuit:
     def of(
         cls,
         graph: Graph,
-        edges: Iterable[str | Edge],
+        edges: Iterable[str | Edge] | str | Edge,
         scores: Result | np.ndarray | None = None,
         config: dict[str, Any] | None = None,
     ) -> Circuit:
@@ -131,7 +129,7 @@ class Circuit:
     def __repr__(self) -> str:
         return f"Circuit({len(self)} of {len(self.graph)} edges, {len(self.nodes)} nodes)"
 
-    def without(self, edges: Iterable[str | Edge] = (), node: str | None = None) -> Circuit:
+    def without(self, edges: Iterable[str | Edge] | str | Edge = (), node: str | None = None) -> Circuit:
         """The circuit less some edges, or less every edge of a node.
 
         The keys and values that a head shares with others stay, since those read them.
@@ -239,7 +237,10 @@ def score_array(graph: Graph, scores: Result | np.ndarray | None) -> np.ndarray:
     if scores is None:
         return np.full(len(graph), np.nan)
     if not isinstance(scores, Result):
-        array = np.asarray(scores, np.float64)
+        try:
+            array = np.asarray(scores, np.float64)
+        except (TypeError, ValueError):
+            raise PathError(f"scores are a result, or float [{len(graph)}], not {type(scores).__name__}") from None
         if array.shape != (len(graph),):
             raise PathError(f"scores of {graph} are float [{len(graph)}], got {list(array.shape)}")
         return array
@@ -250,6 +251,12 @@ def score_array(graph: Graph, scores: Result | np.ndarray | None) -> np.ndarray:
         raise PathError(f"the scores are of {len(names)} edges, the graph has {len(graph)}: score all of this graph's")
     mean = scores.mean()
     return np.array([mean[i] for i in np.argsort([graph.index[name] for name in names])])
+
+
+def check_size(graph: Graph, k: int, least: int = 0) -> None:
+    """Raise PathError unless k is a number of edges that the graph has, `least` or more."""
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not least <= k <= len(graph):
+        raise PathError(f"k is a number of edges, {least} to {len(graph)}, not {k!r}")
 
 
 @torch.no_grad()
@@ -283,48 +290,17 @@ def circuit_metric(
         graph, masks = Graph.of(model), np.array(circuits.tolist())
         made = [Circuit(graph, mask, score_array(graph, None)) for mask in np.atleast_2d(masks)]
         circuits = made[0] if masks.ndim == 1 else made
-    run = CircuitRunner.of(
-        model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, executor=executor,
-        budget=budget, seed=seed,
-    )  # fmt: skip
-    found = run([circuits] if isinstance(circuits, Circuit) else circuits)
+    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
+    measure = Measure.of(metric, pair, executor=executor, budget=budget, seed=seed)
+    found = run_circuits(measure, [circuits] if isinstance(circuits, Circuit) else circuits)
     return found[0] if isinstance(circuits, Circuit) else found
 
 
-@dataclass(frozen=True, eq=False)
-class CircuitRunner:
-    """Circuits of one model on one set of prompts."""
-
-    model: Model
-    pair: Pair
-    measure: Measure
-
-    @classmethod
-    def of(
-        cls,
-        model: Model,
-        clean: Inputs,
-        corrupt: Inputs | None,
-        metric: Metric,
-        *,
-        values: str = "patch",
-        reference: Inputs | None = None,
-        pooled: bool = False,
-        executor: str = "auto",
-        budget: int | None = None,
-        seed: int = 0,
-    ) -> CircuitRunner:
-        """Run the prompts, and check that the graph describes the model."""
-        check_model(model, "noising")
-        with torch.no_grad():
-            pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
-            require_additive(pair.base)
-        source = None if pair.source.run is None else World(pair.source.run.inputs)
-        options: dict[str, Any] = {"executor": executor, "budget": budget, "seed": seed}
-        return cls(model, pair, Measure.of(model, metric, pair.base.inputs, source, **options))
-
-    @torch.no_grad()
-    def __call__(self, circuits: Sequence[Circuit]) -> np.ndarray:
-        """The metric of each circuit, float64 [circuits, rows]."""
-        plans = [circuit.plan(self.model, self.pair) for circuit in circuits]
-        return self.measure.all([World(self.pair.base.inputs, plan) for plan in plans])
+@torch.no_grad()
+def run_circuits(measure: Measure, circuits: Sequence[Circuit]) -> np.ndarray:
+    """The metric of each circuit, float64 [circuits, rows]: every edge outside it carries the source's values."""
+    for circuit in circuits if isinstance(circuits, (list, tuple)) else [circuits]:
+        if not isinstance(circuit, Circuit):
+            raise PathError(f"expected circuits, as Circuit.of(graph, edges), or bool [n, edges], not {circuit!r}")
+    plans = [circuit.plan(measure.model, measure.pair) for circuit in circuits]
+    return measure.all([World(measure.inputs, plan) for plan in plans])[0]

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, recompute, run_worlds
-from hooks.errors import PathError, nearest
-from hooks.meter import Meter
+from hooks import Inputs, Model, Plan, Site, World, run_worlds
+from hooks.errors import PathError, UnfiredError, nearest
 from interp.metrics import Metric
-from interp.paths.exact import describe, edge_sweep
-from interp.paths.graph import Graph
+from interp.paths.exact import edge_sweep
+from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
-from interp.paths.nodes import Edge, Reader
+from interp.paths.nodes import Edge, Reader, Writer
 from interp.paths.readers import check_norms, forced, responses
-from interp.paths.rewire import rewire
-from interp.paths.sources import Pair, pair_of
-from interp.paths.streams import head_outputs, post_norm, require_additive
+from interp.paths.rewire import check_heads, rewire
+from interp.paths.sources import pair_of
+from interp.paths.streams import Streams, head_outputs, post_norm
 from interp.results import Result
-from interp.sweeps import assemble, check_model, source_metrics
 
 SEMANTICS = ("edge", "set", "frozen")
+PlanOf = Callable[[Measure], Plan]
+"""What is done to the run that is edited, once it is known."""
 
 
 @torch.no_grad()
@@ -69,50 +68,43 @@ def path_patch(
 
     Raises:
         PathError: edges that the model lacks or that run backwards, a path that does not end in the logits, norms that
-            are frozen under "set".
+            are frozen under "set", a graph with positions under "frozen", or spans that share tokens under "set".
+        UnfiredError: no writer's output changes.
     """
     if semantics not in SEMANTICS:
         raise PathError(
             f"semantics is one of {', '.join(SEMANTICS)}, not {semantics!r}{nearest(str(semantics), SEMANTICS)}"
         )
-    options = {"direction": direction, "values": values, "reference": reference, "pooled": pooled, "seed": seed}
-    graph = Graph.of(model) if graph is None else graph
-    graph.require(model)
+    check_norms(norms)
+    graph = graph_of(model, graph)
     if semantics == "edge":
         if not isinstance(what, (str, Edge)):
             raise PathError(f"semantics='edge' takes the name of one edge, not {what!r}; for several, 'set'")
         swept = edge_sweep(
-            model, clean, corrupt, metric=metric, graph=graph, edges=[what], norms=norms, executor=executor,
-            budget=budget, progress=False, **options,
+            model, clean, corrupt, metric=metric, graph=graph, edges=[what], norms=norms, direction=direction,
+            values=values, reference=reference, pooled=pooled, seed=seed, executor=executor, budget=budget,
+            progress=False,
         )  # fmt: skip
         return swept.sel(edge=swept.axes[0].values[0])
-    check_model(model, "denoising")
-    check_norms(norms)
+    plan_of, writers, text = (_set_plan if semantics == "set" else _path_plan)(graph, what, norms)
     pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
-    require_additive(pair.base)
-    meter = Meter(model.architecture)
-    inputs, run = pair.base.inputs, pair.source.run
-    source = World(run.inputs) if run is not None and values == "patch" else None
-    measure = Measure.of(model, metric, inputs, source, budget=budget, executor=executor, seed=seed, meter=meter)
-    if semantics == "set":
-        if norms != "recompute":
-            raise PathError("a set of edges is computed with live norms: norms='recompute'")
-        edges = edges_of(graph, what)
-        plan = rewire(graph, graph.mask(edges), pair.source, model)
-        text: Any = [edge.name for edge in edges]
-    else:
-        if not isinstance(what, str):
-            raise PathError(f"a path is a text, 'input->a0.h1<v>->m1->logits', not {what!r}")
-        plan, text = _frozen_path(graph, pair, what, norms, measure), what
-    worlds = [World(inputs), World(inputs, Plan((recompute(Site("embed")),))), World(inputs, plan)]
-    values_found, status = np.full((1, 3, len(inputs)), np.nan), np.zeros((3, len(inputs)), np.int8)
-    for index, rows, measured, code in measure.each(worlds):
-        values_found[0, index, rows], status[index, rows] = measured, code
-    measured_source = None if source is None else source_metrics(model, [metric], source, [measure.others], budget)
-    result = assemble(values_found, status, (), [None], [metric], False, measured_source, inputs, model)
-    result.config.update(describe(model, graph, pair, semantics, values, norms, seed))
-    result.config.update(what=text, forward_equivalents=meter.forwards(float(inputs.lengths.double().mean())))
+    if not any(bool((pair.stack([writer]) != 0).any()) for writer in writers):
+        raise UnfiredError(f"no writer's output differs between the two runs, so {what!r} has no effect")
+    measure = Measure.of(metric, pair, executor=executor, budget=budget, seed=seed)
+    found = measure.all([*measure.plain, World(measure.inputs, plan_of(measure))])
+    result = measure.result(graph, *found, None, semantics=semantics, norms=norms)
+    result.config["what"] = text
     return result
+
+
+def _set_plan(graph: Graph, what: Any, norms: str) -> tuple[PlanOf, Sequence[Writer], list[str]]:
+    """How a set of edges is edited, what they start from, and their names."""
+    if norms != "recompute":
+        raise PathError("a set of edges is computed with live norms: norms='recompute'")
+    edges = edges_of(graph, what)
+    check_heads(graph, "sets of edges")
+    replaced, writers = graph.mask(edges), tuple(dict.fromkeys(edge.writer for edge in edges))
+    return (lambda m: rewire(graph, replaced, m.pair.source, m.model)), writers, [edge.name for edge in edges]
 
 
 def edges_of(graph: Graph, what: Any) -> tuple[Edge, ...]:
@@ -126,7 +118,8 @@ def edges_of(graph: Graph, what: Any) -> tuple[Edge, ...]:
     if isinstance(what, Sequence) and len(what) == 2 and isinstance(what[0], str) and "->" not in what[0]:
         sender, receivers = what
         listed = [receivers] if isinstance(receivers, str) else list(receivers)
-        found = [reader for name in listed for reader in graph.readers_of(name)]
+        # Two heads that share a key/value head have a reader in common.
+        found = dict.fromkeys(reader for name in listed for reader in graph.readers_of(name))
         writer = graph.writer(sender)
         what = [graph.edge(Edge(writer, reader, span)) for reader in found for span in graph.span_names]
     if not isinstance(what, Iterable):
@@ -134,24 +127,36 @@ def edges_of(graph: Graph, what: Any) -> tuple[Edge, ...]:
     return graph.select(edges=list(what))
 
 
-def _frozen_path(graph: Graph, pair: Pair, path: str, norms: str, measure: Measure) -> Plan:
-    """The plan of a path's last step, after the nodes on the way were computed one by one."""
+def _path_plan(graph: Graph, path: Any, norms: str) -> tuple[PlanOf, Sequence[Writer], str]:
+    """How a path's last reader is edited, after the nodes on the way one by one; what it starts from; and the path."""
+    if not isinstance(path, str):
+        raise PathError(f"a path is a text, 'input->a0.h1<v>->m1->logits', not {path!r}")
+    if graph.spans is not None:
+        raise PathError("a path runs through all positions: give a graph without any")
     names = [name.strip() for name in path.split("->")]
     if len(names) < 2 or names[-1] != "logits" or "logits" in names[:-1]:
         raise PathError(f"{path!r}: a path goes from a writer over readers to the logits, as 'input->a0.h1<v>->logits'")
-    base, time = pair.base, graph.writer(names[0]).time
-    change = pair.stack([graph.writer(names[0])])[0]
-    for name in names[1:]:
-        reader = _on_path(graph, name)
+    writer = graph.writer(names[0])
+    readers = [_on_path(graph, name) for name in names[1:]]
+    time = writer.time
+    for reader, name in zip(readers, names[1:], strict=True):
         if time >= reader.time:
             raise PathError(f"{path!r} runs backwards at {name}")
-        values = responses(base, reader.kind, reader.layer, change, norms)
-        plan = forced(reader, values, _site_head(base.model, reader))
-        if reader.kind == "logits":
-            return plan
-        time = graph.writer(reader.node).time
-        change = _node_change(pair, reader, plan, measure)
-    raise AssertionError("a path ends in the logits")
+        time = reader.time if reader.kind == "logits" else graph.writer(reader.node).time
+
+    def plan(measure: Measure) -> Plan:
+        base, change = measure.pair.base, measure.pair.stack([writer])[0]
+        for reader in readers[:-1]:
+            change = _node_change(measure, reader, _step(base, reader, change, norms))
+        return _step(base, readers[-1], change, norms)
+
+    return plan, [writer], path
+
+
+def _step(base: Streams, reader: Reader, change: Tensor, norms: str) -> Plan:
+    """The plan in which one reader of a path reads in + change."""
+    values = responses(base, reader.kind, reader.layer, change, norms)
+    return forced(reader, values, _site_head(base.model, reader))
 
 
 def _on_path(graph: Graph, name: str) -> Reader:
@@ -175,9 +180,9 @@ def _site_head(model: Model, reader: Reader) -> int | None:
     return reader.head // (block.q.heads // block.k.heads)
 
 
-def _node_change(pair: Pair, reader: Reader, plan: Plan, measure: Measure) -> Tensor:
+def _node_change(measure: Measure, reader: Reader, plan: Plan) -> Tensor:
     """f(in + D) - f(in) of a node, [B, T, M]: what it adds to the residual stream, everything else held."""
-    base, layer = pair.base, reader.layer
+    base, layer = measure.pair.base, reader.layer
     name = "mlp_out" if reader.kind == "mlp" else "z"
     place = Site(name, layer)
     pieces = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -11,25 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, patch, recompute, run_worlds
+from hooks import Inputs, Model, Plan, Site, World, patch, run_worlds
 from hooks.digest import digest_of
 from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.saving import fingerprint
 from hooks.worlds import default_budget
-from interp.axes import Axis
-from interp.grids import Cell
 from interp.metrics import Metric
-from interp.paths.graph import Graph
+from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
-from interp.paths.nodes import Edge, Writer
+from interp.paths.nodes import QKV, Edge, Writer
 from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
-from interp.paths.sources import Pair, pair_of
-from interp.paths.streams import require_additive
+from interp.paths.sources import pair_of
 from interp.progress import tqdm
 from interp.results import Result
 from interp.streaming import Stream, weights_digest
-from interp.sweeps import assemble, check_model, describe_run, source_metrics
 
 
 @torch.no_grad()
@@ -85,65 +81,30 @@ def edge_sweep(
         InputsError: prompts that do not correspond, or no reference for a mean.
         UnfiredError: no writer's output changes.
     """
-    check_model(model, "denoising")
     check_norms(norms)
-    graph = Graph.of(model) if graph is None else graph
-    graph.require(model)
+    graph = graph_of(model, graph)
     chosen = graph.select(edges, writers, readers)
     pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
-    require_additive(pair.base)
-    meter = Meter(model.architecture)
-    inputs, run = pair.base.inputs, pair.source.run
-    source = None if run is None else World(run.inputs)
-    measure = Measure.of(
-        model, metric, inputs, source if values == "patch" else None,
-        budget=budget, executor=executor, seed=seed, meter=meter,
-    )  # fmt: skip
+    measure = Measure.of(metric, pair, executor=executor, budget=budget, seed=seed)
+    rows = len(measure.inputs)
     identity: dict[str, str] = {}
     if path is not None:
-        identity = _identity(model, pair, chosen, graph, measure, (values, pooled, norms, seed, executor), reference)
-    stream = Stream(path, (1, len(chosen) + 2, len(inputs)), identity)
+        identity = _identity(measure, chosen, graph, (values, pooled, norms, seed, executor), reference)
+    stream = Stream(path, (1, len(chosen) + 2, rows), identity)
     todo = set(stream.remaining())
-    first = [World(inputs), World(inputs, Plan((recompute(Site("embed")),)))]
     with tqdm(total=len(todo), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
-        bar.set_description(f"{len(chosen)} edges x {len(inputs)} rows")
-        for numbers, worlds in _batches(graph, pair, chosen, todo, first, norms, measure):
-            for index, rows, measured, status in measure.each(worlds):
-                stream.write(measured[None], numbers[index], rows, status)
-                bar.update((rows.stop - rows.start) / len(inputs))
-    measured_source = None
-    if values == "patch" and source is not None:
-        measured_source = source_metrics(model, [metric], source, [measure.others], budget)
-    axis = Axis("edge", tuple(edge.name for edge in chosen))
-    result = assemble(
-        np.array(stream.values), np.array(stream.status), (axis,), cells_of(graph, chosen, inputs), [metric], False,
-        measured_source, inputs, model,
-    )  # fmt: skip
-    result.config.update(describe(model, graph, pair, "edge", values, norms, seed))
-    result.config["forward_equivalents"] = meter.forwards(float(inputs.lengths.double().mean()))
+        bar.set_description(f"{len(chosen)} edges x {rows} rows")
+        for numbers, worlds in _batches(graph, chosen, todo, norms, measure):
+            for index, window, measured, status in measure.each(worlds):
+                stream.write(measured[None], numbers[index], window, status)
+                bar.update((window.stop - window.start) / rows)
+    found, status = np.array(stream.values[0]), np.array(stream.status)
+    result = measure.result(graph, found, status, chosen, norms=norms)
     result.config["identity"] = identity
     if path is not None:
         result.save(path)
         stream.close()
     return result
-
-
-def cells_of(graph: Graph, edges: Sequence[Edge], inputs: Inputs) -> list[Cell]:
-    """Which rows have each edge: a row that lacks a position of its span does not."""
-    present = {span: graph.span(span, inputs)[1] for span in graph.span_names}
-    return [Cell((i,), (), present[edge.span]) for i, edge in enumerate(edges)]
-
-
-def describe(
-    model: Model, graph: Graph, pair: Pair, semantics: str, values: str, norms: str, seed: int
-) -> dict[str, Any]:
-    """What a result says of how it was made."""
-    config = describe_run(model, graph, None, None, pair.direction, seed)
-    del config["intervention"]
-    return config | {
-        "direction": pair.direction, "semantics": semantics, "values": values, "norms": norms,
-        "granularity": graph.granularity, "query_heads": graph.query_heads,
-    }  # fmt: skip
 
 
 def port(edge: Edge) -> tuple[int, str, int]:
@@ -152,22 +113,16 @@ def port(edge: Edge) -> tuple[int, str, int]:
 
 
 def _batches(
-    graph: Graph,
-    pair: Pair,
-    chosen: tuple[Edge, ...],
-    todo: set[int],
-    first: list[World],
-    norms: str,
-    measure: Measure,
+    graph: Graph, chosen: tuple[Edge, ...], todo: set[int], norms: str, measure: Measure
 ) -> Iterator[tuple[list[int], list[World]]]:
     """Worlds, some at a time, with the place of each among the sweep's (the two plain worlds are 0 and 1)."""
     places = {edge: i + 2 for i, edge in enumerate(chosen)}
     plain = [i for i in (0, 1) if i in todo]
     if plain:
-        yield plain, [first[i] for i in plain]
+        yield plain, [measure.plain[i] for i in plain]
     left = sorted((edge for edge in chosen if places[edge] in todo), key=port)
     limit = measure.budget if measure.budget is not None else default_budget(measure.model.device)
-    base = pair.base
+    base = measure.pair.base
     per_writer = 6 * base.embedded.numel() * base.embedded.element_size()
     fit = max(1, int(limit // per_writer))
     moved = False
@@ -178,7 +133,7 @@ def _batches(
         for start in range(0, len(writers), fit):
             some = writers[start : start + fit]
             if some != held[0]:
-                held = (some, pair.stack(some))
+                held = (some, measure.pair.stack(some))
             changes = held[1]
             moved = moved or bool((changes != 0).any())
             _count(measure.meter, key[1], key[2], changes)
@@ -187,7 +142,7 @@ def _batches(
             for u, writer in enumerate(some):
                 mine = [edge for edge in edges if edge.writer == writer]
                 parts = {name: value[u] for name, value in values.items()}
-                plans = edge_plans(graph, pair, mine, parts, changes[u], measure)
+                plans = _edge_plans(graph, mine, parts, changes[u], measure)
                 numbers += [places[edge] for edge in mine]
                 worlds += [World(base.inputs, plan) for plan in plans]
             yield numbers, worlds
@@ -195,20 +150,18 @@ def _batches(
         raise UnfiredError("no writer's output differs between the two runs, so no edge has an effect")
 
 
-def _count(meter: Meter | None, kind: str, layer: int, changes: Tensor) -> None:
-    if meter is None:
-        return
-    tokens = changes[..., 0].numel()
-    for part in {"attn": ("q", "k", "v")}.get(kind, (kind,)):
-        if part in ("q", "k", "v"):
-            meter.block(layer, part, tokens)
+def _count(meter: Meter, kind: str, layer: int, changes: Tensor) -> None:
+    # What an MLP or the logits read is set before them, so their own work is counted where the worlds run.
+    for part in QKV:
+        if kind in (part, "attn"):
+            meter.block(layer, part, changes[..., 0].numel())
 
 
-def edge_plans(
-    graph: Graph, pair: Pair, edges: list[Edge], values: dict[str, Tensor], change: Tensor, measure: Measure
+def _edge_plans(
+    graph: Graph, edges: list[Edge], values: dict[str, Tensor], change: Tensor, measure: Measure
 ) -> list[Plan]:
     """The plan of each of some edges of one writer into readers of one kind and layer."""
-    inputs, changed = pair.base.inputs, changed_tokens(change)
+    inputs, changed = measure.inputs, changed_tokens(change)
     start = None if inputs.padded else suffix(changed)
     plans = []
     for edge in edges:
@@ -222,20 +175,20 @@ def edge_plans(
             # What the two runs share cannot have an effect: a world without a plan, whose effect is exactly 0.
             plans.append(Plan())
             continue
-        head = key_value_head(pair.base.model, edge.reader, graph.query_heads)
+        head = key_value_head(measure.model, edge.reader, graph.query_heads)
         plans.append(forced(edge.reader, values, head, pos, where))
     shared = graph.query_heads and edges and edges[0].reader.kind in ("k", "v")
     if shared and graph.groups[edges[0].reader.layer] > 1:
-        return _only_query_heads(pair, edges, plans, measure)
+        return _only_query_heads(edges, plans, measure)
     return plans
 
 
-def _only_query_heads(pair: Pair, edges: list[Edge], plans: list[Plan], measure: Measure) -> list[Plan]:
+def _only_query_heads(edges: list[Edge], plans: list[Plan], measure: Measure) -> list[Plan]:
     """Plans that change a shared key or value for one query head: its z in a world where the whole group saw it."""
-    inputs, layer = pair.base.inputs, edges[0].reader.layer
+    layer = edges[0].reader.layer
     place = Site("z", layer)
     found: dict[int, list[Tensor]] = {}
-    worlds = [World(inputs, plan) for plan in plans]
+    worlds = [World(measure.inputs, plan) for plan in plans]
     for outcome in run_worlds(measure.model, worlds, [place], budget=measure.budget, meter=measure.meter):
         found.setdefault(outcome.index, []).append(outcome.values[0])
     out = []
@@ -246,23 +199,18 @@ def _only_query_heads(pair: Pair, edges: list[Edge], plans: list[Plan], measure:
 
 
 def _identity(
-    model: Model,
-    pair: Pair,
-    chosen: tuple[Edge, ...],
-    graph: Graph,
-    measure: Measure,
-    options: tuple[Any, ...],
-    reference: Inputs | None,
+    measure: Measure, chosen: tuple[Edge, ...], graph: Graph, options: tuple[Any, ...], reference: Inputs | None
 ) -> dict[str, str]:
     """Digests of everything that a sweep of edges depends on."""
-    run = pair.source.run
+    run, metric = measure.pair.source.run, measure.metric
+    compared = "" if metric.reference is None else fingerprint(metric.reference)
     return {
-        "weights": weights_digest(model),
-        "inputs": fingerprint(pair.base.inputs),
+        "weights": weights_digest(measure.model),
+        "inputs": fingerprint(measure.inputs),
         "source": "" if run is None else fingerprint(run.inputs),
         "reference": "" if reference is None else fingerprint(reference),
         "edges": digest_of(tuple(edge.name for edge in chosen)),
         "graph": digest_of((graph.granularity, graph.query_heads, str(graph.spans))),
-        "metrics": digest_of((measure.metric.name, measure.metric.stated, fingerprint(measure.bound.reads))),
+        "metrics": digest_of((metric.name, metric.stated, fingerprint(measure.bound.reads), compared)),
         "options": digest_of(tuple(map(str, options))),
     }

@@ -80,9 +80,8 @@ class Gradients:
             site.key: torch.zeros_like(value) if g is None else _masked(g, real)
             for site, value, g in zip(sites, kept, found, strict=False)
         }
-        self.metric = measured.detach().to("cpu", torch.float64).numpy()
-        if self.meter is not None:
-            self.meter.work += (1 + BACKWARD) * self.meter.row(int(inputs.mask[window].sum()))
+        self.metric = measure.numbers(measured, window)
+        self.meter.work += (1 + BACKWARD) * sum(map(self.meter.row, inputs.lengths[window].tolist()))
 
     def at_inputs(self, kinds: Sequence[str], layer: int) -> Respond:
         """<d_u, gradient at in_v>, summed over positions."""
@@ -119,9 +118,8 @@ class Gradients:
     def _computed(self, kind: str, layer: int, change: Tensor) -> dict[str, Tensor]:
         """What the readers compute from in_v + change, by site."""
         block, tokens = self.blocks[layer], change[..., 0].numel()
-        if self.meter is not None:
-            for part in QKV if kind == "attn" else (kind,):
-                self.meter.block(layer, part, tokens)
+        for part in QKV if kind == "attn" else (kind,):
+            self.meter.block(layer, part, tokens)
         if kind != "mlp":
             # At `attn_in` every head reads the same, so its q, k and v are what those of each head's readers would be.
             return {n: responses(self.base, n, layer, change)[n] for n in (QKV if kind == "attn" else (kind,))}

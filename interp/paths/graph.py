@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from hooks import Inputs, Model
-from hooks.errors import PathError, SiteError, nearest
-from hooks.sites import Index, Span
+from hooks.errors import ModelError, PathError, SiteError, nearest
+from hooks.sites import Index
 from interp.grids import row_positions
 from interp.paths.nodes import QKV, Edge, Reader, Writer
+from interp.paths.spans import spans_of
 
 GRANULARITIES = ("heads", "blocks")
 
@@ -67,10 +68,13 @@ class Graph:
                 positions, ``{"subject": 3, "rest": [4, 5]}``.
 
         Raises:
+            ModelError: this is no wrapped model.
             PathError: the granularity is unknown, or no position is given.
         """
+        if not isinstance(model, Model):
+            raise ModelError(f"a graph is of a wrapped model: ip.wrap(model), not {type(model).__name__}")
         if granularity not in GRANULARITIES:
-            hint = nearest(granularity, GRANULARITIES)
+            hint = nearest(str(granularity), GRANULARITIES)
             raise PathError(f"granularity is {' or '.join(map(repr, GRANULARITIES))}, not {granularity!r}{hint}")
         blocks = model.architecture.blocks
         return cls(
@@ -81,7 +85,7 @@ class Graph:
             width=model.architecture.width,
             granularity=granularity,
             query_heads=query_heads,
-            spans=_spans(positions),
+            spans=spans_of(positions),
         )
 
     @cached_property
@@ -196,20 +200,20 @@ class Graph:
         found = self.index.get(name)
         if found is not None:
             return self.listed[found]
-        bare, _, span = name.partition("@")
+        bare, at, span = name.partition("@")
         ends = [end.strip() for end in bare.split("->")]
         if len(ends) != 2:
             raise PathError(f"{name!r} is not an edge: write 'writer->reader', as {self.edges[0]!r}")
         writer, reader = self.writer(ends[0]), self.reader(ends[1])
         if writer.time >= reader.time:
             raise PathError(f"{name!r} runs backwards: {writer.name} writes after {reader.name} has read")
-        if (self.spans is None) == bool(span):
-            raise PathError(f"{name!r}: " + ("this graph has no positions" if span else f"name a span{self._some()}"))
-        if span and span not in dict(self.spans or ()):
+        if (self.spans is None) == bool(at):
+            raise PathError(f"{name!r}: " + ("this graph has no positions" if at else f"name a span{self._some()}"))
+        if at and span not in dict(self.spans or ()):
             raise PathError(
                 f"{name!r}: no span {span!r}{nearest(span, [s for s in self.span_names if s])}{self._some()}"
             )
-        return Edge(writer, reader, span or None)
+        return Edge(writer, reader, span if at else None)
 
     def _some(self) -> str:
         return ", one of " + ", ".join(repr(s) for s in self.span_names[:8])
@@ -232,7 +236,7 @@ class Graph:
 
     def select(
         self,
-        edges: Iterable[str | Edge] | None = None,
+        edges: Iterable[str | Edge] | str | Edge | None = None,
         writers: Iterable[str] | str | None = None,
         readers: Iterable[str] | str | None = None,
     ) -> tuple[Edge, ...]:
@@ -244,9 +248,7 @@ class Graph:
             PathError: a name that the graph lacks, or nothing left.
         """
         if edges is not None:
-            if isinstance(edges, (str, Edge)):
-                edges = [edges]
-            chosen = tuple(self.edge(edge) for edge in edges)
+            chosen = tuple(self.edge(edge) for edge in _listed(edges))
             if writers is not None or readers is not None:
                 raise PathError("name edges, or writers and readers, not both")
         else:
@@ -296,16 +298,33 @@ class Graph:
         """The names of the nodes that read by it: several for a key/value head that query heads share."""
         return ("logits",) if reader.kind == "logits" else tuple(writer.name for writer in self.feeds(reader))
 
-    def mask(self, edges: Iterable[str | Edge]) -> np.ndarray:
+    def mask(self, edges: Iterable[str | Edge] | str | Edge) -> np.ndarray:
         """bool [edges], True for those named."""
         out = np.zeros(len(self), bool)
-        for edge in edges:
+        for edge in _listed(edges):
             out[self.index[self.edge(edge).name]] = True
         return out
 
 
-def _listed(names: Iterable[str] | str) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+def graph_of(model: Model, graph: Graph | None) -> Graph:
+    """The graph that is given, checked to be of this model; by default that of its heads.
+
+    Raises:
+        ModelError: the model is not wrapped.
+        PathError: the graph is another model's, or none.
+    """
+    if graph is None:
+        return Graph.of(model)
+    if not isinstance(graph, Graph):
+        raise PathError(f"graph is a Graph, Graph.of(model, ...), not {graph!r}")
+    graph.require(model)
+    return graph
+
+
+def _listed(names: Any) -> list[Any]:
+    if not isinstance(names, Iterable) and not isinstance(names, Edge):
+        raise PathError(f"expected names of edges or nodes, such as 'a0.h1->m1' or 'm1', not {names!r}")
+    return [names] if isinstance(names, (str, Edge)) else list(names)
 
 
 def _find(what: str, name: str, nodes: Sequence[Any]) -> Any:
@@ -321,28 +340,3 @@ def _find(what: str, name: str, nodes: Sequence[Any]) -> Any:
             )
     some = ", ".join(list(names)[:6])
     raise PathError(f"no {what} {name!r}{nearest(str(name), names)}; there are {some}, ..., {list(names)[-1]}")
-
-
-def _spans(positions: Any) -> tuple[tuple[str, Index], ...] | None:
-    if positions is None:
-        return None
-    if isinstance(positions, str):
-        raise PathError(f"positions is a list of positions or a dict of named ones, not {positions!r}")
-    named = positions if isinstance(positions, Mapping) else {str(p): p for p in positions}
-    if not named or any("@" in str(name) or "->" in str(name) for name in named):
-        raise PathError("give at least one position, under a name without '@' and '->'")
-    return tuple((str(name), _place(name, at)) for name, at in named.items())
-
-
-def _place(name: Any, at: Any) -> Index:
-    """A position as a site takes it: an int, ints, a span, or a tensor of one set of prompts."""
-    if isinstance(at, (Span, Tensor)):
-        return at
-    if isinstance(at, slice) and at.step in (None, 1):
-        return Span(at.start, at.stop)
-    listed = [at] if isinstance(at, (int, np.integer)) else at
-    if not isinstance(listed, Iterable) or not (listed := list(listed)):
-        raise PathError(f"position {name!r} is an int, ints, a Span, or a tensor of one set of prompts, not {at!r}")
-    if not all(isinstance(p, (int, np.integer)) and not isinstance(p, bool) for p in listed):
-        raise PathError(f"position {name!r} is made of ints, not {at!r}")
-    return int(at) if isinstance(at, (int, np.integer)) else tuple(int(p) for p in listed)

@@ -1,20 +1,25 @@
-"""A metric measured on many worlds of one batch of prompts."""
+"""A metric measured on many worlds of one batch of prompts, and the result that is made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hooks import Inputs, Model, World, run_worlds
+from hooks import Inputs, Model, Plan, Site, World, recompute, run_worlds
 from hooks.errors import MetricError
 from hooks.meter import Meter
+from interp.axes import Axis
+from interp.grids import Cell
 from interp.metrics import Bound, Metric, call
-from interp.results import STATUS
-from interp.sweeps import check_metrics, references
+from interp.paths.graph import Graph
+from interp.paths.nodes import Edge
+from interp.paths.sources import Pair
+from interp.results import STATUS, Result
+from interp.sweeps import assemble, check_metrics, describe_run, references, source_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,40 +27,57 @@ class Measure:
     """A metric, bound to the prompts of the run that is edited.
 
     Attributes:
-        model, metric, bound, inputs: what is measured, and on what.
+        metric, bound: what is measured.
+        pair: the run that is edited, and what it is edited with.
         others: what the metric compares with, on all rows.
-        budget: bytes that the activations of a chunk may take.
-        executor: see `hooks.run_worlds`.
-        seed: of random interventions.
         meter: counts the work.
+        executor: see `hooks.run_worlds`.
+        budget: bytes that the activations of a chunk may take.
+        seed: of random interventions.
     """
 
-    model: Model
     metric: Metric
     bound: Bound
-    inputs: Inputs
-    others: list[torch.Tensor]
-    budget: int | None = None
-    executor: str = "auto"
-    seed: int = 0
-    meter: Meter | None = None
+    pair: Pair
+    others: list[Tensor]
+    meter: Meter
+    executor: str
+    budget: int | None
+    seed: int
 
     @classmethod
-    def of(cls, model: Model, metric: Metric, inputs: Inputs, source: World | None, **options: Any) -> Measure:
+    def of(
+        cls, metric: Metric, pair: Pair, *, executor: str = "auto", budget: int | None = None, seed: int = 0
+    ) -> Measure:
         """Bind a metric.
 
         Raises:
-            MetricError: it is not one metric, or it compares with a source that there is not.
+            MetricError: it is not one metric, it reads nothing, or it compares with a source that there is not.
         """
-        if not isinstance(metric, Metric):
-            raise MetricError(f"{metric!r} is not a metric; wrap a function of yours with ip.metric(fn, reads=...)")
         check_metrics([metric])
+        model, inputs = pair.base.model, pair.base.inputs
         bound = metric.bind(model, inputs)
-        return cls(model, metric, bound, inputs, references(model, [metric], [bound], source, inputs)[0], **options)
+        if not bound.reads:
+            raise MetricError(f"metric {metric.name!r} reads no site, so nothing that is done to the model moves it")
+        (others,) = references(model, [metric], [bound], pair.other, inputs)
+        return cls(metric, bound, pair, others, Meter(model.architecture), executor, budget, seed)
 
-    def each(
-        self, worlds: Sequence[World], skip: Callable[[int, slice], bool] | None = None
-    ) -> Iterator[tuple[int, slice, np.ndarray, int]]:
+    @property
+    def model(self) -> Model:
+        """The model that is edited."""
+        return self.pair.base.model
+
+    @property
+    def inputs(self) -> Inputs:
+        """The prompts of the run that is edited."""
+        return self.pair.base.inputs
+
+    @property
+    def plain(self) -> list[World]:
+        """The edited run as it is, and computed again: what differs between the two is rounding."""
+        return [World(self.inputs), World(self.inputs, Plan((recompute(Site("embed")),)))]
+
+    def each(self, worlds: Sequence[World]) -> Iterator[tuple[int, slice, np.ndarray, int]]:
         """Yield of each world, for some of its rows: its number, the rows, the metric float64 [b], and its status."""
         for outcome in run_worlds(
             self.model,
@@ -64,20 +86,75 @@ class Measure:
             executor=self.executor,
             budget=self.budget,
             seed=self.seed,
-            skip=skip,
             meter=self.meter,
         ):
             values = [*outcome.values, *(other[outcome.rows] for other in self.others)]
             measured = call(self.bound, self.metric.name, outcome.rows, values)
-            yield outcome.index, outcome.rows, _numbers(measured), STATUS.index(outcome.status)
+            numbers = self.numbers(measured, outcome.rows)
+            yield outcome.index, outcome.rows, numbers, STATUS.index(outcome.status)
 
-    def all(self, worlds: Sequence[World]) -> np.ndarray:
-        """The metric of each world, float64 [worlds, rows]."""
-        out = np.full((len(worlds), len(self.inputs)), np.nan)
-        for index, rows, values, _ in self.each(worlds):
-            out[index, rows] = values
-        return out
+    def numbers(self, measured: Tensor, rows: slice) -> np.ndarray:
+        """The metric of some rows, float64 [b].
+
+        Raises:
+            MetricError: one is nan, which in a result would say that the row lacks the cell.
+        """
+        found = measured.detach().to("cpu", torch.float64).numpy()
+        if np.isnan(found).any():
+            where = (np.flatnonzero(np.isnan(found)) + rows.start).tolist()
+            raise MetricError(f"metric {self.metric.name!r} is nan on rows {where}: give it numbers, or leave them out")
+        return found
+
+    def all(self, worlds: Sequence[World]) -> tuple[np.ndarray, np.ndarray]:
+        """The metric of each world, float64 [worlds, rows], and its status, int8 [worlds, rows]."""
+        shape = (len(worlds), len(self.inputs))
+        out, status = np.full(shape, np.nan), np.zeros(shape, np.int8)
+        for index, rows, values, code in self.each(worlds):
+            out[index, rows], status[index, rows] = values, code
+        return out, status
+
+    def result(
+        self,
+        graph: Graph,
+        values: np.ndarray,
+        status: np.ndarray,
+        edges: Sequence[Edge] | None,
+        *,
+        semantics: str = "edge",
+        norms: str = "recompute",
+    ) -> Result:
+        """The result of what was measured.
+
+        Args:
+            graph: whose edges they are.
+            values: float64 [2 + cells, row]: the metric of the two `plain` worlds, and of every cell.
+            status: int8 [2 + cells, row].
+            edges: what the cells are, on an axis "edge"; None for one cell and no axis.
+            semantics, norms: what the result says of how it was made.
+        """
+        source = None
+        if self.pair.other is not None:
+            source = source_metrics(self.model, [self.metric], self.pair.other, [self.others], self.budget)
+        axes = () if edges is None else (Axis("edge", tuple(edge.name for edge in edges)),)
+        cells = [None] if edges is None else _cells(graph, edges, self.inputs)
+        result = assemble(values[None], status, axes, cells, [self.metric], False, source, self.inputs, self.model)
+        told = describe_run(self.model, graph, None, None, self.pair.direction, self.seed)
+        del told["intervention"]
+        result.config.update(told)
+        result.config.update(
+            direction=self.pair.direction, semantics=semantics, values=self.pair.source.kind, norms=norms,
+            granularity=graph.granularity, query_heads=graph.query_heads,
+            forward_equivalents=self.meter.forwards(self.tokens),
+        )  # fmt: skip
+        return result
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a prompt, the mean."""
+        return float(self.inputs.lengths.double().mean())
 
 
-def _numbers(values: torch.Tensor) -> np.ndarray:
-    return values.detach().to("cpu", torch.float64).numpy()
+def _cells(graph: Graph, edges: Sequence[Edge], inputs: Inputs) -> list[Cell]:
+    """Which rows have each edge: a row that lacks a position of its span does not."""
+    present = {span: graph.span(span, inputs)[1] for span in graph.span_names}
+    return [Cell((i,), (), present[edge.span]) for i, edge in enumerate(edges)]

@@ -11,15 +11,17 @@ import numpy as np
 from hooks import Inputs, Model
 from hooks.errors import PathError
 from interp.metrics import Metric
-from interp.paths.circuits import Circuit, CircuitRunner, score_array
+from interp.paths.circuits import Circuit, check_size, run_circuits, score_array
 from interp.paths.graph import Graph
+from interp.paths.measuring import Measure
 from interp.paths.search import greedy
+from interp.paths.sources import pair_of
 from interp.results import Result
 from interp.stats import row_mean
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of edges at which the MIB circuit track measures faithfulness (Mueller et al. 2025)."""
-Choose = Callable[[Result, Graph, int], Circuit]
+Choose = Callable[[Any, Graph, int], Circuit]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def faithfulness(
     model: Model,
     clean: Inputs,
     corrupt: Inputs | None,
-    scores: Result,
+    scores: Result | np.ndarray,
     graph: Graph,
     *,
     metric: Metric,
@@ -70,15 +72,15 @@ def faithfulness(
         choose: `greedy` or `top_k`, or a function of yours of scores, graph and k.
 
     Raises:
-        PathError: sizes out of range, or a whole difference of zero.
+        PathError: sizes out of range, a whole difference of zero, or a `choose` that gives no circuits of the graph.
     """
     if list(sizes) != sorted(set(sizes)) or not sizes or not 0 <= sizes[0] <= sizes[-1] <= 1:
         raise PathError(f"sizes are ascending shares of the edges, 0 to 1, not {tuple(sizes)}")
     circuits = [choose(scores, graph, round(size * len(graph))) for size in sizes]
-    run = CircuitRunner.of(
-        model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, budget=budget, seed=seed
-    )
-    shares = _faithful(run, circuits, graph)
+    if any(not isinstance(c, Circuit) or (c.graph is not graph and c.graph.edges != graph.edges) for c in circuits):
+        raise PathError(f"choose gives circuits of {graph}, not {circuits[0]!r}")
+    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
+    shares = _faithful(Measure.of(metric, pair, budget=budget, seed=seed), circuits, graph)
     return Curve(
         sizes=tuple(float(s) for s in sizes),
         edges=tuple(len(c) for c in circuits),
@@ -92,9 +94,9 @@ def _area(values: np.ndarray, sizes: Sequence[float]) -> float:
     return float(((values[1:] + values[:-1]) / 2 * np.diff(sizes)).sum())
 
 
-def _faithful(run: CircuitRunner, circuits: Sequence[Circuit], graph: Graph) -> np.ndarray:
+def _faithful(measure: Measure, circuits: Sequence[Circuit], graph: Graph) -> np.ndarray:
     nothing, everything = Circuit.all(graph).without(graph.edges), Circuit.all(graph)
-    found = run([nothing, everything, *circuits]).mean(1)
+    found = run_circuits(measure, [nothing, everything, *circuits]).mean(1)
     whole = found[1] - found[0]
     if not abs(whole) > 1e-9 * (abs(found[0]) + abs(found[1])):
         raise PathError(
@@ -131,20 +133,20 @@ def completeness(
         difference of the two as a share of m(N) - m(empty): 0 is complete.
 
     Raises:
-        PathError: the circuit has no nodes but input and logits.
+        PathError: the circuit has no nodes but input and logits, or no set of them is asked for.
     """
-    inner = [name for name in circuit.nodes if name not in ("input", "logits")]
-    if not inner:
-        raise PathError("completeness takes nodes out, and the circuit has none but input and logits")
+    inner = _inner(circuit)
+    if subsets < 1 or size < 1:
+        raise PathError(f"completeness takes out one or more sets of one or more nodes, not {subsets} of up to {size}")
     draw = np.random.default_rng(seed)
     sets = [
         sorted(draw.choice(inner, size=int(draw.integers(1, min(size, len(inner)) + 1)), replace=False).tolist())
         for _ in range(subsets)
     ]
     graph = circuit.graph
-    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, seed=seed)
+    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed)
     small, large = ([_without(whole, names) for names in sets] for whole in (circuit, Circuit.all(graph)))
-    share = _faithful(run, [*small, *large], graph)
+    share = _faithful(Measure.of(metric, pair, seed=seed), [*small, *large], graph)
     mine, theirs = share[: len(sets)], share[len(sets) :]
     return {
         "subsets": sets,
@@ -170,11 +172,22 @@ def minimality(
 
     Near 0 for a node that the circuit could do without (Wang et al. 2022, section 4, with K empty). Arguments as in
     `completeness`; input and logits are not nodes to be taken out.
+
+    Raises:
+        PathError: the circuit has no nodes but input and logits.
     """
-    inner = [name for name in circuit.nodes if name not in ("input", "logits")]
-    run = CircuitRunner.of(model, clean, corrupt, metric, values=values, reference=reference, pooled=pooled, seed=seed)
-    share = _faithful(run, [circuit, *(circuit.without(node=name) for name in inner)], circuit.graph)
+    inner = _inner(circuit)
+    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed)
+    smaller = [circuit.without(node=name) for name in inner]
+    share = _faithful(Measure.of(metric, pair, seed=seed), [circuit, *smaller], circuit.graph)
     return {name: float(share[0] - found) for name, found in zip(inner, share[1:], strict=True)}
+
+
+def _inner(circuit: Circuit) -> list[str]:
+    inner = [name for name in circuit.nodes if name not in ("input", "logits")]
+    if not inner:
+        raise PathError("nodes are taken out of a circuit, and this one has none but input and logits")
+    return inner
 
 
 def _without(circuit: Circuit, nodes: Sequence[str]) -> Circuit:
@@ -214,9 +227,8 @@ def stability(one: Result | np.ndarray, two: Result | np.ndarray, graph: Graph, 
     Raises:
         PathError: k out of range, or scores of other edges.
     """
+    check_size(graph, k, 1)
     a, b = (np.abs(score_array(graph, scores)) for scores in (one, two))
-    if not 1 <= k <= len(graph):
-        raise PathError(f"k is a number of edges, 1 to {len(graph)}, not {k!r}")
     both = ~(np.isnan(a) | np.isnan(b))
     a, b = a[both], b[both]
     if k > len(a):
@@ -237,11 +249,14 @@ def split_half(scores: Result, graph: Graph, k: int, *, draws: int = 20, seed: i
         for "spearman" and "jaccard" the "low" quartile, "median" and "high" quartile over draws.
 
     Raises:
-        PathError: fewer than two rows, or scores of other edges.
+        PathError: fewer than two rows or one draw, k out of range, or scores of other edges or without rows.
     """
+    if not isinstance(scores, Result):
+        raise PathError(f"halves are of a result's rows, and {type(scores).__name__} has none")
     rows = len(scores.rows)
-    if rows < 2:
-        raise PathError("two halves need at least two rows")
+    if rows < 2 or draws < 1:
+        raise PathError(f"two halves need at least two rows and one draw, not {rows} and {draws}")
+    check_size(graph, k, 1)
     score_array(graph, scores)  # which says so, where they are of other edges
     draw = np.random.default_rng(seed)
     found: list[dict[str, float]] = []

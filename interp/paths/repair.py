@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from hooks import Inputs, Model, Plan, World
-from hooks.errors import InputsError
+from hooks.errors import InputsError, nearest
 from hooks.html import table
 from interp.metrics import Metric, evaluate
-from interp.paths.graph import Graph
+from interp.paths.graph import Graph, graph_of
 from interp.paths.nodes import Edge
-from interp.paths.rewire import rewire
-from interp.paths.sources import pair_of
+from interp.paths.rewire import check_heads, rewire
+from interp.paths.sources import Means, Source, check_reference
+from interp.paths.streams import check_additive, require_additive, streams
 from interp.sweeps import check_model
+
+CONSTANTS = ("mean", "zero")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Repair:
 @torch.no_grad()
 def repair(
     model: Model,
-    edges: Iterable[str | Edge],
+    edges: Iterable[str | Edge] | str | Edge,
     measured: Mapping[str, tuple[Inputs, Metric]],
     *,
     graph: Graph | None = None,
@@ -78,43 +80,78 @@ def repair(
         reference, pooled, budget: as in `edge_sweep`.
 
     Returns:
-        The metrics before and after. `repair_plan` gives the plan, to hold on the model.
+        The metrics before and after. `repair_plan` gives what is held on the model, for any forward pass of yours.
+
+    Raises:
+        PathError, InputsError: as `repair_plan`, or nothing that is measured.
+        ModelError: the model is in training mode.
     """
-    check_model(model, "noising")
-    graph = Graph.of(model) if graph is None else graph
+    graph = graph_of(model, graph)
     chosen = graph.select(edges=edges)
-    if not measured:
-        raise InputsError("name what is measured: {'spurious': (inputs, metric), 'clean': (inputs, metric)}")
+    _check_measured(measured)
+    check_model(model, "noising")
+    repaired = repair_plan(model, chosen, graph=graph, values=values, reference=reference, pooled=pooled, budget=budget)
     before, after, rows = {}, {}, {}
     for name, (inputs, metric) in measured.items():
-        plan = repair_plan(
-            model, chosen, inputs, graph=graph, values=values, reference=reference, pooled=pooled, budget=budget
-        )
-        before[name] = float(np.mean(evaluate(model, inputs, metric).double().cpu().numpy()))
-        after[name] = float(np.mean(evaluate(model, World(inputs, plan), metric).double().cpu().numpy()))
+        # One prompt is enough to see how the model is built.
+        check_additive(model, inputs.rows(slice(0, 1)))
+        worlds = (inputs, World(inputs, repaired(inputs)))
+        before[name], after[name] = (float(evaluate(model, world, metric).double().mean()) for world in worlds)
         rows[name] = len(inputs)
     return Repair(tuple(edge.name for edge in chosen), values, before, after, rows)
+
+
+def _check_measured(measured: Mapping[str, tuple[Inputs, Metric]]) -> None:
+    like = "{'spurious': (inputs, metric), 'clean': (inputs, metric)}"
+    if not isinstance(measured, Mapping) or not measured:
+        raise InputsError(f"name what is measured: {like}")
+    for name, given in measured.items():
+        inputs, metric = given if isinstance(given, (tuple, list)) and len(given) == 2 else (None, None)
+        if not isinstance(inputs, Inputs) or not isinstance(metric, Metric):
+            raise InputsError(f"what is measured as {name!r} is prompts and a metric, {like}, not {given!r}")
 
 
 @torch.no_grad()
 def repair_plan(
     model: Model,
-    edges: Iterable[str | Edge],
-    inputs: Inputs,
+    edges: Iterable[str | Edge] | str | Edge,
     *,
     graph: Graph | None = None,
     values: str = "mean",
     reference: Inputs | None = None,
     pooled: bool = False,
     budget: int | None = None,
-) -> Plan:
-    """The plan that ablates edges on given inputs. Arguments as in `repair`.
+) -> Callable[[Inputs], Plan]:
+    """The plan that ablates edges on whatever the model is run on: ``with model.apply(repair_plan(...)):``.
+
+    The means are computed here, once. Arguments as in `repair`.
+
+    Returns:
+        a function from inputs to the plan on them, which `Model.apply` takes.
 
     Raises:
-        InputsError: values that are not constants.
+        PathError: an edge that the model lacks, or a model that the graph does not describe.
+        InputsError: values that are not constants, or no reference for a mean; of the function, prompts longer than
+            the reference's, where the means are not pooled.
+        ModelError: the model is in training mode while the means are computed.
     """
-    if values not in ("mean", "zero"):
-        raise InputsError(f"a repair puts in constants: values is 'mean' or 'zero', not {values!r}")
-    graph = Graph.of(model) if graph is None else graph
-    pair = pair_of(model, inputs, None, "noising", values, reference, pooled, 0, budget)
-    return rewire(graph, graph.mask(graph.select(edges=edges)), pair.source, model)
+    if values not in CONSTANTS:
+        hint = nearest(str(values), CONSTANTS)
+        raise InputsError(f"a repair puts in constants: values is 'mean' or 'zero', not {values!r}{hint}")
+    check_reference(values, reference, pooled)
+    graph = graph_of(model, graph)
+    chosen = graph.select(edges=edges)
+    mask, means = graph.mask(chosen), None
+    check_heads(graph, "repairs")
+    if reference is not None:
+        check_model(model, "noising")
+        run = streams(model, reference, budget)
+        require_additive(run)
+        means = Means.over(run, pooled).only({edge.writer for edge in chosen})
+
+    def repaired(inputs: Inputs) -> Plan:
+        if not isinstance(inputs, Inputs):
+            raise InputsError(f"a repair is of inputs, from model.inputs(...), not {type(inputs).__name__}")
+        return rewire(graph, mask, Source(values, inputs, means=means), model)
+
+    return repaired

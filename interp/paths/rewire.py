@@ -6,6 +6,7 @@ So with every edge replaced the source run comes out, with none the base, and a 
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hooks.errors import PathError
 from hooks.plan import Read
 from hooks.region import resolve
 from interp.paths.graph import Graph
-from interp.paths.nodes import Reader, Writer
+from interp.paths.nodes import QKV, Reader, Writer
 from interp.paths.sources import Source
 from interp.paths.streams import head_outputs, post_norm
 
@@ -34,16 +35,17 @@ def rewire(graph: Graph, replaced: np.ndarray, source: Source, model: Any) -> Pl
         model: the wrapped model.
 
     Raises:
-        PathError: a mask of another size, or a graph of query heads under grouped-query attention.
+        PathError: a mask of another size, a graph of query heads under grouped-query attention, or an edge that is
+            replaced twice at a token that two spans share.
     """
     replaced = np.asarray(replaced)
     if replaced.shape != (len(graph),) or replaced.dtype != bool:
         raise PathError(f"a mask of edges is bool [{len(graph)}], got {replaced.dtype} {list(replaced.shape)}")
-    if graph.query_heads and any(group > 1 for group in graph.groups):
-        raise PathError("the model has key/value heads: sets of edges need a graph with query_heads=False")
+    check_heads(graph, "sets of edges")
     graph.require(model)
     items: list[Intervention] = []
     chosen = [graph.listed[i] for i in np.flatnonzero(replaced)]
+    marks = {span: span_tokens(graph, span, source.inputs, model) for span in {edge.span for edge in chosen}}
     ports: dict[tuple[str, int], list[Any]] = {}
     for edge in chosen:
         ports.setdefault((edge.reader.kind, edge.reader.layer), []).append(edge)
@@ -54,21 +56,39 @@ def rewire(graph: Graph, replaced: np.ndarray, source: Source, model: Any) -> Pl
         weights = torch.zeros(len(spans), len(readers), len(writers), dtype=torch.bool)
         for edge in edges:
             weights[spans.index(edge.span), readers.index(edge.reader), writers.index(edge.writer)] = True
-        tokens = [None if span is None else span_tokens(graph, span, source.inputs, model) for span in spans]
-        fn = Rewired(model, writers, weights, tokens, source, kind in ("q", "k", "v"))
+        _check_apart(spans, weights, marks)
+        fn = Rewired(model, writers, weights, [marks[span] for span in spans], source, kind in QKV)
         items.append(intervene(_site(kind, layer, readers), fn, fn.reads()))
     return Plan(tuple(items))
+
+
+def check_heads(graph: Graph, what: str) -> None:
+    """Raise PathError where query heads that share keys and values have readers of their own."""
+    if graph.query_heads and any(group > 1 for group in graph.groups):
+        raise PathError(f"the model has key/value heads: {what} need a graph with query_heads=False")
+
+
+def _check_apart(spans: tuple[str | None, ...], weights: Tensor, marks: dict[str | None, Tensor | None]) -> None:
+    for (a, one), (b, two) in combinations(enumerate(spans), 2):
+        first, second = marks[one], marks[two]
+        if first is not None and second is not None and bool((first & second).any() & (weights[a] & weights[b]).any()):
+            raise PathError(
+                f"the spans {one!r} and {two!r} share tokens, at which an edge would be replaced twice: sets of edges "
+                "need spans that lie apart in every row"
+            )
 
 
 def _site(kind: str, layer: int, readers: tuple[Reader, ...]) -> Site:
     if kind == "logits":
         return Site("resid_post", layer - 1)
-    heads = tuple(reader.head for reader in readers) if kind in ("q", "k", "v") else None
+    heads = tuple(reader.head for reader in readers) if kind in QKV else None
     return Site(SITES[kind], layer, head=heads)  # type: ignore[arg-type]
 
 
-def span_tokens(graph: Graph, span: str, inputs: Inputs, model: Any) -> Tensor:
-    """bool [B, T]: the tokens of a span."""
+def span_tokens(graph: Graph, span: str | None, inputs: Inputs, model: Any) -> Tensor | None:
+    """bool [B, T]: the tokens of a span; None for all."""
+    if span is None:
+        return None
     place = Site("resid_pre", 0, pos=graph.span(span, inputs)[0])
     region = resolve(place, inputs, model.sizes[place.key])
     marks = torch.ones_like(region.cols, dtype=torch.bool)

@@ -7,22 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooks import Inputs, Model, World
-from hooks.errors import PathError, nearest
-from hooks.meter import Meter
+from hooks import Inputs, Model
+from hooks.errors import MetricError, PathError, nearest
 from hooks.worlds import default_budget, rows_per_pass
-from interp.axes import Axis
 from interp.metrics import Metric
-from interp.paths.adaptive import adaptive
-from interp.paths.exact import cells_of, describe, edge_sweep
+from interp.paths.adaptive import adaptive, check_counts
+from interp.paths.exact import edge_sweep
 from interp.paths.gradients import Gradients
-from interp.paths.graph import Graph
+from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
-from interp.paths.rewire import span_tokens
+from interp.paths.rewire import check_heads, span_tokens
 from interp.paths.sources import Pair, pair_of
-from interp.paths.streams import require_additive
 from interp.results import Result
-from interp.sweeps import assemble, check_model, source_metrics
 
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact", "adaptive")
 WRITERS = 16
@@ -76,12 +72,11 @@ def edge_scores(
     Raises:
         PathError: the method is unknown; its `steps`, `top` or `sample` are out of range; or it is first-order, and the
             graph is of query heads that share keys and values.
-        MetricError: the metric has no gradient.
+        MetricError: the metric has no gradient, or it or its gradient is nan.
     """
     if method not in METHODS:
         raise PathError(f"method is one of {', '.join(METHODS)}, not {method!r}{nearest(str(method), METHODS)}")
-    graph = Graph.of(model) if graph is None else graph
-    graph.require(model)
+    graph = graph_of(model, graph)
     options: dict[str, Any] = {
         "metric": metric, "graph": graph, "direction": direction, "values": values, "reference": reference,
         "pooled": pooled, "budget": budget, "progress": progress, "seed": seed,
@@ -91,24 +86,20 @@ def edge_scores(
         result.config["method"] = "exact"
         return result
     if method == "adaptive":
+        check_counts(top, sample)
         fast = edge_scores(model, clean, corrupt, method="receiver-exact", **options)
         return adaptive(
             fast, lambda edges: edge_sweep(model, clean, corrupt, edges=edges, **options), top, sample, seed
         )
-    check_model(model, "denoising")
-    if graph.query_heads and any(group > 1 for group in graph.groups):
-        raise PathError("the model has key/value heads: first-order scores need a graph with query_heads=False")
+    check_heads(graph, "first-order scores")
     if method == "eap-ig" and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise PathError(f"eap-ig averages over one or more steps, not {steps!r}")
     pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
-    require_additive(pair.base)
-    inputs, run = pair.base.inputs, pair.source.run
-    source = World(run.inputs) if run is not None and values == "patch" else None
-    meter = Meter(model.architecture)
-    measure = Measure.of(model, metric, inputs, source, budget=budget, seed=seed, meter=meter)
-    spans = [None if span is None else span_tokens(graph, span, inputs, model) for span in graph.span_names]
+    measure = Measure.of(metric, pair, budget=budget, seed=seed)
+    inputs = measure.inputs
+    spans = [span_tokens(graph, span, inputs, model) for span in graph.span_names]
     points = _points(pair, method, steps)
-    base = np.full(len(inputs), np.nan) if 0.0 in points else measure.all([World(inputs)])[0]
+    base = np.full(len(inputs), np.nan) if 0.0 in points else measure.all(measure.plain[:1])[0][0]
     scores = np.zeros((len(graph), len(inputs)))
     # The graph of a backward pass keeps every layer's activations, and readers' gradients come on top.
     limit = (budget if budget is not None else default_budget(model.device)) // (2 * model.n_layers)
@@ -124,21 +115,17 @@ def edge_scores(
             if not fraction:
                 base[window] = gradients.metric
             scores[:, window] += _scores(graph, part, gradients, method == "receiver-exact") / len(points)
-    found = np.concatenate([base[None], base[None], base + scores])[None]
+    found = np.concatenate([base[None], base[None], base + scores])
+    if np.isnan(scores).any():
+        missing = np.flatnonzero(np.isnan(scores).any(0)).tolist()
+        raise MetricError(f"the gradient of metric {metric.name!r} is nan on rows {missing}: use method='exact'")
     if method == "receiver-exact":
         exact = edge_sweep(model, clean, corrupt, readers="logits", **options)
         at = [graph.index[name] + 2 for name in exact.axes[0].values]
-        found[0, at] = base + exact.effect
-        meter.work += exact.config["forward_equivalents"] * meter.row(1) * float(inputs.lengths.double().mean())
-    measured_source = None if source is None else source_metrics(model, [metric], source, [measure.others], budget)
-    status = np.zeros(found.shape[1:], np.int8)
-    axis = Axis("edge", graph.edges)
-    result = assemble(
-        found, status, (axis,), cells_of(graph, graph.listed, inputs), [metric], False, measured_source, inputs, model
-    )
-    result.config.update(describe(model, graph, pair, "edge", values, "recompute", seed))
+        found[at] = base + exact.effect
+        measure.meter.work += exact.config["forward_equivalents"] * measure.meter.row(measure.tokens)
+    result = measure.result(graph, found, np.zeros(found.shape, np.int8), graph.listed)
     result.config["method"] = method if method != "eap-ig" else f"eap-ig ({steps} steps)"
-    result.config["forward_equivalents"] = meter.forwards(float(inputs.lengths.double().mean()))
     return result
 
 

@@ -10,24 +10,26 @@ import numpy as np
 from hooks import Inputs, Model, World
 from hooks.errors import PathError
 from interp.metrics import Metric, kl
-from interp.paths.circuits import Circuit, CircuitRunner, score_array
-from interp.paths.graph import Graph
+from interp.paths.circuits import Circuit, check_size, run_circuits, score_array
+from interp.paths.graph import Graph, graph_of
+from interp.paths.measuring import Measure
+from interp.paths.sources import pair_of
 from interp.progress import tqdm
 from interp.results import Result
 
 
-def top_k(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
+def top_k(scores: Result | np.ndarray, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
     """The k edges of the highest (absolute) mean score.
 
     Args:
-        scores: of every edge.
+        scores: of every edge: a result, or float [edges].
         graph: the graph.
         k: how many.
         absolute: by size, or by signed value.
         prune: leave out dangling edges, so that fewer than k may be left.
 
     Raises:
-        PathError: k out of range, or scores of other edges.
+        PathError: k out of range, scores of other edges, or edges without a score.
     """
     mean = _scores(scores, graph, k)
     order = np.argsort(-(np.abs(mean) if absolute else mean), kind="stable")[:k]
@@ -37,7 +39,7 @@ def top_k(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune:
     return found.pruned() if prune else found
 
 
-def greedy(scores: Result, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
+def greedy(scores: Result | np.ndarray, graph: Graph, k: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
     """k edges, chosen from the logits downwards: at each step the best edge into a node that is already in.
 
     Of edges that score alike, the first in the graph's order.
@@ -104,19 +106,23 @@ def acdc(
 
     Returns:
         The circuit, whose scores are the rise that each edge's removal made when it was tried.
+
+    Raises:
+        PathError: tau or batch out of range, or a graph of another model.
     """
-    if not batch >= 1 or not tau >= 0:
-        raise PathError(f"tau is at least 0 and batch at least 1, got {tau} and {batch}")
-    graph = Graph.of(model) if graph is None else graph
+    if not isinstance(batch, int) or isinstance(batch, bool) or not batch >= 1 or not tau >= 0:
+        raise PathError(f"tau is at least 0, and batch a whole number, at least 1; got {tau!r} and {batch!r}")
+    if metric is None and not lower_is_better:
+        raise PathError("a rise of the KL divergence is what a removal costs: lower_is_better=False goes with a metric")
+    graph = graph_of(model, graph)
     measured = kl(World(clean)) if metric is None else metric
-    run = CircuitRunner.of(
-        model, clean, corrupt, measured, values=values, reference=reference, pooled=pooled, budget=budget, seed=seed
-    )
+    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
+    bound = Measure.of(measured, pair, budget=budget, seed=seed)
     sign = 1.0 if lower_is_better else -1.0
 
     def measure(masks: Sequence[np.ndarray]) -> np.ndarray:
         nothing = np.full(len(graph), np.nan)
-        return sign * run([Circuit(graph, mask, nothing) for mask in masks]).mean(1)
+        return sign * run_circuits(bound, [Circuit(graph, mask, nothing) for mask in masks]).mean(1)
 
     members, rises = np.ones(len(graph), bool), np.full(len(graph), np.nan)
     now = measure([members])[0]
@@ -166,23 +172,36 @@ def causal_graph(
         share: smallest |mean effect|, as a share of the largest.
         n_perm: permutations; raise it above edges / q where there are many rows.
         seed: of the permutations.
+
+    Raises:
+        PathError: share out of range, or effects of other edges.
     """
+    if not 0 <= share <= 1:
+        raise PathError(f"share is of the largest effect, 0 to 1, not {share!r}")
+    if not isinstance(effects, Result):
+        raise PathError(f"significance is across a result's rows, and {type(effects).__name__} has none")
     mean = score_array(graph, effects)
     significant = effects.significant(q, n_perm, seed) & effects.above_noise()
     place = [graph.index[name] for name in effects.axes[0].values]
     found = np.zeros(len(graph), bool)
     found[place] = significant
-    largest = np.abs(mean).max() if len(mean) else 0.0
+    largest = np.nanmax(np.abs(mean), initial=0.0)  # an edge that no row has neither is in nor says what is large
     members = found & (np.abs(mean) >= share * largest) & (mean != 0)
     return Circuit(graph, members, mean, {"found by": "causal_graph", "q": q, "share": share, **_told(effects)})
 
 
-def _scores(scores: Result, graph: Graph, k: int) -> np.ndarray:
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 0 <= k <= len(graph):
-        raise PathError(f"k is a number of edges, 0 to {len(graph)}, not {k!r}")
-    return score_array(graph, scores)
+def _scores(scores: Result | np.ndarray, graph: Graph, k: int) -> np.ndarray:
+    check_size(graph, k)
+    mean = score_array(graph, scores)
+    if np.isnan(mean).any():
+        missing = np.flatnonzero(np.isnan(mean))
+        raise PathError(
+            f"{len(missing)} of {len(mean)} edges have no score, {graph.edges[missing[0]]!r} for one: none can be "
+            "chosen before it"
+        )
+    return mean
 
 
-def _told(scores: Result) -> dict[str, str]:
-    known = ("method", "semantics", "values", "direction")
-    return {name: scores.config[name] for name in known if name in scores.config}
+def _told(scores: Result | np.ndarray) -> dict[str, str]:
+    known, config = ("method", "semantics", "values", "direction"), getattr(scores, "config", {})
+    return {name: config[name] for name in known if name in config}

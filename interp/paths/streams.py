@@ -14,6 +14,7 @@ from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import ModelError, PathError
 from hooks.worlds import run_worlds
 from interp.paths.nodes import Writer
+from interp.sweeps import check_model
 
 
 def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -178,8 +179,10 @@ def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = No
         The largest relative difference.
 
     Raises:
+        ModelError: the model is in training mode.
         PathError: it is not, so that a graph of writers and readers does not describe this model.
     """
+    check_model(model, "noising")
     return require_additive(streams(model, inputs), tolerance)
 
 

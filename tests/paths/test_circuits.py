@@ -247,7 +247,8 @@ def test_a_saved_circuit_comes_back(tmp_path, options, name):
 
 def test_a_circuit_with_positions_runs_after_it_came_back(tmp_path):
     given = case("gpt2")
-    circuit = drawn(graph_of("gpt2", positions=SPANS | {"one": 1}), 0.5)
+    apart = {"one": 0, "several": [1], "slice": slice(2, 3), "from": ip.Span(3, None)}
+    circuit = drawn(graph_of("gpt2", positions=apart), 0.5)
     again = paths.Circuit.load(circuit.save(tmp_path / "circuit"))
     found = paths.circuit_metric(given.model, [circuit, again], *given.pair(), metric=METRIC)
     np.testing.assert_array_equal(found[0], found[1])

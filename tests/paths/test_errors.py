@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import interp as ip
-from hooks.errors import InputsError, MetricError, ModelError
+from hooks.errors import InputsError, MetricError, ModelError, PathError, ResultError, UnfiredError
 from interp import paths
 from tests import zoo
-from tests.paths.cases import METRIC, case
+from tests.paths.cases import CLOSE, METRIC, case
 
 SEMANTICS = {"edge": "a0.h0->m1", "set": ["a0.h0->m1"], "frozen": "a0.h0->m1->logits"}
 
@@ -199,3 +200,168 @@ def test_masks_that_do_not_fit_the_graph():
     given = case("gpt2")
     with pytest.raises(ip.InterpError, match=str(len(given.edges))):
         paths.circuit_metric(given.model, torch.ones(2, 7, dtype=torch.bool), *given.pair(), metric=METRIC)
+
+
+# Graphs
+
+
+def test_what_is_no_model_and_no_graph():
+    given = case("gpt2")
+    for refuse in (
+        lambda: paths.Graph.of(given.module),
+        lambda: paths.edge_sweep(given.module, *given.pair(), metric=METRIC),
+        lambda: paths.check_additive(given.module, given.inputs("clean")),
+        lambda: paths.repair_plan(given.module, "input->m0", values="zero"),
+    ):
+        with pytest.raises(ModelError, match="GPT2LMHeadModel"):
+            refuse()
+    for semantics, what in SEMANTICS.items():
+        with pytest.raises(PathError, match=r"Graph\.of\(model, \.\.\.\), not 'heads'"):
+            patch(what, semantics, graph="heads")
+    with pytest.raises(PathError, match="not 'heads'"):
+        paths.edge_scores(given.model, *given.pair(), metric=METRIC, graph="heads")
+    with pytest.raises(PathError, match="not 'heads'"):
+        paths.acdc(given.model, *given.pair(), tau=0.1, graph="heads")
+
+
+def test_a_graph_without_positions_and_a_name_that_asks_for_one():
+    graph = paths.Graph.of(case("gpt2").model)
+    with pytest.raises(PathError, match=r"'input->m0@'.*no positions"):
+        graph.edge("input->m0@")
+    assert graph.mask("input->m0").sum() == graph.mask(graph.edge("input->m0")).sum() == 1
+
+
+@pytest.mark.parametrize("options", [{"edges": 3}, {"writers": 3}, {"readers": 3}])
+def test_names_that_are_none(options):
+    with pytest.raises(PathError, match="not 3"):
+        sweep(**options)
+
+
+# Sets and paths
+
+
+def test_spans_that_share_tokens():
+    """One by one their edges are measured; together, an edge would be replaced twice at a token that both have."""
+    given = case("gpt2")
+    graph = paths.Graph.of(given.model, positions={"start": [0, 1], "second": 1})
+    assert sweep(graph=graph, edges=["m0->logits@start", "m0->m1@second"]).effect.shape == (2, 3)
+    both = ["input->m0@start", "input->m0@second"]
+    for refuse in (
+        lambda: patch(both, "set", graph=graph),
+        lambda: paths.circuit_metric(given.model, paths.Circuit.of(graph, []), *given.pair(), metric=METRIC),
+    ):
+        with pytest.raises(PathError, match="'start' and 'second' share tokens"):
+            refuse()
+    apart = ["input->m0@start", "m0->m1@second"]
+    assert np.abs(patch(apart, "set", graph=graph).effect).max() > 1e-3
+
+
+def test_a_path_has_no_positions():
+    graph = paths.Graph.of(case("gpt2").model, positions=[0, 1])
+    with pytest.raises(PathError, match="all positions"):
+        patch("input->m0->logits", "frozen", graph=graph)
+
+
+def test_receivers_that_share_a_key_value_head():
+    """Named as nodes they have a reader in common, which is edited once."""
+    heads = patch(("a0.h1", ["a1.h0", "a1.h1"]), "set", "llama")
+    assert heads.config["what"] == [f"a0.h1->a1.{r}" for r in ("h0<q>", "h0<k>", "h0<v>", "h1<q>")]
+    edges = patch(heads.config["what"], "set", "llama")
+    np.testing.assert_allclose(heads.effect, edges.effect, **CLOSE)
+    assert np.abs(edges.effect).max() > 1e-3
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_two_runs_that_are_the_same(semantics):
+    given = case("gpt2")
+    clean = given.inputs("clean")
+    with pytest.raises(UnfiredError, match="between the two runs"):
+        paths.path_patch(given.model, clean, clean, SEMANTICS[semantics], semantics=semantics, metric=METRIC)
+
+
+@pytest.mark.parametrize(
+    ("circuits", "message"),
+    [("all", "not 'all'"), (None, "not None"), (["input->m0"], "not 'input->m0'"), (np.ones(110, int), "int64")],
+)
+def test_what_is_no_circuit(circuits, message):
+    given = case("gpt2")
+    with pytest.raises(PathError, match=message):
+        paths.circuit_metric(given.model, circuits, *given.pair(), metric=METRIC)
+
+
+# Values and metrics
+
+
+@pytest.mark.parametrize("values", ["patch", "zero", "resample"])
+def test_only_a_mean_is_pooled(values):
+    reference = case("gpt2").inputs("reference") if values == "resample" else None
+    with pytest.raises(InputsError, match="pooled=True"):
+        sweep(values=values, reference=reference, pooled=True)
+
+
+def test_values_that_are_no_counterparts_are_no_source():
+    """A metric that compares with the source has none to compare with, in circuits as in sweeps."""
+    given = case("gpt2")
+    clean, long = given.inputs("clean"), given.model.inputs([[1, 2, 3, 4, 5, 6]] * 2)
+    options = {"values": "resample", "reference": long, "metric": ip.kl()}
+    half = paths.Circuit.of(paths.Graph.of(given.model), ["input->m0", "m0->logits"])
+    for refuse in (
+        lambda: paths.edge_sweep(given.model, clean, None, **options),
+        lambda: paths.path_patch(given.model, clean, None, ["input->m0"], semantics="set", **options),
+        lambda: paths.edge_scores(given.model, clean, None, **options),
+        lambda: paths.circuit_metric(given.model, half, clean, None, **options),
+        lambda: paths.minimality(given.model, half, clean, None, **options),
+    ):
+        with pytest.raises(MetricError, match="patches from nothing"):
+            refuse()
+
+
+def test_a_metric_that_reads_nothing():
+    nothing = ip.Metric("nothing", lambda model, inputs: ip.metrics.Bound((), lambda rows: torch.zeros(3)))
+    with pytest.raises(MetricError, match="'nothing' reads no site"):
+        sweep(metric=nothing)
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "receiver-exact", "exact"])
+def test_a_metric_that_is_nan(method):
+    """A nan in a result says that the row lacks the cell, so a metric may not give one."""
+    given = case("gpt2")
+    scale = torch.tensor([1.0, float("nan"), 1.0])
+    broken = ip.metric(lambda x: x[:, 0, 0] * scale[: len(x)], ip.site("logits", pos=-1), name="broken")
+    with pytest.raises(MetricError, match=r"'broken' is nan on rows \[1\]"):
+        paths.edge_scores(given.model, *given.pair(), metric=broken, method=method)
+
+
+def test_a_gradient_that_is_nan():
+    given = case("gpt2")
+    flat = ip.metric(lambda x: (0 * x[:, 0, 0]).sqrt(), ip.site("logits", pos=-1), name="flat")
+    with pytest.raises(MetricError, match=r"gradient of metric 'flat' is nan on rows \[0, 1, 2\]"):
+        paths.edge_scores(given.model, *given.pair(), metric=flat)
+
+
+def test_a_sweep_does_not_go_on_from_one_that_compared_with_another_run(tmp_path):
+    given, calls = case("gpt2"), []
+    worlds = [ip.World(given.inputs(name)) for name in ("clean", "corrupt")]
+
+    def stopped(reference: ip.World) -> ip.Metric:
+        inner = ip.kl(reference)
+
+        def bind(model, inputs):
+            bound = inner.bind(model, inputs)
+
+            def fn(rows, *values):
+                calls.append(rows)
+                if len(calls) == 20:
+                    raise KeyboardInterrupt
+                return bound.fn(rows, *values)
+
+            return ip.metrics.Bound(bound.reads, fn)
+
+        return ip.Metric("kl", bind, reference, inner.stated)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(metric=stopped(worlds[0]), path=tmp_path / "edges", executor="sequential")
+    with pytest.raises(ResultError, match="differs in metrics"):
+        sweep(metric=stopped(worlds[1]), path=tmp_path / "edges", executor="sequential")
+    again = sweep(metric=stopped(worlds[0]), path=tmp_path / "edges", executor="sequential")
+    np.testing.assert_allclose(again.effect, sweep(metric=ip.kl(worlds[0])).effect, **CLOSE)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import interp as ip
+from hooks.errors import PathError
 from interp import paths
 from tests import zoo
 from tests.paths.cases import METRIC, case
@@ -62,3 +64,24 @@ def test_a_model_that_the_graph_does_not_describe():
         paths.edge_sweep(model, *inputs, metric=METRIC)
     handle.remove()
     paths.check_additive(model, inputs[0])
+
+
+# Positions
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (3, "not 3"), ("end", "'end'"), ([], "at least one"), ({}, "at least one"), ({"": 0}, "at least one"),
+        ({"a@b": 0}, "'@'"), ([0, 0], "names of their own, got 0, 0"), ({1: 0, "1": 2}, "names of their own, got 1, 1"),
+        ([True], "ints, not True"), ([0.5], "0.5"), ({"a": []}, "'a'"), ({"a": slice(0, 4, 2)}, "'a'"),
+    ],
+)  # fmt: skip
+def test_positions_that_there_are_not(positions, message):
+    with pytest.raises(PathError, match=message):
+        paths.Graph.of(case("gpt2").model, positions=positions)
+
+
+def test_positions_as_a_tensor_are_named_by_their_number():
+    graph = paths.Graph.of(case("gpt2").model, positions=torch.tensor([0, 2]))
+    assert graph.spans == (("0", 0), ("2", 2)) and graph.edge("input->m0@2").span == "2"

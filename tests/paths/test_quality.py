@@ -1,4 +1,4 @@
-"""How good circuits are, on networks whose circuits are known; and what repairing a model does to one."""
+"""How good circuits are, on networks whose circuits are known."""
 
 from __future__ import annotations
 
@@ -96,6 +96,15 @@ def test_a_whole_difference_of_zero_is_refused():
         paths.faithfulness(model, clean, clean, made_up(graph, np.ones((len(graph), 1))), graph, metric=ip.logit(1))
 
 
+def test_choices_that_are_no_circuits_of_the_graph():
+    model, clean, corrupt = linear()
+    graph = paths.Graph.of(model)
+    other = paths.Circuit.all(paths.Graph.of(model, "blocks"))
+    for choose in (lambda *_: ["input->logits"], lambda *_: other):
+        with pytest.raises(ip.InterpError, match="choose gives circuits of"):
+            paths.faithfulness(model, clean, corrupt, np.zeros(len(graph)), graph, metric=ip.logit(1), choose=choose)
+
+
 def test_means_that_are_pooled():
     """Short reference prompts have a mean over all their positions."""
     given = case("gpt2")
@@ -142,11 +151,20 @@ def test_completeness_takes_out_sets_of_nodes():
     assert again["subsets"] == found["subsets"]
 
 
-def test_completeness_needs_nodes():
+@pytest.mark.parametrize("edges", [[], ["input->logits"]])
+@pytest.mark.parametrize("measured", [paths.completeness, paths.minimality])
+def test_nodes_are_taken_out_of_circuits_that_have_some(measured, edges):
     model, clean, corrupt = linear()
-    circuit = paths.Circuit.of(paths.Graph.of(model), ["input->logits"])
     with pytest.raises(ip.InterpError, match="none but input and logits"):
-        paths.completeness(model, circuit, clean, corrupt, metric=ip.logit(1))
+        measured(model, paths.Circuit.of(paths.Graph.of(model), edges), clean, corrupt, metric=ip.logit(1))
+
+
+@pytest.mark.parametrize("options", [{"subsets": 0}, {"size": 0}])
+def test_completeness_takes_something_out(options):
+    model, clean, corrupt = linear()
+    whole = paths.Circuit.all(paths.Graph.of(model))
+    with pytest.raises(ip.InterpError, match="one or more sets of one or more nodes"):
+        paths.completeness(model, whole, clean, corrupt, metric=ip.logit(1), **options)
 
 
 def test_minimality():
@@ -208,9 +226,12 @@ def test_stability():
     a[5] = np.nan
     without = np.delete(np.arange(len(a)), 5)
     assert paths.stability(a, b, graph, 3)["spearman"] == pytest.approx(spearmanr(a[without], b[without]).statistic)
-    for k in (0, 111):
+    for k in (0, 111, 2.5, True):
         with pytest.raises(ip.InterpError, match="1 to 110"):
             paths.stability(one, two, graph, k)
+    for scores in ("text", paths.Circuit.all(graph), ["a"] * len(graph)):
+        with pytest.raises(ip.InterpError, match=r"a result, or float \[110\]"):
+            paths.stability(one, scores, graph, 3)
 
 
 def test_halves():
@@ -228,6 +249,12 @@ def test_halves():
     assert found["jaccard"]["low"] == paths.stability(two.effect[:, 0], two.effect[:, 1], graph, 10)["jaccard"]
     with pytest.raises(ip.InterpError, match="two rows"):
         paths.split_half(made_up(graph, signal), graph, 10)
+    with pytest.raises(ip.InterpError, match="one draw, not 2 and 0"):
+        paths.split_half(two, graph, 10, draws=0)
+    with pytest.raises(ip.InterpError, match="1 to 110"):
+        paths.split_half(two, graph, 0)
+    with pytest.raises(ip.InterpError, match="rows, and ndarray has none"):
+        paths.split_half(two.mean(), graph, 10)
 
 
 def test_halves_of_rows_that_lack_a_position():
@@ -237,45 +264,3 @@ def test_halves_of_rows_that_lack_a_position():
     assert np.isnan(scores.effect).any()
     found = paths.split_half(scores, graph, 10)
     assert 0 < found["spearman"]["median"] < 1
-
-
-# Repair
-
-
-def test_repair_takes_out_what_is_spurious():
-    """The second head reads the token too, and with the wrong sign: without it the first one's answer is whole."""
-    model = ip.wrap(networks.two_heads(-0.75, None))
-    metric = ip.logit(networks.WANTED)
-    inputs = {"on": model.inputs([[networks.ON]] * 2), "off": model.inputs([[networks.OFF]])}
-    measured = {name: (rows, metric) for name, rows in inputs.items()}
-    edge = "a0.h1->logits"
-    found = paths.repair(model, [edge], measured, values="zero")
-    assert found.before == pytest.approx({"on": 0.25, "off": 0.0}) and found.after == pytest.approx({"on": 1, "off": 0})
-    assert (found.edges, found.values, found.rows) == ((edge,), "zero", {"on": 2, "off": 1})
-    reference = model.inputs([[networks.ON], [networks.OFF], [networks.ON], [networks.ON]])
-    found = paths.repair(model, [edge], measured, reference=reference)
-    assert found.after == pytest.approx({"on": 1 - 0.75 * 0.75, "off": -0.75 * 0.75})
-    assert "0.25 -> 0.4375  (+0.1875; 2 rows)" in str(found) and "0.4375" in found._repr_html_()
-
-
-def test_a_repair_can_be_held_on_the_model():
-    model = ip.wrap(networks.two_heads(-0.75, None))
-    inputs = model.inputs([[networks.ON]])
-    plan = paths.repair_plan(model, "a0.h1->logits", inputs, values="zero")
-    assert model.run(inputs, plan).logits[0, -1, networks.WANTED].item() == pytest.approx(1.0)
-    assert model.run(inputs).logits[0, -1, networks.WANTED].item() == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"values": "patch"}, "constants"), ({"values": "mean"}, "reference"), ({"edges": ["a0.h9->logits"]}, "a0.h9"),
-        ({"measured": {}}, "measured"), ({"edges": []}, "no edge"),
-    ],
-)  # fmt: skip
-def test_what_a_repair_refuses(options, message):
-    model = ip.wrap(networks.two_heads(-0.75, None))
-    measured = {"on": (model.inputs([[networks.ON]]), ip.logit(networks.WANTED))}
-    given = {"edges": ["a0.h1->logits"], "measured": measured, "values": "zero"} | options
-    with pytest.raises(ip.InterpError, match=message):
-        paths.repair(model, **given)

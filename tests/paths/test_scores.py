@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import interp as ip
+from hooks.meter import Meter
 from hooks.sites import Span
 from interp import paths
 from interp.axes import Axis
@@ -306,3 +307,23 @@ def test_first_order_scores_need_the_heads_that_the_model_has():
     graph = paths.Graph.of(case("llama").model, query_heads=True)
     with pytest.raises(ip.InterpError, match="query_heads=False"):
         score("llama", graph=graph)
+
+
+def test_the_work_of_a_classifier_is_told_in_its_own_forward_passes():
+    """It reads one position, so that a pass over a row of tokens is not so many passes over one."""
+    model = ip.wrap(zoo.make("vit"))
+    draw = torch.Generator().manual_seed(0)
+    pair = [model.inputs(torch.randn(2, *zoo.IMAGE, generator=draw, dtype=torch.float64)) for _ in range(2)]
+    options = {"metric": ip.logit_diff(0, 1)}
+    scored = paths.edge_scores(model, *pair, method="receiver-exact", **options)
+    exact = paths.edge_sweep(model, *pair, readers="logits", **options)
+    meter, graph = Meter(model.architecture), paths.Graph.of(model)
+    rows, tokens = pair[0].mask.shape
+    first_order = 3.0 * rows * meter.row(tokens)
+    for layer, cost in enumerate(meter.costs):
+        writers = [w for w in graph.writers if w.time < 2 * layer + 2]
+        first_order += (1 + len(writers)) * rows * tokens * sum(cost[part] for part in ("q", "k", "v", "mlp"))
+    counted = [result.config["forward_equivalents"] for result in (scored, exact)]
+    assert counted[0] - counted[1] == pytest.approx(first_order / meter.row(tokens), rel=1e-12)
+    one = paths.path_patch(model, *pair, ["input->m0"], semantics="set", metric=options["metric"], executor="batched")
+    assert one.config["forward_equivalents"] == pytest.approx(3 * rows, rel=1e-12)  # the two plain worlds and its own

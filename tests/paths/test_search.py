@@ -60,6 +60,17 @@ def test_numbers_of_edges_that_there_are_not(k):
             find(scores, graph, k)
 
 
+def test_scores_may_be_an_array_and_have_no_gaps():
+    """An edge without a score can be ranked nowhere: a nan would put the others in any order."""
+    scores, graph = random_scores("gpt2")
+    lacking = scores.mean()
+    lacking[3] = np.nan
+    for find in (paths.top_k, paths.greedy):
+        assert find(scores.mean(), graph, 9) == find(scores, graph, 9) and len(find(scores, graph, 9, prune=False)) == 9
+        with pytest.raises(ip.InterpError, match=rf"1 of 110 edges have no score, '{graph.edges[3]}'"):
+            find(lacking, graph, 9)
+
+
 # ACDC
 
 
@@ -95,10 +106,16 @@ def test_acdc_to_which_every_rise_is_small(tau):
     assert len(paths.acdc(given.model, *given.pair(), tau=tau)) == 0
 
 
-@pytest.mark.parametrize("options", [{"tau": -1}, {"tau": float("nan")}, {"tau": 0.1, "batch": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tau": -1}, {"tau": float("nan")}, {"tau": 0.1, "batch": 0}, {"tau": 0.1, "batch": 1.5},
+        {"tau": 0.1, "lower_is_better": False},
+    ],
+)  # fmt: skip
 def test_what_acdc_refuses(options):
     given = case("gpt2", (4, 5))
-    with pytest.raises(ip.InterpError, match="at least"):
+    with pytest.raises(ip.InterpError, match=r"at least|goes with a metric"):
         paths.acdc(given.model, *given.pair(), **options)
 
 
@@ -141,3 +158,26 @@ def test_nothing_is_significant_in_noise_or_in_few_rows():
     assert len(paths.causal_graph(made_up(graph, noise), graph)) <= 1
     assert len(paths.causal_graph(made_up(graph, np.ones((len(graph), 3))), graph)) == 0
     assert len(paths.causal_graph(made_up(graph, np.ones((len(graph), 12)) * 1e-9, floor=1e-6), graph)) == 0
+
+
+@pytest.mark.parametrize("lacking", [0, 40, 109])
+def test_an_edge_without_an_effect_does_not_rule_the_causal_graph(lacking):
+    """Size is against the largest effect that there is."""
+    graph = paths.Graph.of(case("gpt2").model)
+    effect = np.linspace(1, 2, len(graph))[:, None] * np.ones((len(graph), 12))
+    effect[lacking] = np.nan
+    found = paths.causal_graph(made_up(graph, effect), graph, share=0.75)
+    large = np.linspace(1, 2, len(graph)) >= 0.75 * np.nanmax(effect)
+    large[lacking] = False
+    np.testing.assert_array_equal(found.members, large)
+    assert 30 < len(found) < len(graph) - 30
+    assert len(paths.causal_graph(made_up(graph, np.full_like(effect, np.nan)), graph)) == 0
+
+
+def test_what_a_causal_graph_refuses():
+    scores, graph = random_scores("gpt2")
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ip.InterpError, match="0 to 1"):
+            paths.causal_graph(scores, graph, share=share)
+    with pytest.raises(ip.InterpError, match="rows, and ndarray has none"):
+        paths.causal_graph(scores.mean(), graph)
