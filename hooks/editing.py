@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .audit import Audit, Entry
 from .context import Reference, context, fit, with_references
-from .errors import CycleError, PlanError, ShapeError
+from .errors import ShapeError
 from .inputs import Inputs
 from .plan import Intervention, Origin, Plan, Read, World
 from .region import Region, corresponding, listed, resolve
-from .sites import KEY, POS, ROW, Site, execution_order
+from .sites import KEY, POS, ROW, Site
 from .tape import Tape
 
 Key = tuple[str, int, str | None]
@@ -186,26 +186,6 @@ def source_id(source: World | Plan | Origin | Any, world: World) -> Any:
     return ("world", id(source))
 
 
-def source_world(source: World | Plan | Origin, world: World) -> World:
-    """The world that is read."""
-    if source is Origin.UNEDITED:
-        return World(world.inputs)
-    return World(world.inputs, source) if isinstance(source, Plan) else source  # type: ignore[return-value]
-
-
-def world_reads(plan: Plan, world: World) -> dict[Any, tuple[World, list[Site]]]:
-    """The worlds that a plan reads, each with the whole sites that it reads there, by `source_id`."""
-    found: dict[Any, tuple[World, list[Site]]] = {}
-    for item in plan:
-        for read in item.reads:
-            if isinstance(read.source, (World, Plan)) or read.source is Origin.UNEDITED:
-                place = (item.site if read.site is None else read.site).whole
-                _, sites = found.setdefault(source_id(read.source, world), (source_world(read.source, world), []))
-                if place not in sites:
-                    sites.append(place)
-    return found
-
-
 def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice) -> Tensor:
     """x + s (y - x), exactly x at s = 0 and exactly y at s = 1; differentiable in all three.
 
@@ -275,21 +255,3 @@ def _reference(
             rows = "a row" if every else "every row"
             raise ShapeError(f"{item}: position {last} is wanted, and {rows} of the reference set ends before it")
     return there.get(whole), Reference(there.valid, tuple(sorted(place.axes.index(axis) for axis in loose)))
-
-
-def check_reads(plan: Plan, n_layers: int) -> None:
-    """Refuse a read of this world's own value that is not computed before the site that reads it.
-
-    Raises:
-        CycleError: such a read.
-    """
-    for item in plan:
-        for read in item.reads:
-            if read.source is Origin.HERE:
-                if read.site is None:
-                    raise PlanError(f"{item}: a read of this world needs the site that it reads")
-                if execution_order(read.site.key, n_layers) >= execution_order(item.site.key, n_layers):
-                    raise CycleError(
-                        f"{item}: {read.site} is not computed before {item.site}, so it cannot be read there; "
-                        "read it from another World, or with freeze() from this one unedited"
-                    )

@@ -4,7 +4,6 @@ whose tokens are the class token and the patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -111,6 +110,11 @@ class Inputs:
         return torch.argsort((~self.mask).byte(), dim=1, stable=True)
 
     @cached_property
+    def id_range(self) -> tuple[int, int]:
+        """The lowest and the highest id."""
+        return int(self.ids.min()), int(self.ids.max())
+
+    @cached_property
     def padded(self) -> bool:
         """Whether any column of any row is padding."""
         return not bool(self.mask.all())
@@ -154,24 +158,6 @@ class Inputs:
         if self.tokens is not None:
             return self.tokens[row]
         return tuple(str(i) for i in self.ids[row][self.mask[row]].tolist())
-
-
-def pad_rows(rows: Sequence[Sequence[int]], padding: str = "right", pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad ragged lists of ids on one side.
-
-    Returns:
-        ids int64 [B, T] and mask bool [B, T].
-    """
-    if padding not in ("left", "right"):
-        raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
-    width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
-        ids[i, where] = torch.as_tensor(list(row), dtype=torch.int64)
-        mask[i, where] = True
-    return ids, mask
 
 
 @dataclass(frozen=True)

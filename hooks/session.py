@@ -63,7 +63,7 @@ class Session:
         """Rows of the whole batch."""
         return sum(len(w.world.inputs.row_ids[w.window]) for w in self.worlds if w.window is not None)
 
-    def keys(self) -> set[Key]:
+    def touched(self) -> set[Key]:
         """The sites at which something is edited, read or kept."""
         keys = set(self._captured)
         for world in self.worlds:
@@ -121,7 +121,7 @@ def install(session: Session, arch: Architecture, stack: ExitStack, expose: Iter
         expose: layers whose attention is computed with its inside exposed though nothing is visited there, so that the
             worlds of one comparison use one kernel.
     """
-    wanted = session.keys()
+    wanted = session.touched()
 
     def on_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> None:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:

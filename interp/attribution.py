@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
+from hooks.budget import budget_of, rows_per_pass
 from hooks.editing import Edits
 from hooks.errors import MetricError, PlanError
+from hooks.forward import exposed_layers, hooked_pass
 from hooks.plan import Plan
 from hooks.sites import execution_order
-from hooks.worlds import default_budget, exposed_layers, hooked_pass, read_tapes, rows_per_pass
+from hooks.sources import read_tapes
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
 from interp.results import Result
@@ -64,7 +66,7 @@ def attribution(
         raise PlanError(f"{endless}: a change to -inf has no first-order estimate; use sweep()")
     sites = _distinct(everything.plan, model.n_layers)
     expose = exposed_layers([everything], bound.reads)
-    limit = budget if budget is not None else default_budget(model.device)
+    limit = budget_of(model, budget)
     tapes = read_tapes(model, [everything], seed, expose, limit)
     rows = len(base_inputs)
     values = np.full((1, len(cells) + 2, rows), np.nan)

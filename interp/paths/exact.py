@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Plan, Site, World, patch, recompute, run_worlds
+from hooks.budget import default_budget
 from hooks.digest import digest_of
 from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.saving import fingerprint
-from hooks.worlds import default_budget
 from interp.axes import Axis
 from interp.grids import Cell
 from interp.metrics import Metric

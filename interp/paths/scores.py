@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from hooks import Inputs, Model, World
+from hooks.budget import default_budget, rows_per_pass
 from hooks.errors import PathError, nearest
 from hooks.meter import Meter
-from hooks.worlds import default_budget, rows_per_pass
 from interp.axes import Axis
 from interp.metrics import Metric
 from interp.paths.adaptive import adaptive
