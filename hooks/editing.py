@@ -91,8 +91,7 @@ class Edits:
         reads = [self._read(read, item, region, x) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in reads))
         for read, (value, _) in zip(item.reads, reads, strict=True):
-            exact = item.op.name in ("patch", "patch_constant", "freeze", "interchange")
-            if exact and value.shape != part.shape:
+            if item.op.reads_alike and value.shape != part.shape:
                 raise ShapeError(f"{item}: {list(value.shape)} is read ({read}), the site has {list(part.shape)}")
         new = item.op(part, *(value for value, _ in reads), ctx=ctx)
         if (

@@ -70,14 +70,14 @@ def require_vocabulary(inputs: Inputs, vocabulary: int) -> None:
         raise InputsError(f"token id {low if low < 0 else high} is outside the vocabulary (0 .. {vocabulary - 1})")
 
 
-def pad_rows(rows: Sequence[Sequence[int]], padding: str = "right", pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad ragged lists of ids on one side.
+def pad_rows(rows: Sequence[Sequence[int]], padding: str) -> tuple[Tensor, Tensor]:
+    """Pad ragged lists of ids on one side, with id 0.
 
     Returns:
         ids int64 [B, T] and mask bool [B, T].
     """
     width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
         where = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
@@ -162,8 +162,8 @@ def _rows(prompts: list[Any]) -> list[Any]:
     if any(texts):
         raise InputsError("prompts are texts or lists of token ids, not both in one list")
     listed = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
-    rows = listed if all(isinstance(p, (list, tuple)) for p in listed) else [listed]
-    odd = next((i for row in rows for i in row if not isinstance(i, int) or isinstance(i, bool)), None)
-    if odd is not None:
-        raise InputsError(f"token ids are integers, not {odd!r}")
+    rows = listed if all(isinstance(p, Sequence) for p in listed) else [listed]
+    odd = [i for row in rows for i in row if not isinstance(i, int) or isinstance(i, bool)]
+    if odd:
+        raise InputsError(f"token ids are integers, not {odd[0]!r}")
     return rows

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
@@ -19,7 +20,7 @@ from .digest import digest_of
 from .errors import InterpError, PlanError, nearest
 from .files import pair, write_all
 from .inputs import Inputs
-from .interventions import OPS, Custom
+from .ops import OPS, Custom
 from .plan import Intervention, Op, Origin, Plan, Read, World
 from .sites import Site, Span
 from .tape import Tape
@@ -42,11 +43,23 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     record = {"format": FORMAT, "version": VERSION, "tensors_sha256": checksum, "plan": data}
     words, arrays = pair(path)
     words.parent.mkdir(parents=True, exist_ok=True)
+    # Tensors of an earlier plan go with it; a file of that name that is something else stays.
+    stale = not tensors and _holds_tensors_of_a_plan(words, arrays)
     # The checksum ties the two files together, should the second fail to be renamed.
     files = {arrays: packed} if tensors else {}
     write_all({**files, words: (json.dumps(record, indent=1) + "\n").encode()})
-    if not tensors:
+    if stale:
         arrays.unlink(missing_ok=True)
+
+
+def _holds_tensors_of_a_plan(words: Path, arrays: Path) -> bool:
+    """Whether there are tensors, and a saved plan beside them that they belong to."""
+    try:
+        data = json.loads(words.read_text())
+        checksum = hashlib.sha256(arrays.read_bytes()).hexdigest()
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT and data.get("tensors_sha256") == checksum
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:

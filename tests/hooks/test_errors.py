@@ -304,6 +304,12 @@ def test_a_tape_that_did_not_keep_what_is_read():
         tape[site("resid_pre", 0)]
 
 
+def test_a_stack_that_the_model_does_not_have():
+    model = wrapped("gpt2")
+    with says(SiteError, "encoder:z.0", "one stack"):
+        model.run(example(model), capture=hk.Site("z", 0, stack="encoder"))
+
+
 def test_widths_that_do_not_fit_are_refused_before_anything_runs(monkeypatch):
     model = wrapped("gpt2")
     x = example(model)
@@ -312,7 +318,7 @@ def test_widths_that_do_not_fit_are_refused_before_anything_runs(monkeypatch):
         hk.steer(site("resid_pre", 0), torch.ones(31).double()),
         hk.steer(site("z", 0), torch.ones(32).double()),
         hk.clamp(site("mlp_post", 0), torch.ones(5, 32).double()),
-        hk.project_out(site("z", 0), torch.ones(3, 9).double()),
+        hk.project_out(site("z", 0), torch.eye(3, 9).double()),
         hk.steer(site("logits"), torch.ones(49).double()),
         hk.steer(site("resid_pre", 0, dim=(1, 2)), torch.ones(32).double()),
         hk.steer(site("resid_pre", 0, dim=slice(0, 4)), torch.ones(5).double()),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from functools import cache
 from itertools import cycle
@@ -118,6 +120,25 @@ def test_after_runs(family):
     state.assert_kept()
     model.run(x, hk.noise(site("z", 0), 1.0) + hk.resample(site("v", 1, pos=(0, -1)), World(x)))
     state.assert_kept()
+
+
+@pytest.mark.parametrize("name", ["z", "result", "q_input", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"])
+@torch.no_grad()
+def test_no_activation_outlives_its_call(name):
+    """A plan that is held for a whole training run keeps no layer's values from one call to the next."""
+    model = wrapped("gpt2")
+    x = example(model)
+    seen = []
+
+    def note(value: Tensor, ctx: Any) -> Tensor:
+        doubled = 2.0 * value
+        seen.append(weakref.ref(doubled))
+        return doubled
+
+    with model.apply(hk.intervene(site(name, 0), note)):
+        call(model, x)
+        gc.collect()
+        assert [kept() for kept in seen] == [None]
 
 
 @each_executor
