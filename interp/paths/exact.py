@@ -27,9 +27,10 @@ from interp.paths.readers import changed_tokens, check_norms, forced, key_value_
 from interp.paths.sources import Pair, pair_of
 from interp.paths.streams import require_additive
 from interp.progress import tqdm
+from interp.provenance import describe_run
 from interp.results import Result
 from interp.streaming import Stream, weights_digest
-from interp.sweeps import assemble, check_model, describe_run, source_metrics
+from interp.sweeps import assemble, check_model, source_metrics
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from hooks import Inputs, Model, Plan, World
 from hooks.errors import InputsError
 from hooks.html import table
-from interp.metrics import Metric, evaluate
+from interp.evaluation import evaluate
+from interp.metrics import Metric
 from interp.paths.graph import Graph
 from interp.paths.nodes import Edge
 from interp.paths.rewire import rewire
