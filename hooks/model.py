@@ -26,7 +26,7 @@ from .inputs import Inputs
 from .labels import class_id, class_names
 from .plan import Intervention, Plan, World, as_plan
 from .prompts import decode_ids, encode_text, one_token, prepare
-from .sites import Site, site
+from .sites import Site, sites_of
 from .sources import read_tapes
 from .tape import Tape
 
@@ -227,7 +227,7 @@ class Model:
         self.check(own)
         held, record = self.held_on(inputs)
         world = World(inputs, held + own)
-        sites = [site(c) for c in ([capture] if isinstance(capture, (str, Site)) else capture)]
+        sites = sites_of(capture)
         for place in sites:
             self.require(place)
         expose = exposed_layers([world], ())

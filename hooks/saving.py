@@ -6,7 +6,6 @@ with a function of the user's cannot be saved, because loading it would mean run
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .digest import digest_of
 from .errors import InterpError, PlanError, nearest
-from .files import pair, write_all
+from .files import pair, read_record, read_tensors, sha256, write_all
 from .inputs import Inputs
 from .ops import OPS, Custom
 from .plan import Intervention, Op, Origin, Plan, Read, World
@@ -39,7 +38,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """
     data, tensors = encode(plan)
     packed = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}) if tensors else b""
-    checksum = hashlib.sha256(packed).hexdigest() if tensors else ""
+    checksum = sha256(packed) if tensors else ""
     record = {"format": FORMAT, "version": VERSION, "tensors_sha256": checksum, "plan": data}
     words, arrays = pair(path)
     words.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +54,11 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 def _holds_tensors_of_a_plan(words: Path, arrays: Path) -> bool:
     """Whether there are tensors, and a saved plan beside them that they belong to."""
     try:
-        data = json.loads(words.read_text())
-        checksum = hashlib.sha256(arrays.read_bytes()).hexdigest()
-    except (OSError, ValueError, RecursionError):
+        data = read_record(words, "plan", ("format", FORMAT), VERSION, ("tensors_sha256", "plan"), PlanError)
+        read_tensors(arrays, data["tensors_sha256"], words, PlanError)
+    except (OSError, PlanError):
         return False
-    return isinstance(data, dict) and data.get("format") == FORMAT and data.get("tensors_sha256") == checksum
+    return True
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -71,26 +70,13 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     words, arrays = pair(path)
     if not words.exists():
         raise PlanError(f"there is no saved plan at {words}")
-    try:
-        data = json.loads(words.read_text())
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{words} is not JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise PlanError(f"{words} is not a saved plan")
-    if data.get("version") != VERSION:
-        raise PlanError(f"{words} has version {data.get('version')!r}; this version reads {VERSION}")
-    wanted = {"format", "version", "tensors_sha256", "plan"}
-    if set(data) != wanted:
-        raise PlanError(f"{words} differs from a saved plan in the fields {sorted(wanted ^ set(data))}")
+    data = read_record(words, "plan", ("format", FORMAT), VERSION, ("tensors_sha256", "plan"), PlanError)
     try:
         tensors: dict[str, Tensor] = {}
         if data["tensors_sha256"]:
             if not arrays.exists():
                 raise PlanError(f"{words} needs its tensors, and {arrays} is missing")
-            packed = arrays.read_bytes()
-            if hashlib.sha256(packed).hexdigest() != data["tensors_sha256"]:
-                raise PlanError(f"{arrays} does not belong to {words}: its checksum differs; save again")
-            tensors = load(packed)
+            tensors = load(read_tensors(arrays, data["tensors_sha256"], words, PlanError))
         plan = decode(data["plan"], tensors)
         if not isinstance(plan, Plan):
             raise PlanError(f"{words} holds a {type(plan).__name__}, not a plan")

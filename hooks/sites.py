@@ -7,7 +7,7 @@ key/value heads, D head width, M model width, F MLP width, V vocabulary, L layer
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -227,6 +227,17 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
             raise SiteError(f"{name!r} names layer {named}, layer={layer} given")
         return Site(kind, layer if named is None else named, **restrictions)
     return Site(name, layer, **restrictions)
+
+
+def sites_of(given: Site | str | Iterable[Site | str]) -> list[Site]:
+    """The sites that a user names, one or several, in either spelling.
+
+    Raises:
+        SiteError: one of them is none.
+    """
+    if not isinstance(given, (str, Site, Iterable)):
+        raise SiteError(f"sites are names or Sites, one or several, not {type(given).__name__}")
+    return [site(one) for one in ([given] if isinstance(given, (str, Site)) else given)]
 
 
 def _parse_hook(name: str) -> tuple[str, int | None] | None:

@@ -21,7 +21,7 @@ from .job import Job, Outcome, Skip
 from .meter import Meter
 from .plan import World
 from .shared import run_shared
-from .sites import Site, site
+from .sites import Site, sites_of
 from .sources import all_reads
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Cho
 def run_worlds(
     model: Model,
     worlds: Sequence[World],
-    reads: Sequence[Site],
+    reads: Sequence[Site | str] | Site | str,
     *,
     executor: str = "auto",
     budget: int | None = None,
@@ -84,13 +84,15 @@ def run_worlds(
     Raises:
         PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
     """
+    if isinstance(worlds, World):
+        raise PlanError("run_worlds runs several Worlds: put the one in a list")
     for world in worlds:
         if not isinstance(world, World):
             raise PlanError(f"run_worlds runs Worlds (inputs under a plan), not {type(world).__name__}")
         model.check_inputs(world.inputs)
         model.check(world.plan)
-    reads = [site(read) for read in reads]
-    for read in reads:
+    wanted = sites_of(reads)
+    for read in wanted:
         model.require(read)
     limit = budget_of(model, budget)
     held = [model.held_on(world.inputs) for world in worlds] if model.holds else []
@@ -98,8 +100,8 @@ def run_worlds(
         worlds = [World(world.inputs, plan + world.plan) for (plan, _), world in zip(held, worlds, strict=True)]
     with model.suspended():
         choice = choose(model, worlds, executor)
-    expose = exposed_layers(worlds, reads)
-    job = Job(model, worlds, reads, limit, seed, expose, skip or (lambda index, rows: False), meter)
+    expose = exposed_layers(worlds, wanted)
+    job = Job(model, worlds, wanted, limit, seed, expose, skip or (lambda index, rows: False), meter)
     outcomes = run_shared(job) if choice.executor == "shared" else run_hooked(job, choice.executor == "batched")
     while True:
         # The caller's code runs between two chunks, on a model as the caller knows it.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, World, site
+from hooks import Inputs, Model, Site, World
 from hooks.errors import MetricError
 from hooks.region import resolve
-from hooks.sites import Index, Span
+from hooks.sites import Index, Span, sites_of
 from interp.answers import Tokens, token_ids
 
 Function = Callable[..., Tensor]
@@ -66,7 +66,7 @@ def metric(fn: Callable[..., Tensor], reads: Sequence[Site | str] | Site | str, 
         reads: what it reads: sites, restricted as far as possible. ``site("logits", pos=-1)`` has values [B, 1, V].
         name: what results call it; default the function's name.
     """
-    listed = tuple(site(r) for r in ([reads] if isinstance(reads, (str, Site)) else reads))
+    listed = tuple(sites_of(reads))
     if not listed:
         raise MetricError("a metric reads something: name the sites")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import hooks as hk
 from hooks import Inputs, Model, Plan, World, patch, site
 from hooks.calls import arguments_of_call
 from tests import zoo
+from tests.zoo import fresh, wrapped
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 HF = [family for family in zoo.FAMILIES if not family.startswith("small")]
@@ -20,15 +20,6 @@ HF = [family for family in zoo.FAMILIES if not family.startswith("small")]
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 each_hf_family = pytest.mark.parametrize("family", HF)
 each_padding = pytest.mark.parametrize("padding", ["none", "right", "left"])
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
-
-
-def fresh(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
 
 
 def example(model: Model, padding: str, seed: int = 1) -> Inputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
@@ -16,9 +14,8 @@ from tests import zoo
 RESID = site("resid_pre", 1)
 
 
-@cache
 def wrapped() -> Model:
-    return hk.wrap(zoo.make("gpt2"))
+    return zoo.wrapped("gpt2")
 
 
 def example(seed: int = 1) -> hk.Inputs:

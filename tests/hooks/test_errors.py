@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ import hooks as hk
 from hooks import Inputs, Model, Plan, World, patch, site
 from hooks.errors import InterpError, ModelError, PlanError, ShapeError, SiteError
 from tests import zoo
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
+from tests.zoo import wrapped
 
 
 def example(model: Model, lengths: tuple[int, ...] = (5, 5), side: str = "right", seed: int = 1) -> Inputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ import hooks as hk
 from hooks import Inputs, Model, Site, World, patch, site
 from hooks.worlds import choose
 from tests import zoo
+from tests.zoo import fresh, wrapped
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LAYOUTS = {"flat": ([6, 6], "right"), "right": ([7, 4, 5], "right"), "left": ([7, 4, 5], "left")}
@@ -22,16 +21,6 @@ each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 several_families = pytest.mark.parametrize("family", SEVERAL)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
-
-
-def fresh(family: str) -> Model:
-    """A model of the test's own, to put hooks on or to train."""
-    return hk.wrap(zoo.make(family))
 
 
 def inputs(model: Model, layout: str, seed: int) -> Inputs:

@@ -7,7 +7,6 @@ import gc
 import random
 import weakref
 from collections.abc import Callable
-from functools import cache
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -20,20 +19,12 @@ from torch import Tensor, nn
 import hooks as hk
 from hooks import Inputs, Model, Site, World, patch, site
 from tests import zoo
+from tests.zoo import fresh, wrapped
 
 EXECUTORS = ("sequential", "batched", "shared")
 
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
-
-
-def fresh(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
 
 
 def example(model: Model, side: str = "left", seed: int = 1) -> Inputs:
