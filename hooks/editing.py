@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .audit import Audit, Entry
 from .context import Reference, context, fit, with_references
-from .errors import ShapeError
+from .errors import PlanError, ShapeError
 from .inputs import Inputs
 from .plan import Intervention, Origin, Plan, Read, World
 from .region import Region, corresponding, listed, resolve
@@ -93,7 +93,11 @@ class Edits:
         for read, (value, _) in zip(item.reads, reads, strict=True):
             if item.op.reads_alike and value.shape != part.shape:
                 raise ShapeError(f"{item}: {list(value.shape)} is read ({read}), the site has {list(part.shape)}")
-        new = item.op(part, *(value for value, _ in reads), ctx=ctx)
+        given = [part, *(value for value, _ in reads)]
+        before = [_version(value) for value in given]
+        new = item.op(*given, ctx=ctx)
+        if [_version(value) for value in given] != before:
+            raise PlanError(f"{item}: the function wrote into what it was given, which others use; return a new tensor")
         if (
             not isinstance(new, Tensor)
             or new.shape != part.shape
@@ -210,6 +214,11 @@ def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice
     # Between a number and an infinity there is the infinity, and at the ends there is what stands there.
     ends = torch.where(weight == 0, x, torch.where(weight == 1, y, x + y))
     return torch.where(finite, between, ends)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written into; 0 where torch does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:

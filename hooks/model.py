@@ -283,6 +283,11 @@ class Model:
         for name, module in self.module.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 return f"there are hooks of yours on {name or 'the model'}"
+            if "forward" in vars(module):
+                return f"the forward of {name or 'the model'} is one of yours"
+        devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
+        if len(devices) > 1:
+            return f"the model is spread over {', '.join(devices)}"
         return ""
 
 
@@ -295,16 +300,27 @@ def wrap(
         model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
             classifier (of transformers), the project's own small transformer, or any module with an adapter.
         tokenizer: for prompts that are text, and for printing tokens.
-        adapter: a function that says where the model keeps its parts, for a family that is not known.
+        adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
+            is wrapped already, tokenizer and adapter replace what it has.
 
     Raises:
         ModelError: nobody knows the model's parts.
     """
     if isinstance(model, Model):
-        return model
+        if tokenizer is None and adapter is None:
+            return model
+        known = model.architecture if adapter is None else _described(model.module, adapter)
+        return Model(model.module, model.tokenizer if tokenizer is None else tokenizer, known)
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, (adapter or describe)(model))
+    return Model(model, tokenizer, _described(model, adapter or describe))
+
+
+def _described(module: nn.Module, adapter: Callable[[nn.Module], Architecture]) -> Architecture:
+    found = adapter(module)
+    if not isinstance(found, Architecture):
+        raise ModelError(f"an adapter returns an Architecture, this one a {type(found).__name__}")
+    return found
 
 
 def _logits_of(output: Any) -> Tensor:

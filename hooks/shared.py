@@ -61,9 +61,12 @@ class SharedRun:
         whole: the base's inputs.
         window: the rows of them that are run.
         reads: the sites whose values are wanted of every world.
+        sizes: sizes of the head and last axes of every site, by key.
+        device: the model's.
         exposed: layers whose attention is computed with its inside exposed, for every world alike.
         recorded: sites of which the base's value will be needed, besides those that every run needs.
         trim: whether tokens that no read depends on may be dropped.
+        base: the base's value [b, T, ...] of the sites that are recorded, by key.
         meter: counts the work.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Outcome, Site, World, align, patch, recompute, run_worlds
+from hooks import Inputs, Model, Outcome, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
 from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
 from hooks.worlds import choose
@@ -123,6 +123,12 @@ def sweep(
 
 
 def check_model(model: Model, direction: str) -> None:
+    """Check that a model can be measured, and that a direction is one.
+
+    Raises:
+        ModelError: it is not wrapped, or in training mode.
+        InputsError: an unknown direction.
+    """
     if not isinstance(model, Model):
         raise ModelError(f"a sweep takes a wrapped model: ip.wrap(model), not {type(model).__name__}")
     if any(module.training for module in model.module.modules()):
@@ -172,7 +178,7 @@ def source_of(
 
 def _cell_worlds(cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:
     """The base, the base recomputed, and one world for each cell."""
-    worlds = [World(inputs), World(inputs, recompute("hook_embed"))]
+    worlds = [World(inputs), World(inputs, Plan((recompute(Site("embed")),)))]
     return worlds + [World(inputs, cell.plan(factory)) for cell in cells]
 
 

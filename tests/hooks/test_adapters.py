@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,6 +122,18 @@ def test_a_model_that_returns_its_logits_in_a_tuple():
     one, two = hk.wrap(inner), hk.wrap(WithLoss(inner), adapter=lambda module: describe(module.inner))
     plan = hk.zero(site("attn_out", 0))
     assert torch.equal(two.run(example(one), plan).logits, one.run(example(one), plan).logits)
+
+
+def test_a_wrapped_model_is_wrapped_again():
+    first = hk.wrap(zoo.make("small_ln_learned"))
+    assert hk.wrap(first) is first
+    tokenizer = object()
+    second = hk.wrap(first, tokenizer)
+    assert second.tokenizer is tokenizer and second.module is first.module and first.tokenizer is None
+    third = hk.wrap(second, adapter=lambda module: dataclasses.replace(describe(module), family="mine"))
+    assert third.tokenizer is tokenizer and third.architecture.family == "mine"
+    with pytest.raises(ModelError, match="Architecture, this one a dict"):
+        hk.wrap(first.module, adapter=lambda module: {})
 
 
 # Parts

@@ -64,6 +64,26 @@ def test_a_layer_that_is_missing_superfluous_or_out_of_range():
             model.run(x, hk.zero(site("z", layer)))
 
 
+def test_one_site_where_several_may_stand():
+    model = wrapped("gpt2")
+    x, place = example(model), "blocks.1.attn.hook_z"
+    (one,), (other,) = (hk.run_worlds(model, [World(x)], reads) for reads in (place, [site(place)]))
+    assert torch.equal(one.values[0], other.values[0])
+    assert torch.equal(model.run(x, capture=place).tape[place], model.run(x, capture=[place]).tape[place])
+    with says(SiteError, "not int"):
+        model.run(x, capture=3)  # type: ignore[arg-type]
+    with says(PlanError, "list"):
+        next(hk.run_worlds(model, World(x), place))  # type: ignore[arg-type]
+
+
+def test_tapes_of_other_prompts_differ():
+    """The same ids, of which other ones are real."""
+    ids = torch.tensor([[3, 0]])
+    model = wrapped("gpt2")
+    tapes = [hk.Tape(model.inputs(ids, mask), (), {}) for mask in (torch.tensor([[1, 0]]), torch.tensor([[1, 1]]))]
+    assert tapes[0] == tapes[0] and tapes[0] != tapes[1]
+
+
 def test_a_stack_that_the_model_lacks():
     model = wrapped("gpt2")
     with says(SiteError, "encoder"):
@@ -324,6 +344,20 @@ def test_widths_that_do_not_fit_are_refused_before_anything_runs(monkeypatch):
             pass
         with pytest.raises(ShapeError):
             model.run(x, patch(site("z", 0), World(x, plan)))
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x, y, ctx: x.mul_(2.0), lambda x, y, ctx: y.zero_(), lambda x, y, ctx: y.add_(1.0) * x]
+)
+@pytest.mark.parametrize("executor", ["sequential", "batched", "shared"])
+def test_a_function_that_writes_into_what_it_is_given(fn, executor):
+    """Worlds share their values, and a tape is the user's: what writes into them would change more than one world."""
+    model = wrapped("small_ln_learned")
+    x, place = example(model), site("resid_post", 0)
+    tape = model.run(example(model, seed=2), capture=place).tape
+    worlds = [World(x), World(x, hk.intervene(place, fn, hk.Read(tape)))]
+    with says(PlanError, "resid_post.0", "return a new tensor"):
+        list(hk.run_worlds(model, worlds, [site("logits")], executor=executor))
 
 
 @pytest.mark.parametrize(

@@ -893,3 +893,26 @@ def test_worlds_that_never_fire_raise(executor):
     x = inputs(model, "flat", 1)
     with pytest.raises(hk.errors.UnfiredError):
         list(hk.run_worlds(model, [World(x, hk.zero(site("z", 1)))], [site("logits", pos=-1)], executor=executor))
+
+
+def test_a_forward_of_the_users_own_is_run():
+    """A method that was replaced on one module: the copy-on-write executor does not call it, so another one is used."""
+    model = fresh("gpt2")
+    x = inputs(model, "flat", 1)
+    worlds = [World(x), World(x, hk.zero(site("z", 1, head=0)))]
+    before = [o.values[0] for o in hk.run_worlds(model, worlds, [site("logits")])]
+    mlp = model.architecture.blocks[0].mlp.module
+    whole = mlp.forward
+    mlp.forward = lambda v: 0.5 * whole(v)
+    choice = choose(model, worlds)
+    assert choice.executor == "batched" and "mlp" in choice.reason and "forward" in choice.reason
+    after = [o.values[0] for o in hk.run_worlds(model, worlds, [site("logits")])]
+    torch.testing.assert_close(after[0], model.run(x).logits, rtol=0, atol=1e-10)
+    assert min(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 1e-3
+
+
+def test_a_model_on_several_devices_is_not_shared():
+    model = fresh("small_ln_learned")
+    assert model.unshareable() == ""
+    model.module.unembed.to("meta")
+    assert "cpu, meta" in model.unshareable()
