@@ -218,7 +218,7 @@ def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice
 
 def _version(x: Tensor) -> int:
     """How often a tensor was written into; 0 where torch does not count."""
-    return 0 if x.is_inference() else x._version
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:
