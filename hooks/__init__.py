@@ -24,11 +24,12 @@ from .interventions import (
     steer,
     zero,
 )
+from .job import Outcome
 from .model import Model, Run, wrap
 from .plan import Intervention, Plan, Read, World
 from .sites import KINDS, Site, Span, site
 from .tape import Tape
-from .worlds import Outcome, run_worlds
+from .worlds import run_worlds
 
 __all__ = [
     "KINDS",

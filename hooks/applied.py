@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .adapters.architecture import ImageFormat
 from .audit import Audit, Entry
+from .calls import arguments_of_call, inputs_of_call, keeps_some_logits
 from .checkpointing import uncheckpointed
 from .editing import Edits
-from .errors import InputsError, PlanError, UnfiredError
-from .images import patch_grid
+from .errors import PlanError, UnfiredError
+from .forward import exposed_layers
 from .inputs import Inputs
 from .plan import Plan, World, as_plan
 from .session import Session, install
 from .sites import Site
+from .sources import all_reads, read_tapes
 from .tape import Tape
-from .worlds import all_reads, exposed_layers, read_tapes
 
 if TYPE_CHECKING:
     from .model import Model
@@ -131,9 +131,8 @@ class Applied:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn what the user runs the model on, before it runs."""
-        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        call = call | call.get("kwargs", {})
-        inputs = _inputs_of_call(call, self.model.architecture.images)
+        call = arguments_of_call(module, args, kwargs)
+        inputs = inputs_of_call(call, self.model.architecture.images)
         plan, audit = self.on(inputs)
         world = World(inputs, plan)
         if not self.static:
@@ -146,7 +145,7 @@ class Applied:
         edits = Edits(world, self.model.sizes, tapes, self.seed)
         edits.audit = audit
         self.session.begin([edits], [[]])
-        if call.get("logits_to_keep") is not None and ("logits", -1, None) in set(self.session.keys()):
+        if keeps_some_logits(call) and ("logits", -1, None) in self.session.touched():
             raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
         if not self.static:
             self.place()
@@ -187,6 +186,59 @@ class Applied:
         return tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
 
 
+_STACKS: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
+"""What is held on each module at the moment, the outermost first; the last has the hooks, and the plans of all."""
+
+
+def held_on(module: nn.Module) -> Applied | None:
+    """All that is held on a module at the moment, by whichever wrapper of it."""
+    stack = _STACKS.get(module)
+    return stack[-1] if stack else None
+
+
+@contextmanager
+def hold(model: Model, plan: Any, seed: int) -> Iterator[Audit]:
+    """Hold a plan on a model; see `Model.apply`."""
+    mine = Held.of(plan)
+    if isinstance(mine.plan, Plan):
+        model.check(mine.plan)
+    stack = _STACKS.setdefault(model.module, [])
+    outer = held_on(model.module)
+    # A plan inside another one is one plan, so that it sees what the outer one did, within a layer too.
+    applied = Applied(model, (*(outer.held if outer else ()), mine), seed)
+    if outer is not None:
+        outer.remove()
+    try:
+        applied.install()
+        stack.append(applied)
+        try:
+            yield mine.audit
+        finally:
+            stack.pop()
+            applied.remove()
+    finally:
+        if outer is not None:
+            outer.install()
+    mine.require_fired()
+
+
+@contextmanager
+def suspend(module: nn.Module) -> Iterator[None]:
+    """Take all that is held off a module, and put it back."""
+    applied = held_on(module)
+    if applied is None:
+        yield
+        return
+    # All of it: with the last alone gone, a run inside would be under the plans further out.
+    outside = _STACKS.pop(module)
+    applied.remove()
+    try:
+        yield
+    finally:
+        _STACKS[module] = outside
+        applied.install()
+
+
 def _read_as_constants(world: World) -> set[Any]:
     """The worlds that are read by functions through which no gradient flows, and by no other."""
     constant: dict[Any, bool] = {}
@@ -194,38 +246,3 @@ def _read_as_constants(world: World) -> set[Any]:
         for key in all_reads([replace(world, plan=Plan((item,)))]):
             constant[key] = constant.get(key, True) and item.op.reads_constants
     return {key for key, every in constant.items() if every}
-
-
-def _inputs_of_call(call: dict[str, Any], images: ImageFormat | None) -> Inputs:
-    """The inputs of a call of the user's, given its arguments by name, as far as positions and rows go."""
-    if images is not None:
-        return _images_of_call(call, images)
-    cache = call.get("past_key_values")
-    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
-        raise PlanError(
-            "this call continues from a key/value cache, which plans do not support yet; pass the whole text"
-        )
-    ids, embeds, mask = (call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    if not isinstance(ids, Tensor):
-        if not isinstance(embeds, Tensor):
-            raise PlanError("the model is called without input_ids or inputs_embeds: positions cannot be told")
-        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64)
-    inputs = Inputs.of(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-    positions = call.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == inputs.width > 1:
-        both = inputs.mask[:, 1:] & inputs.mask[:, :-1]
-        if bool(((positions.cpu().diff(dim=1) != 1).expand_as(both) & both).any()):
-            raise InputsError(
-                "the positions start anew within a row: packed sequences are not supported; give each its row"
-            )
-    return inputs
-
-
-def _images_of_call(call: dict[str, Any], images: ImageFormat) -> Inputs:
-    pixels, mask = call.get("pixel_values"), call.get("attention_mask")
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4:
-        raise PlanError("the model is called without pixel_values [B, C, height, width]: positions cannot be told")
-    if isinstance(mask, Tensor) and not bool(mask.bool().all()):
-        raise InputsError("a plan counts every patch of an image, and this call masks some of them")
-    down, across = patch_grid(pixels, images.patch)
-    return Inputs.of(torch.zeros(len(pixels), 1 + down * across, dtype=torch.int64))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .adapters.architecture import Architecture
 from .editing import Key
 from .html import table
-from .sites import DIM, HEAD, POS, Site
+from .sites import DIM, HEAD, KINDS, POS, Site
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,20 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
     sizes["ln_final", -1, None] = width
     sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
     return sizes
+
+
+def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
+    """Every kind of site that a model has, given the sizes of all its sites."""
+    found = []
+    for name, kind in KINDS.items():
+        layers = range(n_layers) if kind.per_layer else (None,)
+        keys = [key for key in (Site(name, layer).key for layer in layers) if key in sizes]
+        if not keys:
+            continue
+        size = sizes[keys[0]]
+        numbers = dict.fromkeys("HK", size.get(HEAD)) | dict.fromkeys("VMDF", size.get(DIM))
+        letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
+        shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)
+        hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"
+        found.append(SiteInfo(name, hook, letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
+    return SiteTable(found)

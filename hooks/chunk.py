@@ -185,9 +185,11 @@ class Chunk:
         return Packed(dirty, values, self.rows)
 
     def flat_map(self, function: Callable[[Tensor], Tensor], x: Packed) -> Packed:
+        """Apply a function of each token by itself, some tokens at a time."""
         return Packed(x.dirty, tiled(function, x.values, self.tile), self.rows)
 
     def mlp(self, layer: int, block: Block, x: Packed, needed: Tensor) -> Packed:
+        """From the residual that the MLP reads to what it adds."""
         mlp, norm = block.mlp, block.norm2
         assert mlp is not None
         assert norm is not None

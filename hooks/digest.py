@@ -20,11 +20,19 @@ def digest_of(value: Any) -> str:
     functions that it calls by name. An object of another kind enters with its type and its attributes.
     """
     digest = hashlib.sha256()
-    _feed(digest, value, set())
+    _feed(digest, value, {}, {})
     return digest.hexdigest()
 
 
-def _feed(digest: Any, value: Any, seen: set[int]) -> None:
+def _feed(digest: Any, value: Any, above: dict[int, int], known: dict[int, tuple[Any, bytes]]) -> None:
+    """Enter a value.
+
+    Args:
+        digest: what it enters.
+        value: the value.
+        above: the objects that it is a part of, by id, and how deep each is.
+        known: the objects that were entered before, by id, with their digests; held here, so that an id stays theirs.
+    """
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         digest.update(f"{type(value).__name__} {value!r};".encode())
         return
@@ -37,13 +45,18 @@ def _feed(digest: Any, value: Any, seen: set[int]) -> None:
         array = np.ascontiguousarray(value)
         digest.update(f"array {array.dtype} {array.shape};".encode() + array.tobytes())
         return
-    if id(value) in seen:
+    key = id(value)
+    if key in above:
+        digest.update(f"{len(above) - above[key]} above;".encode())
         return
-    seen.add(id(value))
-    digest.update(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
-    for part in _parts(value):
-        _feed(digest, part, seen)
-    digest.update(b")")
+    if key not in known:
+        inner = hashlib.sha256(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
+        above[key] = len(above)
+        for part in _parts(value):
+            _feed(inner, part, above, known)
+        del above[key]
+        known[key] = (value, inner.digest())
+    digest.update(known[key][1])
 
 
 def _parts(value: Any) -> list[Any]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .audit import Audit, Entry
 from .context import Reference, context, fit, with_references
-from .errors import CycleError, PlanError, ShapeError
+from .errors import PlanError, ShapeError
 from .inputs import Inputs
 from .plan import Intervention, Origin, Plan, Read, World
 from .region import Region, corresponding, listed, resolve
-from .sites import KEY, POS, ROW, Site, execution_order
+from .sites import KEY, POS, ROW, Site
 from .tape import Tape
 
 Key = tuple[str, int, str | None]
@@ -91,10 +91,13 @@ class Edits:
         reads = [self._read(read, item, region, x) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in reads))
         for read, (value, _) in zip(item.reads, reads, strict=True):
-            exact = item.op.name in ("patch", "patch_constant", "freeze", "interchange")
-            if exact and value.shape != part.shape:
+            if item.op.reads_alike and value.shape != part.shape:
                 raise ShapeError(f"{item}: {list(value.shape)} is read ({read}), the site has {list(part.shape)}")
-        new = item.op(part, *(value for value, _ in reads), ctx=ctx)
+        given = [part, *(value for value, _ in reads)]
+        before = [_version(value) for value in given]
+        new = item.op(*given, ctx=ctx)
+        if [_version(value) for value in given] != before:
+            raise PlanError(f"{item}: the function wrote into what it was given, which others use; return a new tensor")
         if (
             not isinstance(new, Tensor)
             or new.shape != part.shape
@@ -186,26 +189,6 @@ def source_id(source: World | Plan | Origin | Any, world: World) -> Any:
     return ("world", id(source))
 
 
-def source_world(source: World | Plan | Origin, world: World) -> World:
-    """The world that is read."""
-    if source is Origin.UNEDITED:
-        return World(world.inputs)
-    return World(world.inputs, source) if isinstance(source, Plan) else source  # type: ignore[return-value]
-
-
-def world_reads(plan: Plan, world: World) -> dict[Any, tuple[World, list[Site]]]:
-    """The worlds that a plan reads, each with the whole sites that it reads there, by `source_id`."""
-    found: dict[Any, tuple[World, list[Site]]] = {}
-    for item in plan:
-        for read in item.reads:
-            if isinstance(read.source, (World, Plan)) or read.source is Origin.UNEDITED:
-                place = (item.site if read.site is None else read.site).whole
-                _, sites = found.setdefault(source_id(read.source, world), (source_world(read.source, world), []))
-                if place not in sites:
-                    sites.append(place)
-    return found
-
-
 def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice) -> Tensor:
     """x + s (y - x), exactly x at s = 0 and exactly y at s = 1; differentiable in all three.
 
@@ -231,6 +214,11 @@ def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice
     # Between a number and an infinity there is the infinity, and at the ends there is what stands there.
     ends = torch.where(weight == 0, x, torch.where(weight == 1, y, x + y))
     return torch.where(finite, between, ends)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written into; 0 where torch does not count."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:
@@ -275,21 +263,3 @@ def _reference(
             rows = "a row" if every else "every row"
             raise ShapeError(f"{item}: position {last} is wanted, and {rows} of the reference set ends before it")
     return there.get(whole), Reference(there.valid, tuple(sorted(place.axes.index(axis) for axis in loose)))
-
-
-def check_reads(plan: Plan, n_layers: int) -> None:
-    """Refuse a read of this world's own value that is not computed before the site that reads it.
-
-    Raises:
-        CycleError: such a read.
-    """
-    for item in plan:
-        for read in item.reads:
-            if read.source is Origin.HERE:
-                if read.site is None:
-                    raise PlanError(f"{item}: a read of this world needs the site that it reads")
-                if execution_order(read.site.key, n_layers) >= execution_order(item.site.key, n_layers):
-                    raise CycleError(
-                        f"{item}: {read.site} is not computed before {item.site}, so it cannot be read there; "
-                        "read it from another World, or with freeze() from this one unedited"
-                    )

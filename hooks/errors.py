@@ -46,11 +46,11 @@ class ResultError(InterpError):
     """A result that cannot be read, selected from, or computed."""
 
 
+class PathError(InterpError):
+    """A graph, an edge, a path or a circuit that the model does not have or that cannot be meant."""
+
+
 def nearest(name: object, options: Iterable[object]) -> str:
     """Return ``", did you mean 'x'?"`` for the closest of `options`, or an empty string when none is close."""
     found = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
     return f", did you mean {found[0]!r}?" if found else ""
-
-
-class PathError(InterpError):
-    """A graph, an edge, a path or a circuit that the model does not have or that cannot be meant."""

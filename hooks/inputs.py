@@ -4,7 +4,6 @@ whose tokens are the class token and the patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -56,11 +55,18 @@ class Inputs:
         mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).detach().to("cpu")
         if mask.shape != ids.shape:
             raise InputsError(f"the mask has shape {list(mask.shape)}, the ids {list(ids.shape)}")
+        if bool((mask < 0).any()):
+            raise InputsError(
+                "a mask is nonzero at real tokens and 0 at padding; this one, with negative numbers, is added"
+            )
         mask = mask.to(torch.bool, copy=True)
         empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
         if empty:
             raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")
-        row_ids = torch.arange(len(ids)) if row_ids is None else torch.as_tensor(row_ids).to("cpu", torch.int64)
+        row_ids = torch.arange(len(ids)) if row_ids is None else torch.as_tensor(row_ids).detach()
+        if row_ids.is_floating_point() or row_ids.is_complex() or row_ids.dtype == torch.bool:
+            raise InputsError(f"row_ids are integers, not {row_ids.dtype}")
+        row_ids = row_ids.to("cpu", torch.int64, copy=True)
         if row_ids.shape != ids.shape[:1]:
             raise InputsError(f"row_ids has shape {list(row_ids.shape)}, expected [{len(ids)}]")
         return cls(ids, mask, row_ids, tokens)
@@ -111,6 +117,11 @@ class Inputs:
         return torch.argsort((~self.mask).byte(), dim=1, stable=True)
 
     @cached_property
+    def id_range(self) -> tuple[int, int]:
+        """The lowest and the highest id."""
+        return int(self.ids.min()), int(self.ids.max())
+
+    @cached_property
     def padded(self) -> bool:
         """Whether any column of any row is padding."""
         return not bool(self.mask.all())
@@ -122,20 +133,6 @@ class Inputs:
         return replace(
             self, ids=self.ids[index], mask=self.mask[index], row_ids=self.row_ids[index], tokens=tokens, pixels=pixels
         )
-
-    def widened(self, width: int) -> Inputs:
-        """The same rows with padding columns added on the right up to `width`.
-
-        Raises:
-            InputsError: these are images.
-        """
-        extra = width - self.width
-        if extra == 0:
-            return self
-        if self.pixels is not None:
-            raise InputsError("an image has no padding")
-        pad = torch.nn.functional.pad
-        return replace(self, ids=pad(self.ids, (0, extra)), mask=pad(self.mask, (0, extra)))
 
     def contents(self) -> Tensor:
         """[B, T, n]: what stands in each column, its id or the pixels of its patch (0 for the class token)."""
@@ -154,24 +151,6 @@ class Inputs:
         if self.tokens is not None:
             return self.tokens[row]
         return tuple(str(i) for i in self.ids[row][self.mask[row]].tolist())
-
-
-def pad_rows(rows: Sequence[Sequence[int]], padding: str = "right", pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad ragged lists of ids on one side.
-
-    Returns:
-        ids int64 [B, T] and mask bool [B, T].
-    """
-    if padding not in ("left", "right"):
-        raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
-    width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
-        ids[i, where] = torch.as_tensor(list(row), dtype=torch.int64)
-        mask[i, where] = True
-    return ids, mask
 
 
 @dataclass(frozen=True)

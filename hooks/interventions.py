@@ -1,237 +1,35 @@
-"""What is done at a site: pure functions ``f(x, *reads, ctx)`` of the value there and of values read elsewhere.
-
-Each returns a new tensor of the shape, dtype and device of `x`, reads nothing on the host, and acts on every row and
-position by itself, unless it says that it mixes them. The functions are frozen dataclasses, so that a plan can be
-printed, compared and saved; the builders at the end (`patch`, `steer`, ...) are what users write.
-"""
+"""The interventions that users write: each names a site, a function of its value (`hooks.ops`), and what that reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .context import Context, Reference, fit
 from .errors import PlanError, ShapeError, SiteError
-from .inputs import Inputs
-from .patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
-from .plan import Intervention, Op, Origin, Plan, Read, Source, World
-from .random import choice, normal
+from .ops import (
+    Clamp,
+    Custom,
+    Freeze,
+    Interchange,
+    Knockout,
+    Mean,
+    Noise,
+    Patch,
+    PatchConstant,
+    ProjectOut,
+    Recompute,
+    Resample,
+    Scale,
+    Steer,
+    Value,
+    Zero,
+)
+from .plan import Intervention, Origin, Read, Source
 from .sites import Site, site
-from .tape import Tape
-
-Value = Tensor | float
-
-
-@dataclass(frozen=True, eq=False)
-class Patch(Op):
-    """The value read, in place of x (Vig et al. 2020; Meng et al. 2022)."""
-
-    name: ClassVar[str] = "patch"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return reads[0].expand_as(x)
-
-
-@dataclass(frozen=True, eq=False)
-class PatchConstant(Patch):
-    """The value read, in place of x, as a constant: no gradient flows into what is read."""
-
-    name: ClassVar[str] = "patch_constant"
-    reads_constants: ClassVar[bool] = True
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return reads[0].detach().expand_as(x)
-
-
-@dataclass(frozen=True, eq=False)
-class Freeze(Patch):
-    """The value that this world has without any intervention."""
-
-    name: ClassVar[str] = "freeze"
-
-
-@dataclass(frozen=True, eq=False)
-class Clamp(Op):
-    """A given value, in place of x."""
-
-    value: Value
-    name: ClassVar[str] = "clamp"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return torch.zeros_like(x) + fit(self.value, x, ctx)
-
-
-@dataclass(frozen=True, eq=False)
-class Zero(Op):
-    """Zero ablation."""
-
-    name: ClassVar[str] = "zero"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return torch.zeros_like(x)
-
-
-@dataclass(frozen=True, eq=False)
-class Mean(Op):
-    """Mean ablation: the mean over the rows of a reference set, for each position, or pooled over positions too."""
-
-    pooled: bool = False
-    name: ClassVar[str] = "mean"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        reference, layout = reads[0], ctx.references[0]
-        assert layout is not None
-        dims = (0, ctx.axes.index("pos")) if self.pooled else (0,)
-        if layout.valid is None:
-            mean = reference.mean(dim=dims, keepdim=True)
-        else:
-            real = layout.valid.expand_as(reference)
-            mean = torch.where(real, reference, 0).sum(dims, keepdim=True) / real.sum(dims, keepdim=True).clamp_min(1)
-        kept = Reference(None, tuple(axis for axis in layout.by_position if axis not in dims))
-        return torch.zeros_like(x) + kept.pick(mean, ctx)
-
-
-@dataclass(frozen=True, eq=False)
-class Resample(Op):
-    """Resample ablation: the value of a random row of a reference set, one row for each row of x (Chan et al. 2022)."""
-
-    seed: int = 0
-    name: ClassVar[str] = "resample"
-    needs_full_rows: ClassVar[bool] = True
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        layout = ctx.references[0]
-        assert layout is not None
-        donor = choice(len(reads[0]), ctx.seed, self.seed, ctx.row)
-        return layout.pick(reads[0].index_select(0, donor), ctx).expand_as(x)
-
-
-@dataclass(frozen=True, eq=False)
-class Noise(Op):
-    """x + std * standard normal noise, a function of seed, site, row, position and entry (Meng et al. 2022)."""
-
-    std: Value
-    seed: int = 0
-    name: ClassVar[str] = "noise"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        draw = normal(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))
-        return x + fit(self.std, x, ctx) * draw.to(x.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Steer(Op):
-    """x + scale * vector (Turner et al. 2023)."""
-
-    vector: Tensor
-    scale: Value = 1.0
-    name: ClassVar[str] = "steer"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return x + fit(self.scale, x, ctx) * fit(self.vector, x, ctx)
-
-
-@dataclass(frozen=True, eq=False)
-class Scale(Op):
-    """factor * x."""
-
-    factor: Value
-    name: ClassVar[str] = "scale"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return x * fit(self.factor, x, ctx)
-
-
-def _orthonormal(directions: Tensor, x: Tensor) -> Tensor:
-    """Rows of an orthonormal basis [k, D] of the span of `directions` [D] or [k, D], in x's dtype; differentiable."""
-    if directions.device != x.device or directions.shape[-1] != x.shape[-1] or directions.ndim > 2:
-        raise ShapeError(
-            f"directions of shape {list(directions.shape)} on {directions.device} for an activation on {x.device} "
-            f"whose last axis has {x.shape[-1]} entries; expected [{x.shape[-1]}] or [k, {x.shape[-1]}]"
-        )
-    wide = directions if directions.dtype == torch.float64 else directions.float()
-    if wide.ndim == 1:
-        return (wide / wide.norm())[None].to(x.dtype)
-    return torch.linalg.qr(wide.T)[0].T.to(x.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class ProjectOut(Op):
-    """x without its component in the span of the directions (Ravfogel et al. 2020)."""
-
-    directions: Tensor
-    name: ClassVar[str] = "project_out"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        basis = _orthonormal(self.directions, x)
-        return x - (x @ basis.T) @ basis
-
-
-@dataclass(frozen=True, eq=False)
-class Interchange(Op):
-    """x with its component in a subspace replaced by that of the value read (Geiger et al. 2024, DAS)."""
-
-    directions: Tensor
-    name: ClassVar[str] = "interchange"
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        basis = _orthonormal(self.directions, x)
-        return x + ((reads[0] - x) @ basis.T) @ basis
-
-
-@dataclass(frozen=True, eq=False)
-class Knockout(Op):
-    """-inf on attention scores: the query cannot attend to the key (Geva et al. 2023)."""
-
-    name: ClassVar[str] = "knockout"
-    writes_inf: ClassVar[bool] = True
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return torch.full_like(x, -torch.inf)
-
-
-@dataclass(frozen=True, eq=False)
-class Recompute(Op):
-    """x itself, but all that follows is computed again: what that changes is rounding, the noise floor of an effect."""
-
-    name: ClassVar[str] = "recompute"
-    always: ClassVar[bool] = True
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return x
-
-
-@dataclass(frozen=True, eq=False)
-class Custom(Op):
-    """A function of the user's. It cannot be saved, because loading a plan runs no code."""
-
-    fn: Callable[..., Tensor]
-    mixing: frozenset[str] = field(default=frozenset())
-    name: ClassVar[str] = "intervene"
-
-    @property
-    def mixes(self) -> frozenset[str]:  # type: ignore[override]
-        return self.mixing
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return self.fn(x, *reads, ctx=ctx)
-
-    def __str__(self) -> str:
-        return getattr(self.fn, "__name__", type(self.fn).__name__)
-
-
-OPS: dict[str, type[Op]] = {
-    op.name: op
-    for op in (
-        Patch, PatchConstant, Freeze, Clamp, Zero, Mean, Resample, Noise, Steer, Scale, ProjectOut, Interchange,
-        Knockout, Recompute, Attend, AttendBack, ForbidBack, CopyScores, FromPositions,
-    )
-}  # fmt: skip
-"""The functions that a saved plan may name."""
 
 
 def patch(
@@ -243,7 +41,8 @@ def patch(
         where: the site.
         source: a `World`, a `Plan` (this world's inputs under that plan instead), a `Tape` of a run, or a tensor with
             the part's shape (or the whole activation's).
-        source_site: read another site or other positions of the source instead; as many positions as `where` selects.
+        source_site: read another site or other positions of the source instead (which a tensor does not have); as many
+            positions as `where` selects.
         stop_gradient: take the value as a constant; otherwise gradients flow through what is read.
     """
     return Intervention(
@@ -253,7 +52,7 @@ def patch(
 
 def clamp(where: Site | str, value: Value) -> Intervention:
     """Set the value at a site to a number, or to a tensor with the sizes of the site's last axes (see `fit`)."""
-    return Intervention(site(where), Clamp(value))
+    return Intervention(site(where), Clamp(_value("clamp", value)))
 
 
 def zero(where: Site | str) -> Intervention:
@@ -286,31 +85,40 @@ def resample(where: Site | str, source: Source | None = None, *, seed: int = 0) 
 
 def noise(where: Site | str, std: Value, *, seed: int = 0) -> Intervention:
     """Add Gaussian noise of deviation `std` (in the units of the activation) at a site."""
-    return Intervention(site(where), Noise(std, seed))
+    return Intervention(site(where), Noise(_value("noise", std), seed))
 
 
 def steer(where: Site | str, vector: Tensor, scale: Value = 1.0) -> Intervention:
     """Add `scale * vector` at a site; the vector has the sizes of the site's last axes, as [M] (see `fit`)."""
     if not isinstance(vector, Tensor):
         raise ShapeError(f"steer takes a tensor, not {type(vector).__name__}")
-    return Intervention(site(where), Steer(vector, scale))
+    return Intervention(site(where), Steer(vector, _value("steer", scale)))
 
 
 def scale(where: Site | str, factor: Value) -> Intervention:
     """Multiply the value at a site by a number, or by a tensor with the sizes of its last axes."""
-    return Intervention(site(where), Scale(factor))
+    return Intervention(site(where), Scale(_value("scale", factor)))
 
 
 def project_out(where: Site | str, directions: Tensor) -> Intervention:
-    """Remove the span of `directions`, [D] or [k, D] and not necessarily orthogonal, from the last axis of a site."""
-    return Intervention(site(where), ProjectOut(directions))
+    """Remove the span of `directions`, [D] or [k, D] and not necessarily orthogonal, from the last axis of a site.
+
+    Raises:
+        ShapeError, PlanError: directions of another form, or that depend on one another.
+    """
+    return Intervention(site(where), ProjectOut(_directions("project_out", directions)))
 
 
 def interchange(
     where: Site | str, directions: Tensor, source: Source, *, source_site: Site | str | None = None
 ) -> Intervention:
-    """Replace the component in the span of `directions` ([D] or [k, D]) by the one that the source has; see `patch`."""
-    return Intervention(site(where), Interchange(directions), (_read("interchange", source, source_site),))
+    """Replace the component in the span of `directions` ([D] or [k, D]) by the one that the source has; see `patch`.
+
+    Raises:
+        ShapeError, PlanError: directions of another form, or that depend on one another.
+    """
+    op = Interchange(_directions("interchange", directions))
+    return Intervention(site(where), op, (_read("interchange", source, source_site),))
 
 
 def knockout(where: Site | str) -> Intervention:
@@ -333,7 +141,7 @@ def recompute(where: Site | str) -> Intervention:
 
 
 def intervene(
-    where: Site | str, fn: Callable[..., Tensor], reads: Read | tuple[Read, ...] = (), mixes: tuple[str, ...] = ()
+    where: Site | str, fn: Callable[..., Tensor], reads: Read | Sequence[Read] = (), mixes: Sequence[str] = ()
 ) -> Intervention:
     """Apply a function of your own: ``fn(x, *reads, ctx=ctx)``, pure, same shape, dtype and device.
 
@@ -342,11 +150,20 @@ def intervene(
         fn: the function; `ctx` is a `Context`.
         reads: the values it reads besides, each a `Read` (see `here`).
         mixes: ``("row",)`` and/or ``("pos",)`` where the function lets rows or positions depend on one another.
+
+    Raises:
+        PlanError: `fn` is no function, `reads` holds anything but reads, or `mixes` names something else.
     """
-    unknown = set(mixes) - {"row", "pos"}
-    if unknown:
-        raise PlanError(f"mixes names 'row' and/or 'pos', not {sorted(unknown)}")
-    return Intervention(site(where), Custom(fn, frozenset(mixes)), reads if isinstance(reads, tuple) else (reads,))
+    if not callable(fn):
+        raise PlanError(f"intervene takes a function, fn(x, *reads, ctx=ctx), not {type(fn).__name__}")
+    listed = (reads,) if isinstance(reads, Read) else tuple(reads)
+    odd = next((read for read in listed if not isinstance(read, Read)), None)
+    if odd is not None:
+        raise PlanError(f"reads are made with Read(source) or here(site), not {type(odd).__name__}")
+    mixing = frozenset((mixes,) if isinstance(mixes, str) else mixes)
+    if mixing - {"row", "pos"}:
+        raise PlanError(f"mixes names 'row' and/or 'pos', not {sorted(mixing - {'row', 'pos'})}")
+    return Intervention(site(where), Custom(fn, mixing), listed)
 
 
 def here(where: Site | str) -> Read:
@@ -354,13 +171,47 @@ def here(where: Site | str) -> Read:
     return Read(Origin.HERE, site(where))
 
 
-def _read(what: str, source: Any, where: Site | str | None = None, aligned: bool = True) -> Read:
+def _read(what: str, source: Source | None, where: Site | str | None = None, aligned: bool = True) -> Read:
     """A read of what a user gave as a source."""
-    if isinstance(source, Inputs):
-        source = World(source)
-    if isinstance(source, Intervention):
-        source = Plan((source,))
-    if not isinstance(source, (World, Plan, Tape, Tensor)):
-        given = "nothing" if source is None else type(source).__name__
-        raise PlanError(f"{what} takes values from a World, a Plan, a Tape or a tensor (source=), not {given}")
+    if source is None:
+        raise PlanError(f"{what} takes values from a World, a Plan, a Tape or a tensor: give source=")
     return Read(source, None if where is None else site(where), aligned)
+
+
+def _value(what: str, value: Any) -> Value:
+    """A number or a tensor; an array would broadcast unseen."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise PlanError(f"{what} takes a number or a tensor, not {type(value).__name__}")
+    return value if isinstance(value, (int, float)) else float(value)
+
+
+def _directions(what: str, directions: Any) -> Tensor:
+    """Directions [D] or [k, D] that span as many dimensions as there are of them.
+
+    Raises:
+        ShapeError: they are not of that form.
+        PlanError: they are zero, not finite, or depend on one another.
+    """
+    if not isinstance(directions, Tensor) or not directions.is_floating_point():
+        given = directions.dtype if isinstance(directions, Tensor) else type(directions).__name__
+        raise ShapeError(f"{what} takes directions as a floating-point tensor [D] or [k, D], not {given}")
+    if directions.ndim not in (1, 2) or not directions.numel():
+        raise ShapeError(f"{what} takes directions [D] or [k, D], got shape {list(directions.shape)}")
+    if torch.compiler.is_compiling():
+        return directions
+    try:
+        finite = bool(directions.isfinite().all())
+        # Their unit vectors, so that a short one is not taken for one that depends on the others.
+        unit = torch.nn.functional.normalize(torch.atleast_2d(directions.detach()).double(), dim=-1)
+        rank = int(torch.linalg.matrix_rank(unit)) if finite else 0
+    except RuntimeError:  # within torch.vmap a tensor has no value to look at
+        return directions
+    if not finite:
+        raise PlanError(f"{what} is given directions that are not finite numbers")
+    if rank < len(unit):
+        raise PlanError(
+            f"{what}: {len(unit)} directions span {rank} dimensions; leave out what is zero or depends on the others"
+        )
+    return directions

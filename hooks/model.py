@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import describe
 from .adapters.architecture import Architecture
-from .applied import Applied, Held, PlanOf
+from .applied import PlanOf, held_on, hold, suspend
 from .audit import Audit
-from .catalogue import SiteInfo, SiteTable, site_sizes
-from .editing import Edits, check_reads
-from .errors import InputsError, ModelError, PlanError, ShapeError, SiteError
+from .catalogue import SiteTable, site_sizes, site_table
+from .checks import check_inputs, check_plan, check_site
+from .editing import Edits
+from .errors import InputsError, ModelError, PlanError
+from .forward import exposed_layers, hooked_pass
 from .html import table
-from .images import check_pixels, require_size
-from .inputs import Inputs, pad_rows
+from .images import check_pixels
+from .inputs import Inputs
 from .labels import class_id, class_names
 from .plan import Intervention, Plan, World, as_plan
-from .sites import DIM, HEAD, KINDS, POS, Index, Site, Span, site
+from .prompts import decode_ids, encode_text, one_token, prepare
+from .sites import Site, sites_of
+from .sources import read_tapes
 from .tape import Tape
-from .worlds import exposed_layers, hooked_pass, read_tapes
-
-_HELD: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
-"""The plans that are held on each model at the moment, the outermost first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,24 +94,7 @@ class Model:
 
     def sites(self) -> SiteTable:
         """Every site that the model offers, with its shape; all are readable and writable."""
-        found = []
-        for name, kind in KINDS.items():
-            keys = [key for key in self._places(name)]
-            if not keys:
-                continue
-            size = self.sizes[Site(name, *keys[0][1:]).key]
-            numbers = {"H": size.get(HEAD), "K": size.get(HEAD), "V": size.get(DIM), "M": size.get(DIM)}
-            numbers |= {"D": size.get(DIM), "F": size.get(DIM)}
-            letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
-            shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)
-            hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"
-            found.append(SiteInfo(name, hook, letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
-        return SiteTable(found)
-
-    def _places(self, name: str) -> list[tuple[str, int | None]]:
-        if not KINDS[name].per_layer:
-            return [(name, None)] if (name, -1, None) in self.sizes else []
-        return [(name, layer) for layer in range(self.n_layers) if Site(name, layer).key in self.sizes]
+        return site_table(self.sizes, self.n_layers)
 
     def require(self, where: Site) -> None:
         """Check that the model has a site, and the heads and dimensions that it names.
@@ -120,73 +102,23 @@ class Model:
         Raises:
             SiteError: it does not.
         """
-        if where.layer is not None and not -1 < where.layer < self.n_layers:
-            raise SiteError(f"{where}: the model has layers 0 .. {self.n_layers - 1}")
-        size = self.sizes.get(where.key)
-        if size is None:
-            names = [s.name for s in self.sites()]
-            raise SiteError(f"{where}: this model has no site {where.name!r}; it has {', '.join(names)}")
-        for axis in (HEAD, DIM):
-            index: Index = getattr(where, axis)
-            listed = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
-            for i in listed:
-                if not -size[axis] <= i < size[axis]:
-                    raise SiteError(_no_such(where, axis, i, size[axis], self.architecture))
+        check_site(self, where)
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
 
         Raises:
-            SiteError, ShapeError, PlanError: it does not.
+            SiteError, ShapeError, PlanError, InputsError: it does not.
         """
-        check_reads(plan, self.n_layers)
-        for item in plan:
-            self.require(item.site)
-            for read in item.reads:
-                if read.site is not None:
-                    self.require(read.site)
-                if isinstance(read.source, World):
-                    self.check_inputs(read.source.inputs)
-                    self.check(read.source.plan)
-                elif isinstance(read.source, Plan):
-                    self.check(read.source)
-            self._check_values(item)
+        check_plan(self, plan)
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """Check that inputs are of the kind that this model takes, images of its size or token ids.
+        """Check that inputs are of the kind that this model takes: images of its size, or ids of its vocabulary.
 
         Raises:
             InputsError: they are not.
         """
-        images = self.architecture.images
-        if (images is None) != (inputs.pixels is None):
-            takes, given = ("token ids", "images") if images is None else ("images", "token ids")
-            raise InputsError(f"{inputs!r} holds {given}, and {self!r} takes {takes}: prepare them with its inputs()")
-        if images is not None and inputs.pixels is not None:
-            require_size(inputs.pixels, images)
-
-    def _check_values(self, item: Intervention) -> None:
-        for read in item.reads:
-            if isinstance(read.source, Tensor) and read.source.ndim == len(item.site.axes):
-                for axis, n in zip(item.site.axes, read.source.shape, strict=True):
-                    whole = self.sizes[item.site.key].get(axis)
-                    if whole is not None and getattr(item.site, axis) is None and n != whole:
-                        raise ShapeError(f"{item}: the source has {n} along {axis}, the site {whole}")
-        where, size = item.site, self.sizes[item.site.key]
-        last = size.get(DIM)
-        if isinstance(where.dim, int):
-            last = 1
-        elif isinstance(where.dim, tuple):
-            last = len(where.dim)
-        elif isinstance(where.dim, Tensor):
-            last = where.dim.shape[-1]
-        elif isinstance(where.dim, Span) and last is not None:
-            last = len(range(*slice(where.dim.start, where.dim.stop).indices(last)))
-        for name, value in item.op.parameters().items():
-            # Integers are positions or tokens, which are not laid out like the site.
-            is_value = isinstance(value, Tensor) and value.ndim and value.is_floating_point()
-            if is_value and last is not None and not isinstance(where.dim, int) and value.shape[-1] != last:
-                raise ShapeError(f"{item}: {name} ends in {value.shape[-1]} entries, the site in {last}")
+        check_inputs(self, inputs)
 
     def inputs(
         self,
@@ -210,67 +142,35 @@ class Model:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if isinstance(prompts, Inputs):
-            raise InputsError("these are Inputs already")
-        if self.architecture.images is not None:
+        images, vocabulary = self.architecture.images, self.architecture.vocabulary
+        if images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
-            pixels = check_pixels(prompts, self.architecture.images)
-            return Inputs.of_images(pixels, self.architecture.images.patch, row_ids)
+            return Inputs.of_images(check_pixels(prompts, images), images.patch, row_ids)
         if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
             raise InputsError(
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
-        if not isinstance(prompts, Tensor):
-            listed = list(prompts)
-            if not listed:
-                raise InputsError("no prompt is given")
-            if all(isinstance(p, int) for p in listed):
-                listed = [listed]  # type: ignore[list-item]
-            texts = [isinstance(p, str) for p in listed]
-            if any(texts) and not all(texts):
-                raise InputsError("prompts are texts or lists of token ids, not both in one list")
-            if all(texts):
-                listed = [self.encode(p) for p in listed]  # type: ignore[arg-type]
-            odd = next((i for row in listed for i in row if isinstance(i, (bool, float, str))), None)
-            if odd is not None:
-                raise InputsError(f"token ids are integers, not {odd!r}")
-            if mask is not None:
-                raise InputsError("a mask goes with a tensor of ids; lists of ids are padded by themselves")
-            empty = [i for i, row in enumerate(listed) if len(row) == 0]
-            if empty:
-                raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")
-            prompts, mask = pad_rows(listed, padding)  # type: ignore[arg-type]
-        elif padding not in ("left", "right"):
-            raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
-        made = Inputs.of(prompts, mask, row_ids)
-        # What stands at padding does not matter, but the embedding has to know it.
-        made = replace(made, ids=made.ids.masked_fill(~made.mask, 0))
-        real = made.ids[made.mask]
-        if int(real.min()) < 0 or int(real.max()) >= self.architecture.vocabulary:
-            bad = int(real.min()) if int(real.min()) < 0 else int(real.max())
-            raise InputsError(f"token id {bad} is outside the vocabulary (0 .. {self.architecture.vocabulary - 1})")
-        if self.tokenizer is None:
-            return made
-        rows = [row[m].tolist() for row, m in zip(made.ids, made.mask, strict=True)]
-        return Inputs.of(made.ids, made.mask, row_ids, tuple(tuple(self.decode([i]) for i in row) for row in rows))
+        decode = None if self.tokenizer is None else self.decode
+        return prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds by itself."""
-        if self.tokenizer is None:
-            raise InputsError("a text needs a tokenizer: wrap(model, tokenizer), or give token ids")
-        return list(self.tokenizer(text)["input_ids"])
+        """Token ids of a text, with the special tokens that the tokenizer adds by itself.
+
+        Raises:
+            InputsError: there is no tokenizer.
+        """
+        return encode_text(self.tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; a piece that begins a word keeps its space, whatever sign the tokenizer has for it. Of a
-        classifier, the labels of classes.
+        """Text of token ids, in which a piece that begins a word keeps its space; of a classifier, labels of classes.
+
+        Raises:
+            InputsError: there is no tokenizer.
         """
         if self.architecture.readout is not None:
             return class_names(self.module, ids)
-        pieces = self.tokenizer.convert_ids_to_tokens(list(ids))
-        return "".join(str(p) for p in pieces).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+        return decode_ids(self.tokenizer, ids)
 
     def token(self, text: str) -> int:
         """The id of a text that is one token, or of a classifier's label.
@@ -280,31 +180,20 @@ class Model:
         """
         if self.architecture.readout is not None:
             return class_id(self.module, text)
-        if self.tokenizer is None:
-            raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(ids) == 1:
-            return ids[0]
-        pieces = [self.decode([i]) for i in ids]
-        other = text.strip() if text != text.strip() else " " + text
-        alternative = list(self.tokenizer(other, add_special_tokens=False)["input_ids"])
-        hint = f"; {other!r} is one token here" if len(alternative) == 1 else ""
-        raise InputsError(f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}")
+        return one_token(self.tokenizer, text)
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
         if pixels is not None:
             # In the model's dtype, as it would bring them into by itself.
-            output = self.module(pixel_values=pixels.to(self.device, self.dtype))
-            logits = output if isinstance(output, Tensor) else output.logits
+            logits = _logits_of(self.module(pixel_values=pixels.to(self.device, self.dtype)))
             return logits if self.architecture.readout is None else logits.unsqueeze(1)
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
         if hasattr(getattr(self.module, "config", None), "use_cache"):
             arguments["use_cache"] = False
-        output = self.module(**arguments)
-        return output if isinstance(output, Tensor) else output.logits
+        return _logits_of(self.module(**arguments))
 
     def run(
         self,
@@ -338,7 +227,7 @@ class Model:
         self.check(own)
         held, record = self.held_on(inputs)
         world = World(inputs, held + own)
-        sites = [site(c) for c in ([capture] if isinstance(capture, (str, Site)) else capture)]
+        sites = sites_of(capture)
         for place in sites:
             self.require(place)
         expose = exposed_layers([world], ())
@@ -350,8 +239,7 @@ class Model:
         kept = tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
         return Run(logits, Tape(inputs, kept, self.sizes), audit)
 
-    @contextmanager
-    def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> Iterator[Audit]:
+    def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> AbstractContextManager[Audit]:
         """Hold a plan on the model while the user calls it: any forward, or a training step.
 
         Inside another one, and for `run` and sweeps inside, the outer plan comes first: together they are one plan.
@@ -364,61 +252,29 @@ class Model:
                 positions or values depend on the batch.
             seed: seed of random interventions.
 
-        Yields:
-            The audit, which grows with every forward pass (what gradient checkpointing computes again is not counted).
+        Returns:
+            A context manager that gives the audit, which grows with every forward pass (what gradient checkpointing
+            computes again is not counted).
 
         Raises:
             UnfiredError: on leaving without an exception, where an intervention never fired.
             PlanError: a call that continues from a key/value cache, whose earlier tokens the plan has not seen.
         """
-        mine = Held.of(plan)
-        if isinstance(mine.plan, Plan):
-            self.check(mine.plan)
-        outer = self._held[-1] if self._held else None
-        # A plan inside another one is one plan, so that it sees what the outer one did, within a layer too.
-        applied = Applied(self, (*(outer.held if outer else ()), mine), seed)
-        if outer is not None:
-            outer.remove()
-        try:
-            applied.install()
-            self._held.append(applied)
-            try:
-                yield mine.audit
-            finally:
-                self._held.pop()
-                applied.remove()
-        finally:
-            if outer is not None:
-                outer.install()
-        mine.require_fired()
-
-    @property
-    def _held(self) -> list[Applied]:
-        # By module: two wrappers of one model hold their plans on the same one.
-        return _HELD.setdefault(self.module, [])
+        return hold(self, plan, seed)
 
     @property
     def holds(self) -> bool:
         """Whether `apply` holds a plan on the model at the moment."""
-        return bool(self._held)
+        return held_on(self.module) is not None
 
     def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
         """The plan that `apply` holds on the model at the moment, on these inputs, and its record; empty outside."""
-        return self._held[-1].on(inputs) if self._held else (Plan(), Audit())
+        applied = held_on(self.module)
+        return (Plan(), Audit()) if applied is None else applied.on(inputs)
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Take the hooks of the plan that is held off the model, and put them back."""
-        applied = self._held.pop() if self._held else None
-        if applied is None:
-            yield
-            return
-        applied.remove()
-        try:
-            yield
-        finally:
-            applied.install()
-            self._held.append(applied)
+    def suspended(self) -> AbstractContextManager[None]:
+        """Take the hooks of all plans that are held off the model, and put them back."""
+        return suspend(self.module)
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
@@ -427,15 +283,12 @@ class Model:
         for name, module in self.module.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 return f"there are hooks of yours on {name or 'the model'}"
+            if "forward" in vars(module):
+                return f"the forward of {name or 'the model'} is one of yours"
+        devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
+        if len(devices) > 1:
+            return f"the model is spread over {', '.join(devices)}"
         return ""
-
-    def bytes_per_token(self) -> int:
-        """About how many bytes of activations one token takes in a pass that is not trained."""
-        arch, block = self.architecture, self.architecture.blocks[0]
-        numbers = 8 * arch.width + 3 * (block.q.heads + 2 * block.k.heads) * block.q.width
-        if block.mlp is not None:
-            numbers += 3 * block.mlp.width
-        return numbers * self.dtype.itemsize
 
 
 def wrap(
@@ -447,26 +300,31 @@ def wrap(
         model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
             classifier (of transformers), the project's own small transformer, or any module with an adapter.
         tokenizer: for prompts that are text, and for printing tokens.
-        adapter: a function that says where the model keeps its parts, for a family that is not known.
+        adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
+            is wrapped already, tokenizer and adapter replace what it has.
 
     Raises:
         ModelError: nobody knows the model's parts.
     """
     if isinstance(model, Model):
-        return model
+        if tokenizer is None and adapter is None:
+            return model
+        known = model.architecture if adapter is None else _described(model.module, adapter)
+        return Model(model.module, model.tokenizer if tokenizer is None else tokenizer, known)
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, (adapter or describe)(model))
+    return Model(model, tokenizer, _described(model, adapter or describe))
 
 
-def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) -> str:
-    if axis == DIM:
-        return f"{where}: the last axis has {size} entries, {index} is not among them"
-    heads, groups = arch.blocks[0].q.heads, arch.blocks[0].k.heads
-    text = f"{where}: there is no head {index}, the site has {size} (0 .. {size - 1})"
-    if size == groups < heads and index < heads:
-        text += (
-            f"; this model has {heads} query heads but {groups} key/value heads, and {where.name} is per key/value head"
-        )
-        text += f": query head {index} reads key/value head {index * groups // heads}"
-    return text
+def _described(module: nn.Module, adapter: Callable[[nn.Module], Architecture]) -> Architecture:
+    found = adapter(module)
+    if not isinstance(found, Architecture):
+        raise ModelError(f"an adapter returns an Architecture, this one a {type(found).__name__}")
+    return found
+
+
+def _logits_of(output: Any) -> Tensor:
+    """The logits among what a model returns: alone, by name, or first in a tuple."""
+    if isinstance(output, tuple):
+        output = output[0]
+    return output if isinstance(output, Tensor) else output.logits

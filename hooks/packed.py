@@ -40,10 +40,6 @@ class Packed:
         """int64 [N] on the values' device: ``row * T + column``, where each token's base value is."""
         return (self.flat() % (self.rows * self.dirty.shape[1])).to(self.values.device)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
-        """Apply a function of each token by itself."""
-        return Packed(self.dirty, function(self.values), self.rows)
-
     def to(self, dirty: Tensor, base: Tensor | None) -> Packed:
         """Hold other tokens: those not held so far get their base value [b, T, ...], those left out are dropped."""
         if torch.equal(dirty, self.dirty):

@@ -15,10 +15,10 @@ from .errors import PlanError, ShapeError
 from .html import table
 from .inputs import Inputs
 from .sites import Site, describe_index, same
+from .tape import Tape
 
 if TYPE_CHECKING:
     from .context import Context
-    from .tape import Tape
 
 
 class Op:
@@ -29,6 +29,7 @@ class Op:
         mixes: ``"row"`` and ``"pos"``, where these depend on one another.
         writes_inf: whether it writes -inf, so that it has no strength.
         always: whether what follows is computed again though the value did not change.
+        reads_alike: whether what is read has to have x's shape.
         needs_full_rows: whether each row of a reference set must have every position that is edited.
         reads_constants: whether no gradient flows into what is read.
     """
@@ -37,6 +38,7 @@ class Op:
     mixes: ClassVar[frozenset[str]] = frozenset()
     writes_inf: ClassVar[bool] = False
     always: ClassVar[bool] = False
+    reads_alike: ClassVar[bool] = False
     needs_full_rows: ClassVar[bool] = False
     reads_constants: ClassVar[bool] = False
 
@@ -107,7 +109,7 @@ class World:
     __repr__ = __str__
 
 
-Source = Union["World", "Plan", "Tape", Inputs, Tensor, Origin]
+Source = Union["World", "Plan", "Intervention", Tape, Inputs, Tensor, Origin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,8 @@ class Read:
     """A value that an intervention reads.
 
     Attributes:
-        source: a world, a tape, a tensor, an `Origin`, or a plan: the inputs of the world that reads, under that plan.
+        source: a world (or inputs), a tape, a tensor, an `Origin`, or a plan: the inputs of the world that reads, under
+            that plan.
         site: the site read; None for the intervention's own.
         aligned: whether row i of the source belongs to row i of the world. If not, the source is a reference set of any
             number of rows, and the function gets all of them.
@@ -124,6 +127,21 @@ class Read:
     source: Source
     site: Site | None = None
     aligned: bool = True
+
+    def __post_init__(self) -> None:
+        source = self.source
+        if isinstance(source, Inputs):
+            source = World(source)
+        if isinstance(source, Intervention):
+            source = Plan((source,))
+        if not isinstance(source, (World, Plan, Tape, Tensor, Origin)):
+            given = "nothing" if source is None else type(source).__name__
+            raise PlanError(f"values are read from a World, a Plan, a Tape or a tensor, not from {given}")
+        if isinstance(source, Tensor) and self.aligned and self.site is not None:
+            raise PlanError(
+                f"a tensor has no site {self.site}: only a World, a Plan or a Tape has others; index it first"
+            )
+        object.__setattr__(self, "source", source)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Read):
@@ -146,7 +164,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A site, the values read, and a pure function of them: see `hooks.interventions` for the functions.
+    """A site, the values read, and a pure function of them: see `hooks.ops` for the functions.
 
     Attributes:
         site: where.
@@ -172,6 +190,10 @@ class Intervention:
         if mask.dtype != torch.bool or mask.ndim not in (1, 2):
             raise ShapeError(f"where() takes a bool mask [B] or [B, T], got {mask.dtype} of shape {list(mask.shape)}")
         if self.only is not None:
+            if len(mask) != len(self.only) or (mask.ndim == self.only.ndim and mask.shape != self.only.shape):
+                raise ShapeError(
+                    f"where() is given a mask {list(mask.shape)}, and the mask before it is {list(self.only.shape)}"
+                )
             one, two = (m if m.ndim == 2 else m[:, None] for m in (self.only, mask))
             mask = one & two if max(self.only.ndim, mask.ndim) == 2 else self.only & mask
         return replace(self, only=mask)

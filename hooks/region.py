@@ -101,7 +101,7 @@ def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | N
     axes, inputs = site.axes, _as_wide(inputs, sizes)
     cols, valid = _columns(POS, site.pos, inputs, where, site)
     shape = {ROW: len(inputs), POS: cols.shape[1]}
-    steps = _position_steps(axes.index(POS), cols, site.pos, inputs)
+    steps = _position_steps(axes.index(POS), cols, inputs.width)
     flags = [] if valid is None else [_on_axes(valid, POS, axes)]
     key_cols = None
     if HEAD in axes:
@@ -110,7 +110,7 @@ def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | N
     if KEY in axes:
         key_cols, key_valid = _columns(KEY, site.key_pos, inputs, None, site)
         shape[KEY] = key_cols.shape[1]
-        steps += _position_steps(axes.index(KEY), key_cols, site.key_pos, inputs)
+        steps += _position_steps(axes.index(KEY), key_cols, inputs.width)
         if key_valid is not None:
             flags.append(_on_axes(key_valid, KEY, axes))
     if DIM in axes:
@@ -162,7 +162,7 @@ def corresponding(region: Region, inputs: Inputs, source: Inputs, sizes: dict[st
                     f"{int(positions[row][real[row]].max())} is wanted"
                 )
             found[axis] = source.order.gather(1, positions.clamp(max=source.width - 1))
-        steps += _position_steps(axes.index(axis), found[axis], index, source)
+        steps += _position_steps(axes.index(axis), found[axis], source.width)
     steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
     return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
 
@@ -198,8 +198,8 @@ def _on_axes(valid: Tensor, axis: str, axes: tuple[str, ...]) -> Tensor:
     return valid.reshape(shape)
 
 
-def _position_steps(axis: int, cols: Tensor, index: Index, inputs: Inputs) -> list[tuple[int, Tensor]]:
-    width = inputs.width
+def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tensor]]:
+    """The index steps that take columns [B, n] out of an axis of `width`."""
     if cols.shape[1] == width and bool((cols == torch.arange(width)).all()):
         return []
     if bool((cols == cols[:1]).all()):

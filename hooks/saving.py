@@ -6,10 +6,10 @@ with a function of the user's cannot be saved, because loading it would mean run
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .digest import digest_of
 from .errors import InterpError, PlanError, nearest
-from .files import pair, write_all
+from .files import pair, read_record, read_tensors, sha256, write_all
 from .inputs import Inputs
-from .interventions import OPS, Custom
+from .ops import OPS, Custom
 from .plan import Intervention, Op, Origin, Plan, Read, World
 from .sites import Site, Span
 from .tape import Tape
@@ -38,15 +38,27 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """
     data, tensors = encode(plan)
     packed = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}) if tensors else b""
-    checksum = hashlib.sha256(packed).hexdigest() if tensors else ""
+    checksum = sha256(packed) if tensors else ""
     record = {"format": FORMAT, "version": VERSION, "tensors_sha256": checksum, "plan": data}
     words, arrays = pair(path)
     words.parent.mkdir(parents=True, exist_ok=True)
+    # Tensors of an earlier plan go with it; a file of that name that is something else stays.
+    stale = not tensors and _holds_tensors_of_a_plan(words, arrays)
     # The checksum ties the two files together, should the second fail to be renamed.
     files = {arrays: packed} if tensors else {}
     write_all({**files, words: (json.dumps(record, indent=1) + "\n").encode()})
-    if not tensors:
+    if stale:
         arrays.unlink(missing_ok=True)
+
+
+def _holds_tensors_of_a_plan(words: Path, arrays: Path) -> bool:
+    """Whether there are tensors, and a saved plan beside them that they belong to."""
+    try:
+        data = read_record(words, "plan", ("format", FORMAT), VERSION, ("tensors_sha256", "plan"), PlanError)
+        read_tensors(arrays, data["tensors_sha256"], words, PlanError)
+    except (OSError, PlanError):
+        return False
+    return True
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -58,26 +70,13 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     words, arrays = pair(path)
     if not words.exists():
         raise PlanError(f"there is no saved plan at {words}")
-    try:
-        data = json.loads(words.read_text())
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{words} is not JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise PlanError(f"{words} is not a saved plan")
-    if data.get("version") != VERSION:
-        raise PlanError(f"{words} has version {data.get('version')!r}; this version reads {VERSION}")
-    wanted = {"format", "version", "tensors_sha256", "plan"}
-    if set(data) != wanted:
-        raise PlanError(f"{words} differs from a saved plan in the fields {sorted(wanted ^ set(data))}")
+    data = read_record(words, "plan", ("format", FORMAT), VERSION, ("tensors_sha256", "plan"), PlanError)
     try:
         tensors: dict[str, Tensor] = {}
         if data["tensors_sha256"]:
             if not arrays.exists():
                 raise PlanError(f"{words} needs its tensors, and {arrays} is missing")
-            packed = arrays.read_bytes()
-            if hashlib.sha256(packed).hexdigest() != data["tensors_sha256"]:
-                raise PlanError(f"{arrays} does not belong to {words}: its checksum differs; save again")
-            tensors = load(packed)
+            tensors = load(read_tensors(arrays, data["tensors_sha256"], words, PlanError))
         plan = decode(data["plan"], tensors)
         if not isinstance(plan, Plan):
             raise PlanError(f"{words} holds a {type(plan).__name__}, not a plan")

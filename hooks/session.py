@@ -63,7 +63,7 @@ class Session:
         """Rows of the whole batch."""
         return sum(len(w.world.inputs.row_ids[w.window]) for w in self.worlds if w.window is not None)
 
-    def keys(self) -> set[Key]:
+    def touched(self) -> set[Key]:
         """The sites at which something is edited, read or kept."""
         keys = set(self._captured)
         for world in self.worlds:
@@ -121,7 +121,7 @@ def install(session: Session, arch: Architecture, stack: ExitStack, expose: Iter
         expose: layers whose attention is computed with its inside exposed though nothing is visited there, so that the
             worlds of one comparison use one kernel.
     """
-    wanted = session.keys()
+    wanted = session.touched()
 
     def on_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> None:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -241,20 +241,23 @@ def _install_block(
 
         def z(x: Tensor) -> Tensor:
             heads = visit("z", x.unflatten(-1, (block.q.heads, block.q.width)))
-            held["z"] = heads
+            if "result" in names:
+                held["z"] = heads
             return heads.flatten(-2)
 
         on_input(block.out, z)
     if "result" in names:
-        on_output(block.out, lambda out: out + head_results_change(block, held["z"], lambda x: visit("result", x)))
+        on_output(block.out, lambda out: out + head_results_change(block, held.pop("z"), lambda x: visit("result", x)))
     if "attn_out" in names:
         ended(block.attention_end, lambda x: visit("attn_out", x), False)
     if block.mlp is not None and block.norm2 is not None:
         if names & {"resid_mid", "mlp_in"}:
 
             def mlp_in(x: Tensor) -> Tensor:
-                held["resid_mid"] = visit("resid_mid", x)
-                return visit("mlp_in", held["resid_mid"])
+                x = visit("resid_mid", x)
+                if "resid_mid" in names:
+                    held["resid_mid"] = x
+                return visit("mlp_in", x)
 
             on_input(block.norm2, mlp_in)
         if "mlp_pre" in names:
@@ -264,8 +267,10 @@ def _install_block(
         if names & {"mlp_out", "resid_mid"}:
 
             def mlp_out(x: Tensor) -> Tensor:
-                held["mlp_out"] = visit("mlp_out", x)
-                return held["mlp_out"]
+                x = visit("mlp_out", x)
+                if "resid_mid" in names:
+                    held["mlp_out"] = x
+                return x
 
             ended(block.mlp_end, mlp_out, True)
     if names & {"resid_post", "resid_mid"}:
@@ -273,8 +278,7 @@ def _install_block(
         def resid_post(x: Tensor) -> Tensor:
             # The block keeps its own copy of the residual from before the norm, where no hook reaches it.
             if "resid_mid" in names:
-                x = held["resid_mid"] + held["mlp_out"]
-            held.clear()
+                x = held.pop("resid_mid") + held.pop("mlp_out")
             return visit("resid_post", x)
 
         on_output(block.module, resid_post)

@@ -10,21 +10,27 @@ The base is the same program, run for one world in which every token differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapters.architecture import Architecture
+from .budget import bytes_per_token
 from .chunk import Chunk
-from .editing import Edits, Key
+from .editing import Edits, Key, source_id
 from .inputs import Inputs
+from .job import Job, Outcome
 from .meter import Meter
 from .packed import Packed
 from .packed_attention import seen_by
+from .plan import Origin, World
 from .region import Region, entire, resolve
 from .sites import Site, execution_order
+from .sources import all_reads, read_tapes
+from .tape import Tape
 
 COMPANIONS = {
     "q_input": ("attn_in", "q"),
@@ -55,9 +61,12 @@ class SharedRun:
         whole: the base's inputs.
         window: the rows of them that are run.
         reads: the sites whose values are wanted of every world.
+        sizes: sizes of the head and last axes of every site, by key.
+        device: the model's.
         exposed: layers whose attention is computed with its inside exposed, for every world alike.
         recorded: sites of which the base's value will be needed, besides those that every run needs.
         trim: whether tokens that no read depends on may be dropped.
+        base: the base's value [b, T, ...] of the sites that are recorded, by key.
         meter: counts the work.
     """
 
@@ -132,3 +141,94 @@ class SharedRun:
         nothing = torch.zeros_like(self.inputs.mask)
         values = torch.cat(pieces) if pieces else self.embedded(self.inputs, nothing)
         return chunk.run(Packed(torch.cat(dirty), values, len(self.inputs)))
+
+
+def run_shared(job: Job) -> Iterator[list[Outcome]]:
+    """Run worlds against bases that those with one `Inputs` object share, and yield them a chunk at a time."""
+    groups: dict[int, list[int]] = {}
+    for index, world in enumerate(job.worlds):
+        groups.setdefault(id(world.inputs), []).append(index)
+    for members in groups.values():
+        yield from _run_group(job, members)
+
+
+def _run_group(job: Job, members: Sequence[int]) -> Iterator[list[Outcome]]:
+    """Run the worlds of one base, by their numbers."""
+    model, mine = job.model, [job.worlds[i] for i in members]
+    inputs = mine[0].inputs
+    # Reference sets are needed whole; other worlds that are read go through the network beside their readers.
+    sources = all_reads(mine)
+    apart = {source_id(r.source, w) for w in mine for i in w.plan for r in i.reads if not r.aligned}
+    apart |= {key for key, (source, _) in sources.items() if not _shares_base(source, inputs)}
+    fixed = read_tapes(model, mine, job.seed, job.expose, job.limit, only=apart)
+    sources = {key: found for key, found in sources.items() if key not in apart}
+    order = sorted(range(len(mine)), key=lambda i: _first_column(mine[i], inputs))
+    own = [r for w in mine for i in w.plan for r in i.reads if r.source is Origin.HERE]
+    keys = {item.site.key for world in mine for item in world.plan} | {r.key for r in job.reads}
+    keys |= {r.site.key for r in own if r.site is not None}
+    keys |= {site.key for _, sites in sources.values() for site in sites}
+    per_row = bytes_per_token(model) * inputs.width
+    step = max(1, min(len(inputs), int(job.limit // 2 // (per_row * model.n_layers))))
+    for start in range(0, len(inputs), step):
+        window = slice(start, min(start + step, len(inputs)))
+        left = [i for i in order if not job.skip(members[i], window)]
+        if not left:
+            continue
+        run = SharedRun(
+            arch=model.architecture,
+            whole=inputs,
+            window=window,
+            reads=job.reads,
+            sizes=model.sizes,
+            device=model.device,
+            exposed=job.expose,
+            recorded=record_keys(keys),
+            # A value read from another position of the same world may be one that nothing else needs.
+            trim=not own,
+            meter=job.meter,
+        )
+        run.run_base(Edits(World(inputs), model.sizes, {}, job.seed, window))
+        tapes = {**fixed, **_tapes_beside(run, sources, job.seed)}
+        together = max(1, int(job.limit // (per_row * len(run.inputs))))
+        for at in range(0, len(left), together):
+            chosen = left[at : at + together]
+            edits = [Edits(mine[i], model.sizes, tapes, job.seed, window) for i in chosen]
+            yield [
+                Outcome(members[i], window, tuple(values), entry.audit)
+                for i, entry, values in zip(chosen, edits, run.run_worlds(edits), strict=True)
+            ]
+
+
+def _shares_base(source: World, inputs: Inputs) -> bool:
+    """Whether a world that is read can be run against the base of `inputs`: the same layout, and no plan of its own."""
+    same_layout = source.inputs.mask.shape == inputs.mask.shape and bool((source.inputs.mask == inputs.mask).all())
+    return same_layout and not len(source.plan)
+
+
+def _tapes_beside(run: SharedRun, sources: Mapping[Any, tuple[World, list[Site]]], seed: int) -> dict[Any, Tape]:
+    """Run the worlds that are read as worlds of the same base: where their inputs agree with it, so do their values,
+    bitwise.
+    """
+    tapes = {}
+    for key, (source, sites) in sources.items():
+        view = replace(run, reads=sites, trim=False)
+        values = view.run_worlds([Edits(source, run.sizes, {}, seed, run.window)])[0]
+        kept = tuple(zip(sites, values, strict=True))
+        tapes[key] = Tape(source.inputs, kept, run.sizes, run.window)
+    return tapes
+
+
+def _first_column(world: World, inputs: Inputs) -> int:
+    """About where a world forks from its base: worlds that fork at one place pack well together."""
+    first = inputs.width
+    for item in world.plan:
+        pos = item.site.pos
+        if isinstance(pos, int) and pos >= 0:
+            first = min(first, pos)
+        elif isinstance(pos, int):
+            first = min(first, inputs.width + pos)
+        elif isinstance(pos, tuple) and min(pos) >= 0:
+            first = min(first, min(pos))
+        else:
+            return 0
+    return first

@@ -7,8 +7,9 @@ key/value heads, D head width, M model width, F MLP width, V vocabulary, L layer
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -74,6 +75,13 @@ class Span:
 
     start: int | None = None
     stop: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            bound = getattr(self, name)
+            if bound is not None and (not isinstance(bound, Integral) or isinstance(bound, bool)):
+                raise SiteError(f"the ends of a slice are ints or open, not {bound!r}")
+            object.__setattr__(self, name, None if bound is None else int(bound))
 
     def __str__(self) -> str:
         return f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
@@ -221,6 +229,17 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
     return Site(name, layer, **restrictions)
 
 
+def sites_of(given: Site | str | Iterable[Site | str]) -> list[Site]:
+    """The sites that a user names, one or several, in either spelling.
+
+    Raises:
+        SiteError: one of them is none.
+    """
+    if not isinstance(given, (str, Site, Iterable)):
+        raise SiteError(f"sites are names or Sites, one or several, not {type(given).__name__}")
+    return [site(one) for one in ([given] if isinstance(given, (str, Site)) else given)]
+
+
 def _parse_hook(name: str) -> tuple[str, int | None] | None:
     if name in _BY_HOOK:
         return _BY_HOOK[name], None
@@ -252,18 +271,19 @@ def _index(axis: str, value: Any) -> Index:
         if value in ("last", "all") and axis in (POS, KEY):
             return -1 if value == "last" else None
         raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None{nearest(value, ('last', 'all'))}")
-    if isinstance(value, bool):
+    if hasattr(value, "__array__") and not isinstance(value, Tensor):
+        value = torch.as_tensor(value)
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool and not value.ndim):
         raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None")
     if isinstance(value, slice):
         if value.step not in (None, 1):
             raise SiteError(f"{axis}={value!r}: a step other than 1 is not understood; list the positions")
-        return Span(value.start, value.stop)
-    if isinstance(value, range):
-        return tuple(value)
+        try:
+            return Span(value.start, value.stop)
+        except SiteError as error:
+            raise SiteError(f"{axis}={value!r}: {error}") from None
     if isinstance(value, Sequence):
         return _ints(axis, value)
-    if hasattr(value, "__array__") and not isinstance(value, Tensor):
-        value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         return _tensor_index(axis, value)
     if value is None or isinstance(value, (int, Span)):
@@ -272,11 +292,11 @@ def _index(axis: str, value: Any) -> Index:
 
 
 def _ints(axis: str, value: Sequence[Any]) -> tuple[int, ...]:
-    if not value or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+    if not value or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in value):
         raise SiteError(f"{axis}={value!r}: expected one or more ints")
     if len(set(value)) != len(value):
         raise SiteError(f"{axis}={tuple(value)!r}: an entry is named twice")
-    return tuple(value)
+    return tuple(int(i) for i in value)
 
 
 def _tensor_index(axis: str, value: Tensor) -> Index:

@@ -79,6 +79,7 @@ class Tape:
         return (
             len(self) == len(other)
             and same(self.inputs.ids, other.inputs.ids)
+            and same(self.inputs.mask, other.inputs.mask)
             and same(self.inputs.pixels, other.inputs.pixels)
             and all(a == b and same(v, w) for (a, v), (b, w) in zip(self.values, other.values, strict=True))
         )

@@ -56,6 +56,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
 from interp import paths, training
 from interp.attribution import attribution
 from interp.axes import Axis
+from interp.evaluation import evaluate
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
 from interp.loading import load
@@ -63,7 +64,6 @@ from interp.metrics import (
     Metric,
     accuracy,
     cross_entropy,
-    evaluate,
     kl,
     log_prob,
     logit,

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
+from hooks.budget import budget_of, rows_per_pass
 from hooks.editing import Edits
 from hooks.errors import MetricError, PlanError
-from hooks.plan import Plan
+from hooks.forward import exposed_layers, hooked_pass
+from hooks.plan import Origin, Plan
 from hooks.sites import execution_order
-from hooks.worlds import default_budget, exposed_layers, hooked_pass, read_tapes, rows_per_pass
+from hooks.sources import read_tapes
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
+from interp.provenance import describe_run
 from interp.results import Result
-from interp.sweeps import assemble, check_metrics, check_model, describe_run, references, source_metrics, source_of
+from interp.sweeps import assemble, check_metrics, check_model, references, source_metrics, source_of
 
 
 def attribution(
@@ -48,6 +51,8 @@ def attribution(
 
     Raises:
         MetricError: the metric has no gradient (rank, accuracy).
+        PlanError: an intervention has no first-order estimate of its own: it writes -inf, mixes rows, or reads what
+            another one may change.
     """
     check_model(model, direction)
     check_metrics([metric])
@@ -59,13 +64,14 @@ def attribution(
     reference = references(model, [metric], [bound], source, base_inputs)[0]
     everything = World(base_inputs, sum((plan for plan in plans), Plan()))
     model.check(everything.plan)
-    endless = next((item for item in everything.plan if item.op.writes_inf), None)
-    if endless is not None:
-        raise PlanError(f"{endless}: a change to -inf has no first-order estimate; use sweep()")
+    _require_estimable(everything.plan)
     sites = _distinct(everything.plan, model.n_layers)
-    expose = exposed_layers([everything], bound.reads)
-    limit = budget if budget is not None else default_budget(model.device)
-    tapes = read_tapes(model, [everything], seed, expose, limit)
+    limit = budget_of(model, budget)
+    held, record = model.held_on(base_inputs)
+    unedited = World(base_inputs, held)
+    expose = exposed_layers([unedited, everything], bound.reads)
+    with model.suspended():
+        tapes = read_tapes(model, [unedited, everything], seed, expose, limit)
     rows = len(base_inputs)
     values = np.full((1, len(cells) + 2, rows), np.nan)
     status = np.zeros((len(cells) + 2, rows), np.int8)
@@ -73,13 +79,14 @@ def attribution(
     step = rows_per_pass(model, base_inputs, limit // model.n_layers)
     for start in range(0, rows, step):
         window = slice(start, min(start + step, rows))
-        edits = Edits(World(base_inputs), model.sizes, tapes, seed, window)
+        edits = Edits(unedited, model.sizes, tapes, seed, window)
         captures = [*sites, *bound.reads]
-        with torch.enable_grad():
+        with model.suspended(), torch.enable_grad():
             session, _ = hooked_pass(model, [edits], [captures], expose, graph=True)
             kept = [session.kept[0][i] for i in range(len(captures))]
             measured = call(bound, metric.name, window, [*kept[len(sites) :], *(r[window] for r in reference)])
             gradients = _gradients(measured, kept[: len(sites)], metric.name)
+        edits.audit.split(len(held), record)
         base = measured.detach().to("cpu", torch.float64).numpy()
         values[0, :2, window] = base
         with torch.no_grad():
@@ -98,6 +105,19 @@ def attribution(
     result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))
     result.config["executor"] = "first order (attribution patching)"
     return result
+
+
+def _require_estimable(plan: Plan) -> None:
+    for item in plan:
+        why = ""
+        if item.op.writes_inf:
+            why = "a change to -inf"
+        elif "row" in item.op.mixes:
+            why = "a function that mixes rows"
+        elif any(read.source is Origin.HERE for read in item.reads):
+            why = "a read of this world's own values"
+        if why:
+            raise PlanError(f"{item}: {why} has no first-order estimate; use sweep()")
 
 
 def _distinct(plan: Plan, n_layers: int) -> list[Site]:

@@ -19,8 +19,9 @@ import torch
 from hooks import Inputs, Model, Plan, Site, World, align, patch
 from hooks.errors import InputsError
 from interp import plots
+from interp.evaluation import evaluate
 from interp.grids import grid
-from interp.metrics import Metric, evaluate, logit_diff, prob
+from interp.metrics import Metric, logit_diff, prob
 from interp.results import Result
 from interp.sweeps import sweep
 

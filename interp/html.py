@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hooks.html import table
+from interp.typesetting import visible
 
 if TYPE_CHECKING:
     from interp.axes import Axis
@@ -25,8 +26,6 @@ def heatmap(result: Result, cell: int = 18) -> str:
         result: a result with one metric.
         cell: side of a square, in pixels.
     """
-    from interp.plots import visible
-
     y, x = result.axes if len(result.axes) == 2 else (None, result.axes[0])
     values = result.mean().reshape(1 if y is None else len(y), len(x))
     low, high = (bound.reshape(values.shape) for bound in result.ci())
@@ -81,8 +80,6 @@ def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
 
 def summary(result: Result) -> str:
     """Return a summary, the five largest effects, and a heatmap that tells every effect on hover, for notebooks."""
-    from interp.plots import visible
-
     best = result.top(5)
     of = f" on {best[0]['metric']}" if best and result.several else ""
     head = [*(axis.name for axis in result.axes), f"mean effect{of}", "95% interval"]
@@ -100,8 +97,6 @@ def summary(result: Result) -> str:
 
 def _shown(axis: Axis, cell: dict[str, Any]) -> str:
     """Return the cell's value on the axis, with its label where that says more."""
-    from interp.plots import visible
-
     value = cell[axis.name]
     label = axis.labels[axis.values.index(value)]
     return str(value) if label == str(value) else f"{value} {visible(label)}"

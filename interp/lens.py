@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from hooks import Inputs, Model, Site
 from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import InputsError, MetricError, ModelError
+from interp.answers import Tokens, token_ids
 from interp.axes import Axis
-from interp.metrics import Metric, Tokens, call, token_ids
+from interp.metrics import Metric, call
+from interp.provenance import describe_run
 from interp.results import Result
-from interp.sweeps import assemble, describe_run
+from interp.sweeps import assemble
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, World, run_worlds, site
+from hooks import Inputs, Model, Site, World
 from hooks.errors import MetricError
-from hooks.region import listed, resolve
-from hooks.sites import Index, Span
+from hooks.region import resolve
+from hooks.sites import Index, Span, sites_of
+from interp.answers import Tokens, token_ids
 
-Token = int | str
-Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Tensor
 Function = Callable[..., Tensor]
 PositionMean = Callable[[slice, Tensor], Tensor]
 
@@ -68,7 +66,7 @@ def metric(fn: Callable[..., Tensor], reads: Sequence[Site | str] | Site | str, 
         reads: what it reads: sites, restricted as far as possible. ``site("logits", pos=-1)`` has values [B, 1, V].
         name: what results call it; default the function's name.
     """
-    listed = tuple(site(r) for r in ([reads] if isinstance(reads, (str, Site)) else reads))
+    listed = tuple(sites_of(reads))
     if not listed:
         raise MetricError("a metric reads something: name the sites")
 
@@ -228,54 +226,6 @@ def cross_entropy() -> Metric:
     return Metric("cross_entropy", bind)
 
 
-def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor: str = "auto") -> Tensor:
-    """The value of a metric on inputs, or on a world (inputs under a plan): one number a row, [B].
-
-    Raises:
-        MetricError: the metric needs a source world, or returns anything but one number a row.
-    """
-    world = inputs if isinstance(inputs, World) else World(inputs)
-    bound = measured.bind(model, world.inputs)
-    others: dict[int, list[Tensor]] = {}
-    if measured.reference is not None:
-        if not isinstance(measured.reference, World):
-            raise MetricError(f"{measured.name} compares with a sweep's source; here, name a World: reference=")
-        others = {0: read_reference(model, measured, measured.reference, bound, world.inputs)}
-    values = read_world(model, world, bound.reads, executor)
-    return call(bound, measured.name, slice(0, len(world.inputs)), [*values, *others.get(0, [])])
-
-
-def read_world(model: Model, world: World, reads: Sequence[Site], executor: str = "auto") -> list[Tensor]:
-    """The values of sites in one world, all rows together."""
-    pieces = [outcome.values for outcome in run_worlds(model, [world], reads, executor=executor)]
-    return [torch.cat([piece[i] for piece in pieces]) for i in range(len(reads))]
-
-
-def read_reference(model: Model, measured: Metric, reference: World, bound: Bound, inputs: Inputs) -> list[Tensor]:
-    """What a metric compares with, row by row.
-
-    Raises:
-        MetricError: the reference has other rows or positions.
-    """
-    if len(reference.inputs) != len(inputs):
-        raise MetricError(
-            f"{measured.name} compares {len(inputs)} rows with a reference of {len(reference.inputs)}: a row is a pair"
-        )
-    unequal = bool((reference.inputs.lengths != inputs.lengths).any())
-    if unequal and any(not listed(place.pos) for place in bound.reads):
-        raise MetricError(
-            f"{measured.name} compares position by position, and the reference has prompts of other lengths"
-        )
-    values = read_world(model, reference, measured.bind(model, reference.inputs).reads)
-    for place, value in zip(bound.reads, values, strict=True):
-        shape = resolve(place, inputs, model.sizes[place.key]).shape
-        if [shape[axis] for axis in place.axes] != list(value.shape):
-            raise MetricError(
-                f"{measured.name}: the reference has {list(value.shape)} at {place}, the run {list(shape.values())}"
-            )
-    return values
-
-
 def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor]) -> Tensor:
     """Apply a metric's function and check that it gives one number a row."""
     out = bound.fn(rows, *values)
@@ -286,44 +236,6 @@ def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor]) -> Tens
             f"metric {name!r} returned {got} for {count} rows; it gives one number a row, shape [{count}]"
         )
     return out
-
-
-def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
-    """Ids int64 [B, n] of what a user wrote for the tokens of each row.
-
-    Raises:
-        MetricError: not as many as rows, rows of different numbers of tokens, or ids outside the vocabulary.
-        InputsError: a text that is not one token; the message shows its pieces.
-    """
-
-    def one(token: Any) -> int:
-        if isinstance(token, str):
-            return model.token(token)
-        if isinstance(token, (int, np.integer)) and not isinstance(token, bool):
-            return int(token)
-        raise MetricError(f"an answer is a token's text or its id, not {token!r}")
-
-    plain: Any = tokens.tolist() if isinstance(tokens, (Tensor, np.ndarray)) else tokens
-    single = (int, str, np.integer)
-    if isinstance(plain, single):
-        table = [[one(plain)]] * rows
-    elif isinstance(plain, Sequence):
-        table = [
-            [one(i) for i in t] if isinstance(t, (Sequence, np.ndarray)) and not isinstance(t, str) else [one(t)]
-            for t in plain
-        ]
-    else:
-        raise MetricError(f"answers are a token, or one entry for each row, not {plain!r}")
-    if len(table) != rows:
-        raise MetricError(f"{len(table)} answers for {rows} rows: give one token for all, or one entry for each row")
-    if len({len(row) for row in table}) != 1 or not table[0]:
-        raise MetricError("each row has the same number of answer tokens, at least one")
-    ids = torch.tensor(table)
-    vocabulary = model.architecture.vocabulary
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        things = "tokens" if model.architecture.readout is None else "classes"
-        raise MetricError(f"an answer is outside the vocabulary of {vocabulary} {things}")
-    return ids
 
 
 def _bind_answers(

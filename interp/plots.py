@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hooks.errors import ResultError, nearest
+from interp.typesetting import (
+    LONGEST,
+    SMALLEST,
+    entitle,
+    printed,
+    room_of,
+    say,
+    set_ticks,
+    shortened,
+    tick_x,
+    tick_y,
+    typeset,
+    visible,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,22 +38,7 @@ if TYPE_CHECKING:
 
 # Red-white-blue keeps its two ends apart in every common form of colour blindness.
 _COLOURS = "RdBu_r"
-_SMALLEST = 6.0  # points: nothing is set smaller, labels are left out instead
-_LONGEST = 22  # characters of a tick label
 _TITLES = {"pos": "position", "key_pos": "key position"}
-
-
-def visible(text: str) -> str:
-    r"""Return text with what the eye cannot see made visible: spaces at the ends as '·', newlines and the like escaped.
-
-    >>> print(visible(" Mary"), visible("a b "), visible("\n"))
-    ·Mary a b· \n
-    """
-    inner = text.strip(" ")
-    left = len(text) - len(text.lstrip(" "))
-    right = len(text) - left - len(inner)
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in inner)
-    return "·" * left + "".join(shown) + "·" * right
 
 
 def heatmap(result: Result, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
@@ -93,10 +91,17 @@ def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None
 
     Returns:
         The matplotlib axes.
+
+    Raises:
+        ResultError: the result has several metrics.
     """
     from interp.axes import Axis
     from interp.results import Result
 
+    if result.several:
+        raise ResultError(
+            f"cells are ranked by one metric, and there are {', '.join(result.metrics)}: see sel(metric=)"
+        )
     means = np.abs(np.nan_to_num(result.mean()))
     order = np.argsort(-means, axis=None)[:k]
     index = np.unravel_index(order, means.shape)
@@ -144,13 +149,13 @@ def attention(pattern: Any, tokens: Sequence[str], ax: Any = None, title: str = 
     future = np.triu(np.ones(weights.shape, bool), 1)
     hidden = future & (not weights[future].any())
     ax.imshow(np.where(hidden, np.nan, weights), cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
-    labels = [_text(visible(token), _LONGEST) for token in tokens]
-    size = min(9.0, max(_SMALLEST, 150.0 / len(tokens)))
-    _set_ticks(ax.xaxis, labels, 1, True, size, 90)
-    _set_ticks(ax.yaxis, labels, 1, True, size, 0)
+    labels = [printed(visible(token), LONGEST) for token in tokens]
+    size = min(9.0, max(SMALLEST, 150.0 / len(tokens)))
+    set_ticks(ax.xaxis, labels, 1, True, size, 90)
+    set_ticks(ax.yaxis, labels, 1, True, size, 0)
     ax.set_xlabel("key", fontsize=9)
     ax.set_ylabel("query", fontsize=9)
-    _entitle(ax, title)
+    entitle(ax, title)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     return ax
@@ -185,8 +190,8 @@ def _maps(
     across = min(len(titles), 3)
     if given is None:
         down = math.ceil(len(titles) / across)
-        width = min(_inches(x, 0.22, 1.8, 6.0), 6.0 / across) * across + 1.4 + _room(y)
-        height = (_inches(y, 0.19, 2.0, 5.5) + 0.3 * (titles != [""])) * down + 0.5 + _room(x)
+        width = min(_inches(x, 0.22, 1.8, 6.0), 6.0 / across) * across + 1.4 + room_of(y)
+        height = (_inches(y, 0.19, 2.0, 5.5) + 0.3 * (titles != [""])) * down + 0.5 + room_of(x)
         figure = _figure(width, height)
         every = figure.subplots(down, across, squeeze=False).ravel().tolist()
         for ax in every[len(titles) :]:
@@ -203,23 +208,23 @@ def _maps(
     for ax, grid, title in zip(panels, grids, titles, strict=True):
         ax.set_facecolor("0.82")  # nan is transparent and shows it
         image = ax.imshow(np.clip(grid, -limit, limit), origin="lower" if y.name == "layer" else "upper", **look)
-        _entitle(ax, title or _selected(result))
+        entitle(ax, title or _selected(result))
     bar = panels[0].figure.colorbar(image, ax=panels if len(panels) > 1 else panels[0], pad=0.02, aspect=25)
     absent = " (grey: in no row)" if np.isnan(grids).any() else ""
     for ax in bottom:
-        ax.set_xlabel(_text(_title(x)) + absent, usetex=False)
+        ax.set_xlabel(printed(_title(x)) + absent, usetex=False)
     for ax in left:
-        ax.set_ylabel(_text(_title(y)), usetex=False)
+        ax.set_ylabel(printed(_title(y)), usetex=False)
     if figure is not None and titles != [""] and _selected(result):
-        figure.suptitle(_text(_selected(result), 60), usetex=False)
+        figure.suptitle(printed(_selected(result), 60), usetex=False)
 
     def set_type() -> None:
         for ax in panels:
-            _tick_x(ax, x, shown=ax in bottom)
-            _tick_y(ax, y, shown=ax in left)
-        _say(bar.ax, _meaning(result, normalized))
+            tick_x(ax, x, shown=ax in bottom)
+            tick_y(ax, y, shown=ax in left)
+        say(bar.ax, _meaning(result, normalized))
 
-    _typeset(panels[0], set_type)
+    typeset(panels[0], set_type)
     return panels
 
 
@@ -227,7 +232,7 @@ def _bars(result: Result, values: np.ndarray, normalized: bool, given: list[Axes
     from matplotlib import colormaps
 
     (axis,) = result.axes
-    figure = None if given else _figure(_inches(axis, 0.24, 2.4, 6.4) + 0.9, 2.3 + _room(axis))
+    figure = None if given else _figure(_inches(axis, 0.24, 2.4, 6.4) + 0.9, 2.3 + room_of(axis))
     (ax,) = _as_many(given, 1) if figure is None else [figure.subplots()]
     low, high = result.ci(normalized=normalized)
     at = np.arange(len(axis))
@@ -237,33 +242,16 @@ def _bars(result: Result, values: np.ndarray, normalized: bool, given: list[Axes
     ax.vlines(at, low, high, color="black", linewidth=1.0)
     ax.axhline(0.0, color="black", linewidth=0.6)
     ax.set_xlim(-0.6, len(axis) - 0.4)
-    ax.set_xlabel(_text(_title(axis)), usetex=False)
-    _entitle(ax, _selected(result))
+    ax.set_xlabel(printed(_title(axis)), usetex=False)
+    entitle(ax, _selected(result))
     meaning = [*_meaning(result, normalized), *(["95% intervals"] if np.isfinite(low).any() else [])]
 
     def set_type() -> None:
-        _tick_x(ax, axis, shown=True)
-        _say(ax, meaning)
+        tick_x(ax, axis, shown=True)
+        say(ax, meaning)
 
-    _typeset(ax, set_type)
+    typeset(ax, set_type)
     return ax
-
-
-# Text
-
-
-def _text(text: str, longest: int = 40) -> str:
-    """Return text that matplotlib prints as it is, the middle left out of what is too long."""
-    return _unmathed(_shortened(visible(text), longest))
-
-
-def _unmathed(text: str) -> str:
-    return text.replace("$", r"\$")  # an escaped dollar never begins mathematics
-
-
-def _shortened(text: str, longest: int) -> str:
-    head = (longest - 1) // 2
-    return text if len(text) <= longest else f"{text[:head]}…{text[head + 1 - longest :]}"
 
 
 def _title(axis: Axis) -> str:
@@ -274,46 +262,13 @@ def _meaning(result: Result, normalized: bool) -> list[str]:
     """Return what the numbers are, in pieces."""
     over = f"mean of {len(result.rows)} row{'s' * (len(result.rows) != 1)}"
     what, scale = ("normalized effect", "0 = base, 1 = source") if normalized else ("effect", "edited − base")
-    return [f"{what} on {_shortened(visible(result.metrics[0]), 40)}", scale, over]
-
-
-def _say(ax: Axes, pieces: Sequence[str]) -> None:
-    """Label the vertical axis, in the largest type that takes three lines at most."""
-    room, own = _points(ax)[1], _rc_points("axes.labelsize")
-    for size in (own, *(points for points in (8.0, 7.0, _SMALLEST) if points < own)):
-        wide = max(int(room / (0.6 * size)), 8)
-        lines: list[str] = []
-        for piece in pieces:
-            if lines and len(lines[-1]) + len(piece) + 2 <= wide:
-                lines[-1] += f"; {piece}"
-            else:
-                lines += textwrap.wrap(piece, wide)
-        if len(lines) <= 3:
-            break
-    ax.set_ylabel(_unmathed("\n".join(lines)), fontsize=size, usetex=False)
+    return [f"{what} on {shortened(visible(result.metrics[0]), 40)}", scale, over]
 
 
 def _selected(result: Result) -> str:
     """Return what `sel` picked."""
     picked = result.config.get("selected")
     return ", ".join(f"{name} {value}" for name, value in picked.items()) if isinstance(picked, dict) else ""
-
-
-def _entitle(ax: Axes, title: str) -> None:
-    if title:
-        ax.set_title(_text(title), fontsize=_fitting(_text(title), _points(ax)[0], "axes.titlesize"), usetex=False)
-
-
-# Sizes
-
-
-def _typeset(ax: Axes, set_type: Callable[[], None]) -> None:
-    """Set type to the room there is, which a layout engine decides only once something has been set."""
-    set_type()
-    figure = ax.figure.figure  # the whole of it, where the axes are in a subfigure
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        set_type()
 
 
 def _rank(axis: Axis) -> int:
@@ -323,72 +278,6 @@ def _rank(axis: Axis) -> int:
 
 def _inches(axis: Axis, cell: float, least: float, most: float) -> float:
     return min(max(cell * len(axis), least), most)
-
-
-def _room(axis: Axis) -> float:
-    """Return the inches that an axis's longest label takes, written away from the axis."""
-    return 0.075 * max((len(_text(label, _LONGEST)) for label in axis.labels), default=0)
-
-
-def _points(ax: Axes) -> tuple[float, float]:
-    """Return the width and height of the axes in points."""
-    box = ax.get_window_extent()
-    scale = 72 / ax.figure.dpi
-    return box.width * scale, box.height * scale
-
-
-def _rc_points(name: str) -> float:
-    from matplotlib import rcParams
-    from matplotlib.font_manager import FontProperties
-
-    return FontProperties(size=rcParams[name]).get_size_in_points()  # pyright: ignore[reportArgumentType]
-
-
-def _fitting(text: str, room: float, rc: str) -> float:
-    """Return the user's size for such text, or the smaller one at which it takes `room` points."""
-    return max(min(_rc_points(rc), room / (0.6 * max(len(text), 1))), _SMALLEST)
-
-
-def _tick_x(ax: Axes, axis: Axis, shown: bool) -> None:
-    cell = _points(ax)[0] / max(len(axis), 1)
-    labels = [_text(label, _LONGEST) for label in axis.labels]
-    widest = max(map(len, labels), default=0)
-    size = _rc_points("xtick.labelsize")
-    numbers = all(label.lstrip("-").isdigit() for label in labels)
-    upright = numbers or widest * 0.62 * size < cell
-    if upright:
-        size = max(min(size, cell / (0.62 * widest + 0.4)), min(size, 8.0)) if widest else size
-        step = _step((0.62 * widest + 0.4) * size / cell, numbers)
-    else:
-        size = max(min(size, 0.95 * cell), _SMALLEST)
-        step = _step(size / cell, numbers)
-    _set_ticks(ax.xaxis, labels, step, shown, size, 0 if upright else 90)
-
-
-def _tick_y(ax: Axes, axis: Axis, shown: bool) -> None:
-    cell = _points(ax)[1] / max(len(axis), 1)
-    labels = [_text(label, _LONGEST) for label in axis.labels]
-    size = max(min(_rc_points("ytick.labelsize"), 0.95 * cell), _SMALLEST)
-    numbers = all(label.lstrip("-").isdigit() for label in labels)
-    _set_ticks(ax.yaxis, labels, _step(size / cell, numbers), shown, size, 0)
-
-
-def _step(needed: float, numbers: bool) -> int:
-    """Return how many cells lie between labels, for numbers one of 1, 2, 5, 10, ..."""
-    if needed < 1.001:
-        return 1
-    if not numbers:
-        return math.ceil(needed)
-    return next(n * 10**k for k in range(20) for n in (1, 2, 5) if n * 10**k >= needed)
-
-
-def _set_ticks(axis: Any, labels: Sequence[str], step: int, shown: bool, size: float, rotation: float) -> None:
-    at = range(0, len(labels), step)
-    axis.set_ticks(at, [labels[i] for i in at] if shown else [""] * len(at), usetex=False)
-    axis.set_tick_params(labelsize=size, labelrotation=rotation, length=2)
-
-
-# Figures
 
 
 def _as_many(given: list[Axes] | None, panels: int) -> list[Axes]:

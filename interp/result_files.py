@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from hooks.errors import ResultError
-from hooks.files import pair, write_all
+from hooks.files import pair, read_record, read_tensors, sha256, write_all
 from interp.axes import Axis
 from interp.results import Result
 
@@ -47,7 +46,7 @@ def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
         "several": bool(result.several),
         "rows": result.rows,
         "config": result.config,
-        "arrays_sha256": hashlib.sha256(tensors).hexdigest(),
+        "arrays_sha256": sha256(tensors),
     }
     for name in _DATA:
         _check_json(record[name], name)
@@ -61,20 +60,8 @@ def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
 def load_result(path: str | os.PathLike[str]) -> Result:
     """Return what `save_result` wrote; see `Result.load`."""
     json_path, arrays_path = pair(path)
-    text, tensors = json_path.read_bytes(), arrays_path.read_bytes()
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ResultError(f"{json_path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ResultError(f"{json_path} is not a saved result: it lacks schema = {SCHEMA!r}")
-    if record.get("version") != VERSION:
-        raise ResultError(f"{json_path} has version {record.get('version')!r}; this release reads {VERSION}")
-    wanted = {"schema", "version", "arrays_sha256", *_DATA}
-    if set(record) != wanted:
-        raise ResultError(f"{json_path} differs from a saved result in the fields {sorted(wanted ^ set(record))}")
-    if hashlib.sha256(tensors).hexdigest() != record["arrays_sha256"]:
-        raise ResultError(f"{arrays_path} does not belong to {json_path}: its checksum differs; save again")
+    record = read_record(json_path, "result", ("schema", SCHEMA), VERSION, ("arrays_sha256", *_DATA), ResultError)
+    tensors = read_tensors(arrays_path, record["arrays_sha256"], json_path, ResultError)
     try:
         arrays = safetensors.numpy.load(tensors)
         axes = tuple(Axis(a["name"], tuple(a["values"]), tuple(a["labels"])) for a in record["axes"])

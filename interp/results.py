@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from hooks.errors import ResultError, nearest
+from hooks.errors import ResultError
 from interp import html as views
-from interp import plots, stats
-from interp.axes import Axis, find, some
+from interp import plots, selection, stats
+from interp.axes import Axis, some
 from interp.frames import frame
 
 if TYPE_CHECKING:
@@ -224,19 +224,7 @@ class Result:
             One {axis name: value, ..., "effect", "low", "high"} a cell, with its 95 % interval, and with "metric" where
             there are several; cells that no row has are left out.
         """
-        one = self.sel(metric=self.metrics[0] if metric is None else metric)
-        mean = one.mean().ravel()
-        order = np.argsort(-np.abs(mean), kind="stable")  # nan comes last
-        order = order[~np.isnan(mean[order])][: max(k, 0)]
-        low, high = stats.bootstrap_ci(one.effect.reshape(mean.size, len(one.rows))[order])
-        shape = tuple(len(axis) for axis in one.axes)
-        found = []
-        for rank, cell in enumerate(order):
-            at = np.unravel_index(cell, shape)
-            where = {axis.name: axis.values[i] for axis, i in zip(one.axes, at, strict=True)}
-            numbers = {"effect": float(mean[cell]), "low": float(low[rank]), "high": float(high[rank])}
-            found.append({**({"metric": one.metrics[0]} if self.several else {}), **where, **numbers})
-        return found
+        return selection.top(self, k, metric)
 
     def sel(self, **wanted: Any) -> Result:
         """Return the result restricted to some values of some axes.
@@ -249,48 +237,7 @@ class Result:
         Raises:
             ResultError: no such axis, or no such value on it.
         """
-        names = ["metric", *(axis.name for axis in self.axes)]
-        for name in wanted:
-            if name not in names:
-                raise ResultError(f"no axis {name!r}{nearest(name, names)}; there are {some(names)}")
-        result = self
-        for name, value in wanted.items():
-            result = result._sel_metric(value) if name == "metric" else result._sel_axis(name, value)
-        return result
-
-    def _sel_metric(self, wanted: Any) -> Result:
-        at = find("metric", self.metrics, wanted)
-        if not self.several:
-            return self
-        return replace(
-            self,
-            effect=self.effect[at],
-            base=self.base[at],
-            source=None if self.source is None else self.source[at],
-            noise_floor=self.noise_floor[at],
-            metrics=tuple(np.array(self.metrics, dtype=object)[np.atleast_1d(at)]),
-            several=isinstance(at, list),
-        )
-
-    def _sel_axis(self, name: str, wanted: Any) -> Result:
-        dim = [axis.name for axis in self.axes].index(name)
-        axis = self.axes[dim]
-        at = find(f"axis {name!r}", axis.values, wanted)
-        if isinstance(at, list):
-            kept = (Axis(name, tuple(axis.values[i] for i in at), tuple(axis.labels[i] for i in at)),)
-            config = self.config
-        else:
-            kept = ()
-            before = self.config.get("selected")
-            noted = {**(before if isinstance(before, dict) else {}), name: axis.values[at]}
-            config = {**self.config, "selected": noted}
-        return replace(
-            self,
-            effect=self.effect.take(at, axis=dim + self.several),
-            status=self.status.take(at, axis=dim),
-            axes=self.axes[:dim] + kept + self.axes[dim + 1 :],
-            config=config,
-        )
+        return selection.select(self, wanted)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a table with one line a metric x cell x row, for pandas, seaborn, statsmodels.

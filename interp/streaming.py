@@ -72,7 +72,8 @@ class Stream:
             raise ResultError(f"{known} cannot be read ({error}): delete {self.folder}, or give another path") from None
         if found == header:
             return self._whole(header["shape"])
-        different = [k for k in header["identity"] if identity.get(k) != header["identity"][k]]
+        mine = header["identity"]
+        different = [k for k in {**mine, **identity} if identity.get(k) != mine.get(k)]
         what = ", ".join(different) or "shape"
         raise ResultError(
             f"{self.folder} belongs to another sweep: it differs in {what}. Delete it, or give another path."

@@ -5,31 +5,26 @@ metric.
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, align, patch, recompute, run_worlds
+from hooks import Inputs, Model, Outcome, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
-from hooks.digest import digest_of
 from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
-from hooks.saving import fingerprint
 from hooks.worlds import choose
 from interp.axes import Axis
+from interp.evaluation import read_reference
 from interp.grids import Cell, Factory, Grid
-from interp.metrics import Bound, Metric, call, read_reference
+from interp.metrics import Bound, Metric, call
 from interp.progress import tqdm
+from interp.provenance import describe_run, sweep_identity
 from interp.results import STATUS, Result
-from interp.streaming import Stream, weights_digest
+from interp.streaming import Stream
 
 DIRECTIONS = ("denoising", "noising")
 
@@ -85,19 +80,20 @@ def sweep(
     if not isinstance(grid, Grid):
         raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
     axes, cells = grid.cells(model, base_inputs)
-    worlds = _cell_worlds(model, cells, factory, base_inputs)
+    worlds = _cell_worlds(cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
     compared = references(model, metrics, bound, source, base_inputs)
 
     identity: dict[str, str] = {}
     if path is not None:
-        identity = _identity(model, base_inputs, source, worlds, metrics, bound, seed, executor)
+        identity = sweep_identity(model, base_inputs, source, worlds, metrics, bound, seed, executor)
     rows = len(base_inputs)
     stream = Stream(path, (len(metrics), len(worlds), rows), identity)
     # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.
     todo = stream.remaining()
     reads, spans = _all_reads(bound)
-    choice = choose(model, [worlds[i] for i in todo], executor)
+    with model.suspended():  # as the worlds are run: hooks of a plan that is held are not the user's own
+        choice = choose(model, [worlds[i] for i in todo], executor)
     bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
     with bar:
         bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
@@ -110,11 +106,7 @@ def sweep(
             seed=seed,
             skip=lambda i, rows: bool(stream.done[todo[i], rows].all()),
         ):
-            measured = []
-            for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
-                values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
-                measured.append(call(b, m.name, outcome.rows, values))
-            numbers = torch.stack(measured).to("cpu", torch.float64).numpy()
+            numbers = _measured(metrics, bound, spans, compared, outcome)
             stream.write(numbers, todo[outcome.index], outcome.rows, STATUS.index(outcome.status))
             bar.update(outcome.rows.stop - outcome.rows.start)
 
@@ -131,6 +123,12 @@ def sweep(
 
 
 def check_model(model: Model, direction: str) -> None:
+    """Check that a model can be measured, and that a direction is one.
+
+    Raises:
+        ModelError: it is not wrapped, or in training mode.
+        InputsError: an unknown direction.
+    """
     if not isinstance(model, Model):
         raise ModelError(f"a sweep takes a wrapped model: ip.wrap(model), not {type(model).__name__}")
     if any(module.training for module in model.module.modules()):
@@ -178,10 +176,9 @@ def source_of(
     return base, source, intervention or partial(patch, source=source)
 
 
-def _cell_worlds(model: Model, cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:
+def _cell_worlds(cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:
     """The base, the base recomputed, and one world for each cell."""
-    first = Site("embed")
-    worlds = [World(inputs), World(inputs, Plan((recompute(first),)))]
+    worlds = [World(inputs), World(inputs, Plan((recompute(Site("embed")),)))]
     return worlds + [World(inputs, cell.plan(factory)) for cell in cells]
 
 
@@ -218,10 +215,23 @@ def source_metrics(
     reads, spans = _all_reads(bound)
     out = np.full((len(metrics), len(source.inputs)), np.nan)
     for outcome in run_worlds(model, [source], reads, budget=budget):
-        for i, (m, b, span, other) in enumerate(zip(metrics, bound, spans, compared, strict=True)):
-            values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
-            out[i, outcome.rows] = call(b, m.name, outcome.rows, values).to("cpu", torch.float64).numpy()
+        out[:, outcome.rows] = _measured(metrics, bound, spans, compared, outcome)
     return out
+
+
+def _measured(
+    metrics: Sequence[Metric],
+    bound: Sequence[Bound],
+    spans: Sequence[slice],
+    compared: Sequence[Sequence[Tensor]],
+    outcome: Outcome,
+) -> np.ndarray:
+    """The metrics of a world on some of its rows, float64 [metric, b]."""
+    found = []
+    for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
+        values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
+        found.append(call(b, m.name, outcome.rows, values).to("cpu", torch.float64))
+    return torch.stack(found).numpy()
 
 
 def assemble(
@@ -280,81 +290,3 @@ def _require_effect(result: Result, cells: Sequence[Cell]) -> None:
     pruned = bool((result.status == STATUS.index(PRUNED)).all())
     why = "nothing that is read depends on any of them" if pruned else "every value that was set equals the value there"
     raise UnfiredError(f"none of the {len(cells)} cells changed anything: {why}")
-
-
-def _identity(
-    model: Model,
-    base: Inputs,
-    source: World | None,
-    worlds: Sequence[World],
-    metrics: Sequence[Metric],
-    bound: Sequence[Bound],
-    seed: int,
-    executor: str,
-) -> dict[str, str]:
-    """Digests of everything that a sweep's numbers depend on."""
-    plans = fingerprint(tuple(fingerprint(_local(w.plan, source)) for w in worlds))
-    measured = [
-        (m.name, m.stated, fingerprint(b.reads), fingerprint(m.reference) if m.reference is not None else "")
-        for m, b in zip(metrics, bound, strict=True)
-    ]
-    return {
-        "weights": weights_digest(model),
-        "inputs": fingerprint(base),
-        "source": "" if source is None else fingerprint(source),
-        "plan": plans,
-        "metrics": digest_of(measured),
-        "seed": str(seed),
-        "executor": executor,
-    }
-
-
-def _local(plan: Plan, source: World | None) -> Plan:
-    """The plan with the sweep's own source left out: it is known by its own digest, once instead of in every cell."""
-    out = []
-    for item in plan:
-        reads = tuple(
-            replace(r, source=torch.zeros(0)) if source is not None and r.source is source else r for r in item.reads
-        )
-        out.append(replace(item, reads=reads))
-    return Plan(tuple(out))
-
-
-def describe_run(
-    model: Model, grid: Any, intervention: Factory | None, corrupt: Inputs | None, direction: str, seed: int
-) -> dict[str, Any]:
-    """What a result says of how it was made."""
-    return {
-        "model": repr(model),
-        "grid": str(grid),
-        "intervention": "patch" if intervention is None else _name(intervention),
-        "direction": direction if corrupt is not None else "ablation",
-        "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "versions": versions(),
-    }
-
-
-def _name(factory: Any) -> str:
-    inner = getattr(factory, "func", factory)
-    return getattr(inner, "__name__", type(inner).__name__)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers were computed with, and the commit of the working directory where there is one."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if "transformers" in sys.modules:
-        found["transformers"] = sys.modules["transformers"].__version__
-    here = Path(__file__).parents[1]
-    if not (here / ".git").exists():  # installed: a repository around it would be somebody else's
-        return found
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=here, check=False
-        )
-        if answer.returncode == 0:
-            found["commit"] = answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return found

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 from hooks.errors import ResultError
 from interp.axes import Axis
-from interp.plots import heatmap, visible
+from interp.plots import heatmap
 from interp.results import Result
+from interp.typesetting import visible
 
 TOKENS = (
     "<|endoftext|>",

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
+from hooks import Model, wrap
 from interp.models import Transformer, TransformerConfig
+from tests.widening import widen_attention, widen_norms
 
 VOCAB = 50
 IMAGE, PATCH = (2, 8, 8), 4  # channels, height and width of vit's images, and the side of a patch: 5 tokens
 CLASSES = 6
 WINDOW = 4  # mistral's and gemma's sliding window, in tokens: shorter than the sequences of most tests
+# What the decoders of transformers have in common here: their sizes, but for width and depth, and no special tokens.
+SPECIAL = {"bos_token_id": None, "eos_token_id": None}
+COMMON = {"vocab_size": VOCAB, "num_attention_heads": 4, "max_position_embeddings": 64, **SPECIAL}
+GROUPED = {**COMMON, "intermediate_size": 40, "num_key_value_heads": 2}
 
 
 def _gpt2() -> nn.Module:
@@ -30,8 +36,7 @@ def _gpt2() -> nn.Module:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
+            **SPECIAL,
             attn_implementation="sdpa",
         )
     )
@@ -42,16 +47,10 @@ def _llama() -> nn.Module:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB,
+            **GROUPED,
             hidden_size=24,
-            intermediate_size=40,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=8,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
             attn_implementation="sdpa",
         )
     )
@@ -62,16 +61,10 @@ def _mistral() -> nn.Module:
 
     return MistralForCausalLM(
         MistralConfig(
-            vocab_size=VOCAB,
+            **GROUPED,
             hidden_size=32,
-            intermediate_size=40,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             sliding_window=WINDOW,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
             attn_implementation="sdpa",
         )
     )
@@ -82,15 +75,11 @@ def _qwen2() -> nn.Module:
 
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=VOCAB,
+            **GROUPED,
             hidden_size=32,
-            intermediate_size=40,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-            max_position_embeddings=64,
             attn_implementation="sdpa",
         )
     )
@@ -101,14 +90,10 @@ def _qwen3() -> nn.Module:
 
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCAB,
+            **GROUPED,
             hidden_size=16,
-            intermediate_size=40,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=8,
-            max_position_embeddings=64,
             attn_implementation="sdpa",
         )
     )
@@ -119,16 +104,12 @@ def _neox(parallel: bool) -> nn.Module:
 
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=VOCAB,
+            **COMMON,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2 if parallel else 3,
-            num_attention_heads=4,
             use_parallel_residual=parallel,
             rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=None,
             attn_implementation="sdpa",
         )
     )
@@ -139,21 +120,15 @@ def _gemma2() -> nn.Module:
 
     return Gemma2ForCausalLM(
         Gemma2Config(
-            vocab_size=VOCAB,
+            **GROUPED,
             hidden_size=24,
-            intermediate_size=40,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             head_dim=8,
             query_pre_attn_scalar=5,
             sliding_window=WINDOW,
             attn_logit_softcapping=3.0,
             final_logit_softcapping=4.0,
-            max_position_embeddings=64,
             pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
         )
     )
 
@@ -257,6 +232,17 @@ def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, widen: 
     return prepare(model, seed, dtype, widen)
 
 
+def fresh(family: str) -> Model:
+    """A model of the test's own, wrapped, to put hooks on or to train."""
+    return wrap(make(family))
+
+
+@cache
+def wrapped(family: str) -> Model:
+    """A wrapped model that several tests share, and none of them changes."""
+    return fresh(family)
+
+
 def prepare(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64, widen: bool = True) -> nn.Module:
     """Give any model random weights, in place, as `make` does; arguments as there."""
     randomize(model, seed)
@@ -279,64 +265,6 @@ def randomize(model: nn.Module, seed: int) -> None:
                 draw = 0.3 * draw
             norms = parameter.ndim == 1 and bool((parameter == 1).all())
             parameter.copy_(draw + 1.0 if norms else draw)
-
-
-class _WideNorm(nn.Module):
-    """The forward of transformers' RMSNorms, in float32 or the input's dtype, whichever is wider."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-
-class _WideGemmaNorm(nn.Module):
-    """The same of Gemma's, whose gain is 1 + weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
-
-
-def widen_norms(model: nn.Module) -> None:
-    """Give each of transformers' RMSNorms, in place, a subclass of its own class that does not narrow float64."""
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__ == "Gemma2RMSNorm":
-            module.__class__ = type(kind.__name__, (_WideGemmaNorm, kind), {})
-        elif kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.__class__ = type(kind.__name__, (_WideNorm, kind), {})
-
-
-def widen_attention(model: nn.Module) -> None:
-    """Make a model's eager attention softmax in the scores' dtype or float32, whichever is wider."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register("wide_eager", _wide_eager)
-    AttentionMaskInterface.register("wide_eager", eager_mask)
-    model.set_attn_implementation("wide_eager")
-
-
-def _wide_eager(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **_: object,
-) -> tuple[Tensor, Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.mT) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    pattern = (scores + mask).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return (torch.nn.functional.dropout(pattern, dropout) @ v).transpose(1, 2), pattern
 
 
 def random_inputs(vocab: int, lengths: Sequence[int], padding: str = "right", seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import numpy as np
 
 import interp as ip
 from interp import paths
+from interp.provenance import versions
 from interp.results import Result
-from interp.sweeps import versions
 
 SIZES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact")

@@ -20,7 +20,7 @@ import interp as ip
 from experiments.path_interventions import shapes
 from experiments.path_interventions.pipeline import SIZES, random_curve, write
 from interp import paths
-from interp.sweeps import versions
+from interp.provenance import versions
 
 OUT = Path(__file__).parent / "results"
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact")

@@ -212,13 +212,15 @@ def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias [out] of a linear module (torch's, or transformers' transposed `Conv1D`).
 
     Raises:
-        ModelError: the module keeps its weight in some other form (quantised, or wrapped).
+        ModelError: the module keeps its weight in some other form (quantised, or wrapped), or computes more than that.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
-        return weight, bias
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return weight.T, bias
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        # A subclass with a forward of its own (low-rank adapters, say) has more to it than weight and bias.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            return weight, bias
+        if type(module).__name__ == "Conv1D":
+            return weight.T, bias
     raise ModelError(
         f"a plain linear layer is needed here, to address its heads; {type(module).__name__} is something else"
     )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Plan, Site, World, patch, run_worlds
+from hooks.budget import default_budget
 from hooks.digest import digest_of
 from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.saving import fingerprint
-from hooks.worlds import default_budget
 from interp.metrics import Metric
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooks import Plan, Site, World, patch
 from hooks.editing import Edits
 from hooks.errors import MetricError
-from hooks.worlds import exposed_layers, hooked_pass
+from hooks.forward import exposed_layers, hooked_pass
 from interp.metrics import call
 from interp.paths.measuring import Measure
 from interp.paths.nodes import QKV

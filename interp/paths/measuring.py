@@ -18,8 +18,9 @@ from interp.metrics import Bound, Metric, call
 from interp.paths.graph import Graph
 from interp.paths.nodes import Edge
 from interp.paths.sources import Pair
+from interp.provenance import describe_run
 from interp.results import STATUS, Result
-from interp.sweeps import assemble, check_metrics, describe_run, references, source_metrics
+from interp.sweeps import assemble, check_metrics, references, source_metrics
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ import torch
 from hooks import Inputs, Model, Plan, World
 from hooks.errors import InputsError, nearest
 from hooks.html import table
-from interp.metrics import Metric, evaluate
+from interp.evaluation import evaluate
+from interp.metrics import Metric
 from interp.paths.graph import Graph, graph_of
 from interp.paths.nodes import Edge
 from interp.paths.rewire import check_heads, rewire

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from hooks import Inputs, Model
+from hooks.budget import default_budget, rows_per_pass
 from hooks.errors import MetricError, PathError, nearest
-from hooks.worlds import default_budget, rows_per_pass
 from interp.metrics import Metric
 from interp.paths.adaptive import adaptive, check_counts
 from interp.paths.exact import edge_sweep

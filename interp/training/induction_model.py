@@ -223,7 +223,7 @@ def _last_layer_reads(
 
 
 def _columns(table: Tensor, index: Tensor) -> Tensor:
-    """Columns [M, rows, N] of tables [M, rows, columns] at an index [M, N], as a product: a gather's gradient scatters."""
+    """Columns [M, rows, N] of tables [M, rows, columns] at an index [M, N], as a product: a gather's gradient is slow."""
     chosen = index[:, None] == torch.arange(table.shape[2], device=index.device)[:, None]
     return torch.bmm(table, chosen.to(table.dtype))
 

@@ -15,8 +15,9 @@ from hooks import Inputs, Model, Site, World, site
 from hooks.adapters.architecture import linear_weight
 from hooks.errors import MetricError
 from hooks.plan import as_plan
+from interp.evaluation import evaluate
 from interp.lens import frozen_norm, head_outputs
-from interp.metrics import Metric, evaluate
+from interp.metrics import Metric
 from interp.training.clamps import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
 

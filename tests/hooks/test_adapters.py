@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hooks as hk
 from hooks import Model, World, site
-from hooks.adapters.architecture import Projection, rotate, softcap
+from hooks.adapters import describe
+from hooks.adapters.architecture import Projection, linear_weight, rotate, softcap
 from hooks.attention import read_mask
 from hooks.errors import ModelError
 from tests import oracle, zoo
@@ -103,7 +106,70 @@ def test_what_a_family_cannot_be():
         hk.wrap(late)
 
 
+class WithLoss(nn.Module):
+    """A model of somebody's own, which returns its logits and a loss."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **call) -> tuple[Tensor, None]:
+        return self.inner(**call), None
+
+
+def test_a_model_that_returns_its_logits_in_a_tuple():
+    inner = zoo.make("small_ln_learned")
+    one, two = hk.wrap(inner), hk.wrap(WithLoss(inner), adapter=lambda module: describe(module.inner))
+    plan = hk.zero(site("attn_out", 0))
+    assert torch.equal(two.run(example(one), plan).logits, one.run(example(one), plan).logits)
+
+
+def test_a_wrapped_model_is_wrapped_again():
+    first = hk.wrap(zoo.make("small_ln_learned"))
+    assert hk.wrap(first) is first
+    tokenizer = object()
+    second = hk.wrap(first, tokenizer)
+    assert second.tokenizer is tokenizer and second.module is first.module and first.tokenizer is None
+    third = hk.wrap(second, adapter=lambda module: dataclasses.replace(describe(module), family="mine"))
+    assert third.tokenizer is tokenizer and third.architecture.family == "mine"
+    with pytest.raises(ModelError, match="Architecture, this one a dict"):
+        hk.wrap(first.module, adapter=lambda module: {})
+
+
 # Parts
+
+
+class Adapted(nn.Linear):
+    """A linear layer with more to it than its weight and its bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean()
+
+
+class Named(nn.Linear):
+    """A linear layer by another name."""
+
+
+def test_a_linear_layer_that_is_more_than_its_weight():
+    """What addresses heads goes by weight and bias alone, and would leave the rest of such a layer out."""
+    module = zoo.make("small_ln_learned")
+    own = module.blocks[0].attn.o_proj
+    x = hk.wrap(module).inputs([[3, 4, 5]])
+    plan = hk.scale(site("result", 0, head=1), 2.0)
+    expected = hk.wrap(module).run(x, plan).logits
+    for kind in (Named, Adapted):
+        changed = kind(own.in_features, own.out_features, bias=own.bias is not None, dtype=own.weight.dtype)
+        changed.load_state_dict(own.state_dict())
+        module.blocks[0].attn.o_proj = changed
+        if kind is Named:
+            assert torch.equal(hk.wrap(module).run(x, plan).logits, expected)
+            continue
+        with pytest.raises(ModelError, match="Adapted"):
+            hk.wrap(module).run(x, plan)
+    whole = nn.Linear(4, 4)
+    whole.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="plain linear"):
+        linear_weight(whole)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 import hooks as hk
 from hooks import Inputs, Model, Plan, World, patch, site
+from hooks.calls import arguments_of_call
 from tests import zoo
+from tests.zoo import fresh, wrapped
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 HF = [family for family in zoo.FAMILIES if not family.startswith("small")]
@@ -19,15 +20,6 @@ HF = [family for family in zoo.FAMILIES if not family.startswith("small")]
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 each_hf_family = pytest.mark.parametrize("family", HF)
 each_padding = pytest.mark.parametrize("padding", ["none", "right", "left"])
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
-
-
-def fresh(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
 
 
 def example(model: Model, padding: str, seed: int = 1) -> Inputs:
@@ -226,6 +218,12 @@ def test_only_some_of_the_logits():
         except hk.InterpError:
             continue
         torch.testing.assert_close(got, expected, **EXACT)
+    everything = hk.scale(site("logits", pos=1), 2.0)
+    with model.apply(everything):
+        got = logits_of(model.module(input_ids=x.ids, logits_to_keep=0))  # 0 keeps all of them
+    torch.testing.assert_close(got, model.run(x, everything).logits, **EXACT)
+    with pytest.raises(hk.errors.PlanError, match="logits_to_keep"), model.apply(everything):
+        model.module(input_ids=x.ids, logits_to_keep=torch.tensor([1]))
     inner = hk.scale(site("z", 1, pos=-1), 2.0)
     with model.apply(inner):
         got = logits_of(model.module(input_ids=x.ids, logits_to_keep=1))
@@ -523,6 +521,38 @@ def test_plans_held_through_two_wrappers_compose(family):
         except hk.errors.PlanError:
             continue
         assert float((got - expected)[x.mask].abs().max()) < 1e-10, f"{inner} in {outer}"
+
+
+@torch.no_grad()
+def test_all_plans_are_suspended_however_many_are_held():
+    """Not the innermost alone: a run inside is a plain one, and afterwards all of them hold again."""
+    model = fresh("gpt2")
+    x = example(model, "none")
+    a, b, c = (hk.scale(site("z", layer), 2.0) for layer in (0, 1, 0))
+    plain, inner, both = (model.run(x, plan).logits for plan in (Plan(), c, a + b))
+    assert float((plain - both).abs().max()) > 1e-3
+    with model.apply(a) as one, model.apply(b) as two:
+        with model.suspended():
+            assert not model.holds
+            assert torch.equal(model.run(x).logits, plain)
+            assert torch.equal(logits_of(model.module(**named(x))), plain)
+            with model.apply(c):
+                torch.testing.assert_close(model.run(x).logits, inner, **EXACT)
+            assert not model.holds
+        assert model.holds
+        torch.testing.assert_close(model.run(x).logits, both, **EXACT)
+        torch.testing.assert_close(logits_of(model.module(**named(x))), both, **EXACT)
+    assert [one[0].calls, two[0].calls] == [2, 2]
+    assert not model.holds and torch.equal(logits_of(model.module(**named(x))), plain)
+
+
+def test_arguments_that_a_forward_takes_under_any_name():
+    class Around(nn.Module):
+        def forward(self, first, *rest, last=None, **others):
+            return first
+
+    found = arguments_of_call(Around(), (1, 2), {"attention_mask": 3, "last": 4})
+    assert found == {"first": 1, "rest": (2,), "attention_mask": 3, "last": 4}
 
 
 @pytest.mark.parametrize("executor", ["sequential", "batched", "shared"])

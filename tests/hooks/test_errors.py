@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ import hooks as hk
 from hooks import Inputs, Model, Plan, World, patch, site
 from hooks.errors import InterpError, ModelError, PlanError, ShapeError, SiteError
 from tests import zoo
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
+from tests.zoo import wrapped
 
 
 def example(model: Model, lengths: tuple[int, ...] = (5, 5), side: str = "right", seed: int = 1) -> Inputs:
@@ -67,6 +62,26 @@ def test_a_layer_that_is_missing_superfluous_or_out_of_range():
     for layer in ("0", 1.5, None):
         with pytest.raises(SiteError):
             model.run(x, hk.zero(site("z", layer)))
+
+
+def test_one_site_where_several_may_stand():
+    model = wrapped("gpt2")
+    x, place = example(model), "blocks.1.attn.hook_z"
+    (one,), (other,) = (hk.run_worlds(model, [World(x)], reads) for reads in (place, [site(place)]))
+    assert torch.equal(one.values[0], other.values[0])
+    assert torch.equal(model.run(x, capture=place).tape[place], model.run(x, capture=[place]).tape[place])
+    with says(SiteError, "not int"):
+        model.run(x, capture=3)  # type: ignore[arg-type]
+    with says(PlanError, "list"):
+        next(hk.run_worlds(model, World(x), place))  # type: ignore[arg-type]
+
+
+def test_tapes_of_other_prompts_differ():
+    """The same ids, of which other ones are real."""
+    ids = torch.tensor([[3, 0]])
+    model = wrapped("gpt2")
+    tapes = [hk.Tape(model.inputs(ids, mask), (), {}) for mask in (torch.tensor([[1, 0]]), torch.tensor([[1, 1]]))]
+    assert tapes[0] == tapes[0] and tapes[0] != tapes[1]
 
 
 def test_a_stack_that_the_model_lacks():
@@ -304,6 +319,12 @@ def test_a_tape_that_did_not_keep_what_is_read():
         tape[site("resid_pre", 0)]
 
 
+def test_a_stack_that_the_model_does_not_have():
+    model = wrapped("gpt2")
+    with says(SiteError, "encoder:z.0", "one stack"):
+        model.run(example(model), capture=hk.Site("z", 0, stack="encoder"))
+
+
 def test_widths_that_do_not_fit_are_refused_before_anything_runs(monkeypatch):
     model = wrapped("gpt2")
     x = example(model)
@@ -312,7 +333,7 @@ def test_widths_that_do_not_fit_are_refused_before_anything_runs(monkeypatch):
         hk.steer(site("resid_pre", 0), torch.ones(31).double()),
         hk.steer(site("z", 0), torch.ones(32).double()),
         hk.clamp(site("mlp_post", 0), torch.ones(5, 32).double()),
-        hk.project_out(site("z", 0), torch.ones(3, 9).double()),
+        hk.project_out(site("z", 0), torch.eye(3, 9).double()),
         hk.steer(site("logits"), torch.ones(49).double()),
         hk.steer(site("resid_pre", 0, dim=(1, 2)), torch.ones(32).double()),
         hk.steer(site("resid_pre", 0, dim=slice(0, 4)), torch.ones(5).double()),
@@ -323,6 +344,20 @@ def test_widths_that_do_not_fit_are_refused_before_anything_runs(monkeypatch):
             pass
         with pytest.raises(ShapeError):
             model.run(x, patch(site("z", 0), World(x, plan)))
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x, y, ctx: x.mul_(2.0), lambda x, y, ctx: y.zero_(), lambda x, y, ctx: y.add_(1.0) * x]
+)
+@pytest.mark.parametrize("executor", ["sequential", "batched", "shared"])
+def test_a_function_that_writes_into_what_it_is_given(fn, executor):
+    """Worlds share their values, and a tape is the user's: what writes into them would change more than one world."""
+    model = wrapped("small_ln_learned")
+    x, place = example(model), site("resid_post", 0)
+    tape = model.run(example(model, seed=2), capture=place).tape
+    worlds = [World(x), World(x, hk.intervene(place, fn, hk.Read(tape)))]
+    with says(PlanError, "resid_post.0", "return a new tensor"):
+        list(hk.run_worlds(model, worlds, [site("logits")], executor=executor))
 
 
 @pytest.mark.parametrize(

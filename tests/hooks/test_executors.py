@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ import hooks as hk
 from hooks import Inputs, Model, Site, World, patch, site
 from hooks.worlds import choose
 from tests import zoo
+from tests.zoo import fresh, wrapped
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LAYOUTS = {"flat": ([6, 6], "right"), "right": ([7, 4, 5], "right"), "left": ([7, 4, 5], "left")}
@@ -22,16 +21,6 @@ each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 several_families = pytest.mark.parametrize("family", SEVERAL)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
-
-
-def fresh(family: str) -> Model:
-    """A model of the test's own, to put hooks on or to train."""
-    return hk.wrap(zoo.make(family))
 
 
 def inputs(model: Model, layout: str, seed: int) -> Inputs:
@@ -904,3 +893,26 @@ def test_worlds_that_never_fire_raise(executor):
     x = inputs(model, "flat", 1)
     with pytest.raises(hk.errors.UnfiredError):
         list(hk.run_worlds(model, [World(x, hk.zero(site("z", 1)))], [site("logits", pos=-1)], executor=executor))
+
+
+def test_a_forward_of_the_users_own_is_run():
+    """A method that was replaced on one module: the copy-on-write executor does not call it, so another one is used."""
+    model = fresh("gpt2")
+    x = inputs(model, "flat", 1)
+    worlds = [World(x), World(x, hk.zero(site("z", 1, head=0)))]
+    before = [o.values[0] for o in hk.run_worlds(model, worlds, [site("logits")])]
+    mlp = model.architecture.blocks[0].mlp.module
+    whole = mlp.forward
+    mlp.forward = lambda v: 0.5 * whole(v)
+    choice = choose(model, worlds)
+    assert choice.executor == "batched" and "mlp" in choice.reason and "forward" in choice.reason
+    after = [o.values[0] for o in hk.run_worlds(model, worlds, [site("logits")])]
+    torch.testing.assert_close(after[0], model.run(x).logits, rtol=0, atol=1e-10)
+    assert min(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 1e-3
+
+
+def test_a_model_on_several_devices_is_not_shared():
+    model = fresh("small_ln_learned")
+    assert model.unshareable() == ""
+    model.module.unembed.to("meta")
+    assert "cpu, meta" in model.unshareable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 import hooks as hk
 from hooks import Inputs, Model, Plan, Site, World, patch, site
 from tests import zoo
+from tests.zoo import wrapped
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LAYOUTS = {"flat": ([6, 6], "right"), "right": ([7, 3, 5], "right"), "left": ([7, 3, 5], "left")}
@@ -21,11 +21,6 @@ INSIDE = ("scores", "pattern")
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
 
 
 def inputs(model: Model, layout: str, seed: int) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from functools import cache
 
 import numpy as np
@@ -94,7 +95,11 @@ def test_ids_in_every_form():
         x = wordless().inputs(given)
         assert torch.equal(x.ids, expected) and x.ids.dtype == torch.int64
         assert x.tokens is None
-    assert wordless().inputs([3, 4, 5]).ids.tolist() == [[3, 4, 5]]
+    for row in ([3, 4, 5], np.array([3, 4, 5]), [np.int64(3), np.int64(4), np.int32(5)], range(3, 6)):
+        assert wordless().inputs(row).ids.tolist() == [[3, 4, 5]]
+    ragged = wordless().inputs([torch.tensor([3, 4]), torch.tensor([5])])
+    assert ragged.ids.tolist() == [[3, 4], [5, 0]] and ragged.lengths.tolist() == [2, 1]
+    assert model().inputs(np.array(["the cat", "a"])).ids.tolist() == [[0, 1, 2], [0, 10, 0]]
     assert wordless().inputs(torch.tensor([3, 4, 5])).ids.tolist() == [[3, 4, 5]]
     assert Inputs.of(expected).ids.tolist() == expected.tolist()
 
@@ -127,23 +132,18 @@ def test_row_ids_are_what_random_interventions_know_rows_by():
     assert float((wordless().run(one, plan).logits - other).abs().max()) > 1e-3
 
 
-def test_a_part_keeps_its_tokens_and_a_wider_one_its_rows():
+def test_a_part_keeps_its_tokens():
     x = model().inputs(["the cat sat", "a b"])
     assert x.rows(slice(1, 2)).tokens == (("<s>", " a", " b"),)
-    wide = x.widened(6)
-    assert wide.width == 6 and torch.equal(wide.lengths, x.lengths) and torch.equal(wide.row_ids, x.row_ids)
-    assert x.widened(4) is x
-    real = x.mask
-    torch.testing.assert_close(model().run(wide).logits[:, :4][real], model().run(x).logits[real], rtol=0, atol=1e-10)
 
 
 def test_inputs_do_not_change_with_the_tensor_they_were_made_of():
-    ids, mask = torch.tensor([[3, 4, 5]]), torch.tensor([[True, True, True]])
-    x = wordless().inputs(ids, mask)
+    ids, mask, row_ids = torch.tensor([[3, 4, 5]]), torch.tensor([[True, True, True]]), torch.tensor([7])
+    x = wordless().inputs(ids, mask, row_ids=row_ids)
     before = wordless().run(x).logits
-    ids[0, 1], mask[0, 0] = 9, False
+    ids[0, 1], mask[0, 0], row_ids[0] = 9, False, 8
     assert torch.equal(wordless().run(x).logits, before)
-    assert x.lengths.tolist() == [3]
+    assert x.lengths.tolist() == [3] and x.row_ids.tolist() == [7]
 
 
 def test_what_stands_at_padding_does_not_matter():
@@ -190,9 +190,16 @@ def test_ids_that_are_no_integers_are_not_truncated():
         [[1.0, 2.0]],
         np.array([[1.5, 2.5]]),
         torch.tensor([[True, False]]),
+        [torch.tensor([1.5, 2.5])],
+        [np.array([1.5, 2.5], dtype=np.float32)],
+        [3, 4.0],
+        [[3, None]],
     ):
         with pytest.raises(InputsError):
             wordless().inputs(given)
+    for ids in (torch.tensor([0.5, 1.5]), torch.tensor([True, False])):
+        with pytest.raises(InputsError, match="row_ids"):
+            wordless().inputs([[3], [4]], row_ids=ids)
 
 
 def test_text_without_a_tokenizer():
@@ -201,6 +208,8 @@ def test_text_without_a_tokenizer():
             wordless().inputs(given)
     with pytest.raises(InputsError, match="tokenizer"):
         wordless().token("cat")
+    with pytest.raises(InputsError, match="tokenizer"):
+        wordless().decode([3])
 
 
 def test_texts_and_ids_in_one_list():
@@ -223,6 +232,37 @@ def test_shapes_that_disagree():
         wordless().inputs(ids, padding="both")
     with pytest.raises(InputsError, match="mask"):
         wordless().inputs([[3], [4, 5]], torch.ones(2, 2))
+
+
+def test_what_a_tokenizer_returns_is_not_taken_for_prompts():
+    batch = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.tensor([[1, 1]])}
+    for given in (batch, UserDict(batch)):
+        with pytest.raises(InputsError, match=r"batch\['input_ids'\]"):
+            model().inputs(given)
+
+
+@pytest.mark.parametrize("given", [b"the cat", {3, 4}, 7, None, object()])
+def test_what_is_no_prompts(given):
+    with pytest.raises(InputsError, match=type(given).__name__):
+        model().inputs(given)
+
+
+def test_a_mask_that_is_added_to_scores_is_not_taken_for_one_of_real_tokens():
+    added = torch.tensor([[0.0, 0.0, -torch.inf]])
+    with pytest.raises(InputsError, match="negative"):
+        wordless().inputs(torch.tensor([[3, 4, 5]]), added)
+
+
+def test_inputs_of_another_vocabulary():
+    x = Inputs.of(torch.tensor([[3, zoo.VOCAB]]))
+    runs = (
+        lambda: wordless().run(x),
+        lambda: next(hk.run_worlds(wordless(), [World(x)], [site("logits")])),
+        lambda: wordless().run(wordless().inputs([[3, 4]]), hk.patch(site("z", 0), World(x))),
+    )
+    for run in runs:
+        with pytest.raises(InputsError, match=rf"{zoo.VOCAB}.*0 \.\. {zoo.VOCAB - 1}"):
+            run()
 
 
 def test_inputs_given_as_inputs():

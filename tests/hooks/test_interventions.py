@@ -13,7 +13,7 @@ import hooks
 from hooks import Context, Inputs, Plan, Site, Span, World, here, run_worlds, site
 from hooks.context import context, fit
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
-from hooks.interventions import Noise
+from hooks.ops import Noise
 from hooks.plan import Op, Read, as_plan
 from hooks.random import choice, normal, uniform
 from hooks.region import resolve
@@ -1041,7 +1041,6 @@ def test_a_value_for_all_rows_is_cut_to_those_that_run():
         hooks.clamp(site("pattern", 0), torch.ones(7, dtype=torch.bool)),
         hooks.noise(site("resid_pre", 0), torch.ones(3, 1, 32, dtype=torch.float64)),
         hooks.project_out(site("z", 0), torch.ones(32, dtype=torch.float64)),
-        hooks.interchange(site("z", 0), torch.ones(2, 2, 8, dtype=torch.float64), torch.ones(3, 7, 4, 8).double()),
         hooks.patch(site("z", 0), torch.ones(3, 7, 1, 8, dtype=torch.float64)),
         hooks.patch(site("z", 0), torch.ones(4, 8, dtype=torch.float64)),
         hooks.patch(site("z", 0), torch.ones(1, 7, 4, 8, dtype=torch.float64)),

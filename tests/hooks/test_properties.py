@@ -14,15 +14,11 @@ from torch import Tensor
 import hooks as hk
 from hooks import Inputs, Intervention, Model, Plan, Site, World, site
 from tests import zoo
+from tests.zoo import wrapped
 
 ATOL = 1e-10
 NONE = 1e-12
 """What rounding may make of an effect that is none."""
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
 
 
 @cache

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable
-from functools import cache
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +19,12 @@ from torch import Tensor, nn
 import hooks as hk
 from hooks import Inputs, Model, Site, World, patch, site
 from tests import zoo
+from tests.zoo import fresh, wrapped
 
 EXECUTORS = ("sequential", "batched", "shared")
 
 each_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 each_executor = pytest.mark.parametrize("executor", EXECUTORS)
-
-
-@cache
-def wrapped(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
-
-
-def fresh(family: str) -> Model:
-    return hk.wrap(zoo.make(family))
 
 
 def example(model: Model, side: str = "left", seed: int = 1) -> Inputs:
@@ -118,6 +111,25 @@ def test_after_runs(family):
     state.assert_kept()
     model.run(x, hk.noise(site("z", 0), 1.0) + hk.resample(site("v", 1, pos=(0, -1)), World(x)))
     state.assert_kept()
+
+
+@pytest.mark.parametrize("name", ["z", "result", "q_input", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"])
+@torch.no_grad()
+def test_no_activation_outlives_its_call(name):
+    """A plan that is held for a whole training run keeps no layer's values from one call to the next."""
+    model = wrapped("gpt2")
+    x = example(model)
+    seen = []
+
+    def note(value: Tensor, ctx: Any) -> Tensor:
+        doubled = 2.0 * value
+        seen.append(weakref.ref(doubled))
+        return doubled
+
+    with model.apply(hk.intervene(site(name, 0), note)):
+        call(model, x)
+        gc.collect()
+        assert [kept() for kept in seen] == [None]
 
 
 @each_executor

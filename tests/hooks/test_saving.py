@@ -18,7 +18,7 @@ import torch
 import interp as ip
 from hooks import Intervention, Plan, Span
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
-from hooks.interventions import OPS
+from hooks.ops import OPS
 from hooks.patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
 from hooks.saving import fingerprint
 from tests import zoo
@@ -193,6 +193,19 @@ def test_a_plan_without_tensors_has_one_file(tmp_path):
     plain.save(tmp_path / "p")
     assert os.listdir(tmp_path) == ["p.json"]
     assert Plan.load(tmp_path / "p") == plain
+
+
+@pytest.mark.parametrize("beside", [None, "another plan's", "another kind of file"])
+def test_somebody_elses_tensors_are_not_removed(tmp_path, beside):
+    """A plan without tensors, saved beside a file that happens to have the name of its tensors."""
+    weights = safetensors.torch.save({"weight": vector()})
+    (tmp_path / "p.safetensors").write_bytes(weights)
+    if beside == "another plan's":
+        ip.Plan().save(tmp_path / "p")
+    elif beside:
+        (tmp_path / "p.json").write_text("[1, 2")
+    (ip.Plan() + ip.zero(ip.site("embed"))).save(tmp_path / "p")
+    assert (tmp_path / "p.safetensors").read_bytes() == weights
 
 
 def test_the_files_are_data(model, inputs, tmp_path):
@@ -413,7 +426,7 @@ def test_tensors_of_another_plan_are_refused(tmp_path):
         (ip.zero(ip.site("z", 0, dim=8)), SiteError, "8 entries"),
         (ip.steer(ip.site("resid_pre", 0), vector(M + 1)), ShapeError, r"33.*32"),
         (ip.clamp(ip.site("z", 0), vector(7)), ShapeError, r"7.*8"),
-        (ip.project_out(ip.site("resid_pre", 0), torch.ones(2, 5).double()), ShapeError, r"5.*32"),
+        (ip.project_out(ip.site("resid_pre", 0), torch.eye(2, 5).double()), ShapeError, r"5.*32"),
         (ip.patch(ip.site("z", 0), ip.World(ONE_TOKEN, ip.zero(ip.site("z", 9)))), SiteError, "layers"),
         (ip.patch(ip.site("z", 0), torch.ones(3, 2, 4, 9).double()), ShapeError, None),
         (ip.patch(ip.site("z", 0), torch.ones(3, 2, 5, 8).double()), ShapeError, None),

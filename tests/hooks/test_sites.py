@@ -167,7 +167,12 @@ def test_restrictions_in_every_form():
     assert site("z", 0, pos=range(3)) != site("z", 0, pos=(0, 2, 1))
     assert site("z", 0, pos=(1,)) != site("z", 0, pos=1)  # the second may leave the axis out of its values
     assert site("z", 0, head=torch.tensor(2)) == site("z", 0, head=2) == site("z", 0, head=np.int64(2))
-    assert site("z", 0, head=torch.tensor([0, 2])) == site("z", 0, head=(0, 2))
+    assert (
+        site("z", 0, head=torch.tensor([0, 2]))
+        == site("z", 0, head=(0, 2))
+        == site("z", 0, head=list(np.array([0, 2])))
+    )
+    assert site("z", 0, pos=slice(np.int64(1), None)) == site("z", 0, pos=slice(1, None))
     assert site("z", 0, head=torch.tensor([True, False, True])) == site("z", 0, head=(0, 2))
     assert site("z", 0, dim=np.array([4, 1])) == site("z", 0, dim=(4, 1))
     assert site("z", 0, pos=torch.tensor([1, 2])) != site("z", 0, pos=(1, 2))  # one a row, not two in every row
@@ -196,6 +201,11 @@ def test_restrictions_in_every_form():
         {"dim": torch.zeros(2, 2, dtype=torch.bool)},
         {"head": torch.zeros(4, dtype=torch.bool)},
         {"pos": 3.5j},
+        {"pos": range(0)},
+        {"pos": slice(0.5, None)},
+        {"pos": slice(None, True)},
+        {"pos": torch.tensor(True)},
+        {"head": np.bool_(True)},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import hooks
 from hooks import Inputs, Site, Span, site
 from hooks.context import Context, Reference, context
-from hooks.interventions import (
+from hooks.ops import (
     OPS,
     Clamp,
     Custom,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import interp as ip
-from hooks.errors import InputsError, InterpError, MetricError, ModelError
+from hooks.errors import InputsError, InterpError, MetricError, ModelError, PlanError
 from tests import oracle, zoo
 
 ANSWER, FOIL = 7, 9
@@ -313,6 +313,43 @@ def test_what_has_no_first_order():
         ip.attribution(
             pair.model, pair.clean, None, ip.grid("scores", layer="all"), metric=METRIC, intervention=ip.knockout
         )
+
+
+@pytest.mark.parametrize("budget", [0, -5, True, "much", float("inf")])
+def test_a_budget_is_a_number_of_bytes(budget):
+    pair = Pair("small_ln_learned")
+    with pytest.raises(ModelError, match="positive number of bytes"):
+        pair.both(ip.grid("z", layer="all"), budget=budget)
+
+
+def test_interventions_without_an_estimate_of_their_own():
+    pair = Pair("small_ln_learned")
+    grid = ip.grid("mlp_out", layer=[1])
+    for why, made in (
+        ("mixes rows", lambda at: ip.intervene(at, lambda x, ctx: x.flip(0), mixes=("row",))),
+        ("own values", lambda at: ip.intervene(at, lambda x, y, ctx: x + y, ip.here(ip.site("mlp_in", 1)))),
+    ):
+        with pytest.raises(PlanError, match=why):
+            ip.attribution(pair.model, pair.clean, None, grid, metric=METRIC, intervention=made)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "small_rms_rotary_gqa"])
+def test_while_a_plan_is_held(family):
+    """Held inside attention too: the estimates are those of the model under the plan, exact where nothing bends."""
+    pair = Pair(family, RAGGED, "left")
+    last = pair.model.n_layers - 1
+    metric = last_residual(last, torch.randn(pair.model.architecture.width, dtype=torch.float64))
+    held = ip.zero(ip.site("pattern", last, head=0)) + ip.scale(ip.site("mlp_out", last, pos=-1), 0.5)
+    held += ip.freeze(ip.site("attn_out", 0, pos=-1))
+    grid = ip.grid("mlp_out", layer=[last], pos=[-1])
+    plain = pair.both(grid, metric=metric)[0]
+    with pair.model.apply(held) as audit:
+        estimated, exact = pair.both(grid, metric=metric)
+        assert pair.model.holds
+    np.testing.assert_allclose(estimated.effect, exact.effect, **CLOSE)
+    np.testing.assert_allclose(estimated.base, exact.base, **CLOSE)
+    assert np.abs(estimated.base - plain.base).max() > 1e-3 and np.abs(estimated.effect).max() > 1e-3
+    assert all(entry.calls for entry in audit)
 
 
 def test_what_attribution_refuses():

@@ -9,7 +9,7 @@ import torch
 import interp as ip
 from interp.cli import shipped_task
 from interp.demo import Task, run_demo
-from interp.metrics import evaluate
+from interp.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -410,6 +410,18 @@ def test_an_error_leaves_an_old_result_as_it_was(model, tmp_path):
     assert before == ((tmp_path / "z.json").read_bytes(), (tmp_path / "z.safetensors").read_bytes())
 
 
+def test_a_plan_that_is_held_belongs_to_the_sweep(model, tmp_path):
+    plan = ip.scale(ip.site("resid_post", 0), 0.5)
+    with model.apply(plan):
+        interrupt(model, tmp_path / "z")
+    with pytest.raises(ip.InterpError, match="differs in held"):
+        run(model, tmp_path / "z")
+    with model.apply(plan):
+        result, whole = run(model, tmp_path / "z"), run(model, None)
+    same(result, whole)
+    assert np.abs(result.effect - run(model, None).effect).max() > 1e-3
+
+
 def test_the_header_says_what_the_numbers_depend_on(model, tmp_path):
     interrupt(model, tmp_path / "z")
     header = json.loads((tmp_path / "z.partial" / "header.json").read_text())

@@ -110,6 +110,10 @@ class Pair:
     def sweep(self, grid: ip.Grid, **options) -> ip.Result:
         return ip.sweep(self.model, self.clean, self.corrupt, grid, **{"metric": METRIC, **options})
 
+    def ablate(self, grid: ip.Grid, **options) -> ip.Result:
+        """A sweep of the clean prompts that needs no others."""
+        return ip.sweep(self.model, self.clean, None, grid, **{"metric": METRIC, **options})
+
     def sweeps(self, grid: ip.Grid, **options) -> list[ip.Result]:
         """One result an executor, with all memory and with next to none."""
         return [self.sweep(grid, executor=executor, budget=budget, **options) for executor, budget in RUNS]
@@ -354,12 +358,8 @@ def test_zero_ablation(corrupt, padding):
         pair.sweeps(ip.grid("z", layer="all", head="all"), intervention=ip.zero)
         if corrupt
         else [
-            ip.sweep(
-                pair.model,
-                pair.clean,
-                None,
+            pair.ablate(
                 ip.grid("z", layer="all", head="all"),
-                metric=METRIC,
                 intervention=ip.zero,
                 executor=e,
             )
@@ -397,12 +397,8 @@ def test_mean_ablation(pooled):
         where = {} if together else {"pos": range(5)}
         expected = pair.brute(places("resid_post", layer=range(2), **where), "clean", average)
         for executor, budget in RUNS:
-            result = ip.sweep(
-                pair.model,
-                pair.clean,
-                None,
+            result = pair.ablate(
                 ip.grid("resid_post", layer="all", **({} if together else {"pos": "all"})),
-                metric=METRIC,
                 intervention=functools.partial(factory, source=world),
                 executor=executor,
                 budget=budget,
@@ -424,12 +420,8 @@ def test_mean_ablation_of_ragged_rows(padding):
 
     expected = pair.brute(places("attn_out", layer=range(2), pos=range(6)), "clean", average)
     for executor, budget in RUNS:
-        result = ip.sweep(
-            pair.model,
-            pair.clean,
-            None,
+        result = pair.ablate(
             ip.grid("attn_out", layer="all", pos="all"),
-            metric=METRIC,
             intervention=functools.partial(ip.mean, source=world),
             executor=executor,
             budget=budget,
@@ -450,12 +442,8 @@ def test_resample_ablation():
         factory = functools.partial(ip.resample, source=world, **options.pop("intervention", {}))
         found = []
         for executor, budget in itertools.product(EXECUTORS, (None, 1)):
-            result = ip.sweep(
-                pair.model,
-                pair.clean,
-                None,
+            result = pair.ablate(
                 ip.grid("z", layer="all", head="all"),
-                metric=METRIC,
                 intervention=factory,
                 executor=executor,
                 budget=budget,
@@ -507,12 +495,8 @@ def test_knocked_out_edges(family):
     cells = [[{"site": "scores", "layer": layer, "pos": -1, "key_pos": k}] for layer in range(2) for k in range(4)]
     expected = pair.brute(cells, "clean", lambda name, layer, x, row: torch.full_like(x, -torch.inf))
     for name, (executor, budget) in itertools.product(("scores", "pattern"), itertools.product(EXECUTORS, (None, 1))):
-        result = ip.sweep(
-            pair.model,
-            pair.clean,
-            None,
+        result = pair.ablate(
             ip.grid(name, layer=[0, 1], pos=-1, key_pos="all"),
-            metric=METRIC,
             intervention=ip.knockout,
             executor=executor,
             budget=budget,
@@ -520,7 +504,7 @@ def test_knocked_out_edges(family):
         agrees(result, expected)
     if family == "gpt2":
         with pytest.raises(SiteError, match="scores or pattern"):
-            ip.sweep(pair.model, pair.clean, None, ip.grid("z"), metric=METRIC, intervention=ip.knockout)
+            pair.ablate(ip.grid("z"), intervention=ip.knockout)
 
 
 def test_steering_and_strength():
@@ -673,6 +657,21 @@ def test_what_a_result_says(tmp_path):
         handle.remove()
     assert other.config["executor"] == "batched" and "hooks of yours" in other.config["executor_reason"]
     np.testing.assert_allclose(other.effect, result.effect, **CLOSE)
+
+
+def test_a_sweep_while_a_plan_is_held():
+    """The executor is the one that runs the worlds: the hooks of the plan that is held are not the user's own."""
+    pair = Pair("gpt2")
+    grid = ip.grid("z", layer="all", head="all")
+    plan = ip.scale(ip.site("resid_post", 0), 0.5)
+    for executor in ("auto", *EXECUTORS):
+        with pair.model.apply(plan):
+            result = pair.sweep(grid, executor=executor)
+        assert result.config["executor"] == ("shared" if executor == "auto" else executor)
+        assert result.config["executor_reason"] == ""
+        expected = ip.evaluate(pair.model, ip.World(pair.corrupt, plan), METRIC).numpy()
+        np.testing.assert_allclose(result.base, expected, **CLOSE)
+    assert np.abs(result.base - pair.sweep(grid).base).max() > 1e-3
 
 
 def test_the_model_is_left_as_it_was():

@@ -1,0 +1,55 @@
+"""The answers that metrics look for: tokens, as a user writes them, made into ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooks import Model
+from hooks.errors import MetricError
+
+Token = int | str
+Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Tensor
+"""One token for all rows, one for each row, or several for each row."""
+
+
+def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
+    """Ids int64 [B, n] of what a user wrote for the tokens of each row.
+
+    Raises:
+        MetricError: not as many as rows, rows of different numbers of tokens, or ids outside the vocabulary.
+        InputsError: a text that is not one token; the message shows its pieces.
+    """
+
+    def one(token: Any) -> int:
+        if isinstance(token, str):
+            return model.token(token)
+        if isinstance(token, (int, np.integer)) and not isinstance(token, bool):
+            return int(token)
+        raise MetricError(f"an answer is a token's text or its id, not {token!r}")
+
+    plain: Any = tokens.tolist() if isinstance(tokens, (Tensor, np.ndarray)) else tokens
+    single = (int, str, np.integer)
+    if isinstance(plain, single):
+        table = [[one(plain)]] * rows
+    elif isinstance(plain, Sequence):
+        table = [
+            [one(i) for i in t] if isinstance(t, (Sequence, np.ndarray)) and not isinstance(t, str) else [one(t)]
+            for t in plain
+        ]
+    else:
+        raise MetricError(f"answers are a token, or one entry for each row, not {plain!r}")
+    if len(table) != rows:
+        raise MetricError(f"{len(table)} answers for {rows} rows: give one token for all, or one entry for each row")
+    if len({len(row) for row in table}) != 1 or not table[0]:
+        raise MetricError("each row has the same number of answer tokens, at least one")
+    ids = torch.tensor(table)
+    vocabulary = model.architecture.vocabulary
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        things = "tokens" if model.architecture.readout is None else "classes"
+        raise MetricError(f"an answer is outside the vocabulary of {vocabulary} {things}")
+    return ids

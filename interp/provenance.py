@@ -1,0 +1,101 @@
+"""Where a result comes from: what it was computed of and with."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hooks import Inputs, Model, Plan, World
+from hooks.digest import digest_of
+from hooks.saving import fingerprint
+from interp.grids import Factory
+from interp.metrics import Bound, Metric
+from interp.streaming import weights_digest
+
+
+def describe_run(
+    model: Model, grid: Any, intervention: Factory | None, corrupt: Inputs | None, direction: str, seed: int
+) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    return {
+        "model": repr(model),
+        "grid": str(grid),
+        "intervention": "patch" if intervention is None else _name(intervention),
+        "direction": direction if corrupt is not None else "ablation",
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "versions": versions(),
+    }
+
+
+def _name(factory: Any) -> str:
+    inner = getattr(factory, "func", factory)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers were computed with, and the commit of the working directory where there is one."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # installed: a repository around it would be somebody else's
+        return found
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=here, check=False
+        )
+        if answer.returncode == 0:
+            found["commit"] = answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
+
+
+def sweep_identity(
+    model: Model,
+    base: Inputs,
+    source: World | None,
+    worlds: Sequence[World],
+    metrics: Sequence[Metric],
+    bound: Sequence[Bound],
+    seed: int,
+    executor: str,
+) -> dict[str, str]:
+    """Digests of all that a sweep's numbers depend on, by name: an interrupted one goes on where they are equal."""
+    plans = fingerprint(tuple(fingerprint(_local(w.plan, source)) for w in worlds))
+    measured = [
+        (m.name, m.stated, fingerprint(b.reads), fingerprint(m.reference) if m.reference is not None else "")
+        for m, b in zip(metrics, bound, strict=True)
+    ]
+    held, _ = model.held_on(base)
+    around = {"held": fingerprint(held)} if len(held) else {}
+    return {
+        **around,
+        "weights": weights_digest(model),
+        "inputs": fingerprint(base),
+        "source": "" if source is None else fingerprint(source),
+        "plan": plans,
+        "metrics": digest_of(measured),
+        "seed": str(seed),
+        "executor": executor,
+    }
+
+
+def _local(plan: Plan, source: World | None) -> Plan:
+    """The plan with the sweep's own source left out: it is known by its own digest, once instead of in every cell."""
+    out = []
+    for item in plan:
+        reads = tuple(
+            replace(r, source=torch.zeros(0)) if source is not None and r.source is source else r for r in item.reads
+        )
+        out.append(replace(item, reads=reads))
+    return Plan(tuple(out))

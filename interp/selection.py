@@ -1,0 +1,84 @@
+"""Parts of a result: some values of its axes, or its largest cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hooks.errors import ResultError, nearest
+from interp import stats
+from interp.axes import Axis, find, some
+
+if TYPE_CHECKING:
+    from interp.results import Result
+
+
+def select(result: Result, wanted: Mapping[str, Any]) -> Result:
+    """Restrict a result to some values of some axes; see `Result.sel`.
+
+    Raises:
+        ResultError: no such axis, or no such value on it.
+    """
+    names = ["metric", *(axis.name for axis in result.axes)]
+    for name in wanted:
+        if name not in names:
+            raise ResultError(f"no axis {name!r}{nearest(name, names)}; there are {some(names)}")
+    for name, value in wanted.items():
+        result = _of_metric(result, value) if name == "metric" else _of_axis(result, name, value)
+    return result
+
+
+def top(result: Result, k: int, metric: str | None) -> list[dict[str, Any]]:
+    """The cells with the largest |mean effect|, largest first; see `Result.top`."""
+    one = result.sel(metric=result.metrics[0] if metric is None else metric)
+    mean = one.mean().ravel()
+    order = np.argsort(-np.abs(mean), kind="stable")  # nan comes last
+    order = order[~np.isnan(mean[order])][: max(k, 0)]
+    low, high = stats.bootstrap_ci(one.effect.reshape(mean.size, len(one.rows))[order])
+    shape = tuple(len(axis) for axis in one.axes)
+    found = []
+    for rank, cell in enumerate(order):
+        at = np.unravel_index(cell, shape)
+        where = {axis.name: axis.values[i] for axis, i in zip(one.axes, at, strict=True)}
+        numbers = {"effect": float(mean[cell]), "low": float(low[rank]), "high": float(high[rank])}
+        found.append({**({"metric": one.metrics[0]} if result.several else {}), **where, **numbers})
+    return found
+
+
+def _of_metric(result: Result, wanted: Any) -> Result:
+    at = find("metric", result.metrics, wanted)
+    if not result.several:
+        return result
+    return replace(
+        result,
+        effect=result.effect[at],
+        base=result.base[at],
+        source=None if result.source is None else result.source[at],
+        noise_floor=result.noise_floor[at],
+        metrics=tuple(np.array(result.metrics, dtype=object)[np.atleast_1d(at)]),
+        several=isinstance(at, list),
+    )
+
+
+def _of_axis(result: Result, name: str, wanted: Any) -> Result:
+    dim = [axis.name for axis in result.axes].index(name)
+    axis = result.axes[dim]
+    at = find(f"axis {name!r}", axis.values, wanted)
+    if isinstance(at, list):
+        kept = (Axis(name, tuple(axis.values[i] for i in at), tuple(axis.labels[i] for i in at)),)
+        config = result.config
+    else:
+        kept = ()
+        before = result.config.get("selected")
+        noted = {**(before if isinstance(before, dict) else {}), name: axis.values[at]}
+        config = {**result.config, "selected": noted}
+    return replace(
+        result,
+        effect=result.effect.take(at, axis=dim + result.several),
+        status=result.status.take(at, axis=dim),
+        axes=result.axes[:dim] + kept + result.axes[dim + 1 :],
+        config=config,
+    )
