@@ -1,4 +1,4 @@
-"""Training an ensemble beside a loop over separate eager runs, in member-steps a second.
+"""Training an ensemble beside a loop over separate eager runs, in member-steps a second; and what callbacks cost.
 
 python -m experiments.benchmarks.training --out experiments/benchmarks/training.json
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks import machine
+from experiments.benchmarks.probing import Training, callbacks_table, measure_callbacks
 from experiments.benchmarks.report import table
 from experiments.benchmarks.timing import interleaved, ratio, timed
 from interp.training.ensemble import Ensemble
@@ -141,6 +142,9 @@ def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[st
         "machine": machine.describe(setting.device),
         "sizes": [],
     }
+    callbacks = Training(steps=6, every=2) if setting.quick else Training()
+    record["callbacks_setting"] = asdict(callbacks)
+    record["callbacks"] = measure_callbacks(callbacks, setting.repetitions)
     for clamped in (False, True):
         for members in setting.members:
             record["sizes"].append(measure_size(setting, members, clamped))
@@ -175,7 +179,8 @@ def tables(record: dict[str, Any]) -> str:
         f"First calls, which compile or find kernels in the compiler's cache, took at most {compile_seconds:.0f} s.\n\n"
         f"Member-steps a second:\n\n{table(head, rows)}\n\n"
         "In brackets: the smallest and the largest ratio of a repetition. Differences are of the losses of the first "
-        f"{record['setting']['compared']} steps, in nats."
+        f"{record['setting']['compared']} steps, in nats.\n\n"
+        f"Callbacks in a loop:\n\n{callbacks_table(record['callbacks'], record['callbacks_setting'])}"
     )
 
 

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from experiments.induction_formation import toy
 from experiments.induction_formation.measure import at_the_end, during
 from experiments.induction_formation.settings import QUICK, Roster, Settings, roster
+from hooks.digest import digest_of
+from hooks.errors import InputsError
 from interp.training.ensemble import Ensemble
 from interp.training.induction import program
 from interp.training.induction_model import Shape
@@ -61,8 +63,11 @@ def train(
         device=device,
     )
     seconds = 0.0
+    of = digest_of([table])
     if checkpoint.with_suffix(".json").exists():
         note = run.load(checkpoint)
+        if note["exemplars"] != of:
+            raise InputsError(f"{checkpoint}.json was trained on other exemplars: give --name another one")
         seconds = note["seconds"]
         with open(log, "r+b") as file:  # what was measured after the checkpoint is measured again
             file.truncate(note["log_bytes"])
@@ -80,7 +85,7 @@ def train(
         bar.update(settings.every)
         if run.step % settings.checkpoint == 0 or run.step >= settings.steps:
             spent = seconds + time.perf_counter() - began
-            run.save(checkpoint, {"log_bytes": log.stat().st_size, "seconds": spent})
+            run.save(checkpoint, {"exemplars": of, "log_bytes": log.stat().st_size, "seconds": spent})
             if time.perf_counter() - began > until:
                 break
     bar.close()
@@ -102,6 +107,7 @@ def results(settings: Settings, people: Roster, run: Ensemble, table: torch.Tens
     logged = {name: [line[name] for line in lines] for name in ("splits", "strengths", "previous")}
     return {
         "setting": asdict(settings),
+        "exemplars": {"shape": list(table.shape), "digest": note["exemplars"]},
         "machine": {"device": str(run.rates.device), "threads": torch.get_num_threads(), "cpu": platform.machine()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
@@ -151,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else Settings()
     given = {name: getattr(args, name) for name in ("steps", "rate", "name") if getattr(args, name) is not None}
-    if given and not args.name:
-        parser.error("results of another setting need a name of their own: give --name")
+    if (given or args.features) and not args.name:
+        parser.error("results of another setting, or of other exemplars, need a name of their own: give --name")
     settings = replace(settings, **given, reduced=settings.reduced or bool(given))
     torch.set_num_threads(args.threads)
     table = load_file(args.features)["exemplars"] if args.features else exemplars(Task())

@@ -119,7 +119,7 @@ def all_but(model: Model, layer: int, keep: int | Sequence[int], *, at: str = "z
 
 
 def preserving(
-    what: str,
+    what: str | Sequence[str],
     ablation: Intervention | Plan,
     layers: int | Sequence[int],
     *,
@@ -134,7 +134,7 @@ def preserving(
     (Singh et al. 2024, "pattern-preserving ablation").
 
     Args:
-        what: "pattern", "value", "query" or "key" (before any rotary embedding).
+        what: "pattern", "value", "query" or "key" (before any rotary embedding), or several of them.
         ablation: what is done.
         layers: the layers that keep what they had; those after the ablation.
         base: other interventions of both worlds, as the clamps that are in force besides.
@@ -144,15 +144,19 @@ def preserving(
     Raises:
         PlanError: there is no such thing to preserve, or a layer does not come after the ablation.
     """
-    if what not in PRESERVED:
-        raise PlanError(f"what is preserved is {', '.join(PRESERVED)}, not {what!r}{nearest(what, PRESERVED)}")
+    parts = (what,) if isinstance(what, str) else tuple(what)
+    for part in parts:
+        if part not in PRESERVED:
+            raise PlanError(f"what is preserved is {', '.join(PRESERVED)}, not {part!r}{nearest(part, PRESERVED)}")
     listed, done, common = (layers,) if isinstance(layers, int) else tuple(layers), as_plan(ablation), as_plan(base)
     first = min((item.site.layer for item in done if item.site.layer is not None), default=-1)
     early = [layer for layer in listed if layer <= first]
-    if not listed or early:
-        raise PlanError(f"layers {list(listed)} are to keep their {what}, and the ablation is in layer {first}")
+    if not listed or not parts or early:
+        kept = " and ".join(parts)
+        raise PlanError(f"layers {list(listed)} are to keep their {kept}, and the ablation is in layer {first}")
     # One plan for all layers: the first world is then run once.
-    kept = [patch(site(PRESERVED[what], n, head=head), common, stop_gradient=stop_gradient) for n in listed]
+    places = [site(PRESERVED[part], n, head=head) for n in listed for part in parts]
+    kept = [patch(place, common, stop_gradient=stop_gradient) for place in places]
     return common + done + Plan(tuple(kept))
 
 

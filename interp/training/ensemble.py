@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import safetensors.torch
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hooks.errors import ModelError, ResultError, ShapeError
 from hooks.files import pair, write_all
+from interp.training.replay import Replayed
 
 SCHEMA, VERSION = "interp.ensemble", 1
 Params = dict[str, Tensor]
@@ -51,7 +53,8 @@ class Ensemble(Generic[MemberT]):
         rate: Adam's learning rate, one for all or one a member.
         betas: Adam's decays.
         eps: added to Adam's denominator.
-        compile: whether forward, backward and optimizer become one compiled graph; needs a C++ compiler on a CPU.
+        compile: whether forward, backward and optimizer become one compiled graph; needs a C++ compiler on a CPU, and
+            is replayed as a CUDA graph on a GPU.
         device: where to train.
 
     Raises:
@@ -93,9 +96,9 @@ class Ensemble(Generic[MemberT]):
         self.rates = torch.tensor(rates, dtype=torch.float64, device=device)
         self.betas, self.eps = betas, eps
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._update = (
-            torch.compile(self._plain_update, fullgraph=True, dynamic=False) if compile else self._plain_update
-        )
+        update = torch.compile(self._plain_update, fullgraph=True, dynamic=False) if compile else self._plain_update
+        step = partial(update, self.params, self.moments, self.constants, self.rates, self._count)
+        self._step = Replayed(step) if compile and self._count.is_cuda else step
 
     @property
     def step(self) -> int:
@@ -107,7 +110,7 @@ class Ensemble(Generic[MemberT]):
         found = []
         with torch.no_grad():
             for _ in range(steps):
-                found.append(self._update(self.params, self.moments, self.constants, self.rates, self._count).clone())
+                found.append(self._step().clone())
         return torch.stack(found) if found else torch.empty(0, len(self.members), device=self._count.device)
 
     def member(self, index: int) -> Params:

@@ -39,7 +39,8 @@ class Clamp:
         ablate_first, ablate_last: heads whose values are 0.
         preserve: which of the last layer's "q", "k", "v" are computed as if `ablate_first` were not there:
             ("q", "k") is a pattern-preserving ablation, ("v",) a value-preserving one, and all three leave only the
-            direct path ablated. Gradients flow through both forwards.
+            direct path ablated.
+        stop_gradient: whether what is preserved is a constant, or gradients flow through both forwards.
         temperature_first, temperature_last: (head, temperature) pairs; a head's scores are divided by its temperature.
     """
 
@@ -53,6 +54,7 @@ class Clamp:
     ablate_first: tuple[int, ...] = ()
     ablate_last: tuple[int, ...] = ()
     preserve: tuple[str, ...] = ()
+    stop_gradient: bool = True
     temperature_first: tuple[tuple[int, float], ...] = ()
     temperature_last: tuple[tuple[int, float], ...] = ()
 
@@ -101,8 +103,8 @@ def stack(clamps: Sequence[Clamp], n_heads: int, dtype: torch.dtype = torch.floa
 
     Returns:
         Some of: ``previous`` [M, H], ``blocked`` bool [M, H, T, S], ``gate_first`` and ``gate_last`` [M, H],
-        ``first_layer`` [M], ``preserve`` [M, 3], ``match`` [M, H] with ``sharpness`` [M], ``copy`` [M, H],
-        ``scale_first`` and ``scale_last`` [M, H].
+        ``first_layer`` [M], ``preserve`` and ``stopped`` [M, 3], ``match`` [M, H] with ``sharpness`` [M],
+        ``copy``, ``scale_first`` and ``scale_last`` [M, H].
 
     Raises:
         PlanError: a head that the layer lacks.
@@ -128,6 +130,8 @@ def stack(clamps: Sequence[Clamp], n_heads: int, dtype: torch.dtype = torch.floa
 
     before = torch.ones(TOKENS - 1, dtype=torch.bool).diag(-1)
     at_labels = before & (torch.arange(TOKENS) % 2 == 1)[:, None]
+    preserved = torch.tensor([[s in c.preserve for s in STREAMS] for c in clamps])
+    stopped = preserved & torch.tensor([[c.stop_gradient] for c in clamps])
     groups: dict[str, tuple[bool, dict[str, Tensor]]] = {
         "previous": (any(c.previous_token for c in clamps), {"previous": chosen("previous_token")}),
         "blocked": (
@@ -145,7 +149,7 @@ def stack(clamps: Sequence[Clamp], n_heads: int, dtype: torch.dtype = torch.floa
         ),
         "preserve": (
             any(c.preserve for c in clamps),
-            {"preserve": torch.tensor([[float(s in c.preserve) for s in STREAMS] for c in clamps], dtype=dtype)},
+            {"preserve": preserved.to(dtype), "stopped": stopped},
         ),
         "match": (
             any(c.match is not None for c in clamps),

@@ -217,13 +217,18 @@ def _last_layer_reads(
         normed = _norm(after, p, "ln1", shape)
         k, v = torch.bmm(p["kv1"], normed.flatten(2)).view(members, 2 * m, TOKENS, size).split(m, dim=1)
         q = torch.bmm(p["q1"], normed[:, :, QUERY])
+    if "stopped" in c:
+        q, k, v = (
+            torch.where(still.view(-1, *[1] * (part.ndim - 1)), part.detach(), part)
+            for still, part in zip(c["stopped"].unbind(1), (q, k, v), strict=True)
+        )
     q = _rotate(q[:, :, None], c["rotary"][..., QUERY:] * d**-0.5, h)
     scores = _scores(q, _rotate(k, c["rotary"], h))
     return scores[:, :, 0], v.view(members, h, d, TOKENS, size)
 
 
 def _columns(table: Tensor, index: Tensor) -> Tensor:
-    """Columns [M, rows, N] of tables [M, rows, columns] at an index [M, N], as a product: a gather's gradient is slow."""
+    """Columns [M, rows, N] of tables [M, rows, columns] at an index [M, N]: a product, whose gradient is fast."""
     chosen = index[:, None] == torch.arange(table.shape[2], device=index.device)[:, None]
     return torch.bmm(table, chosen.to(table.dtype))
 

@@ -109,7 +109,10 @@ class InductionModel(Transformer):
             held = x.new_zeros(len(x), TOKENS)
             for row, target in enumerate(batch.target.tolist()):
                 held[row, 1 + 2 * target], held[row, 3 - 2 * target] = clamp.sharpness, 1 - clamp.sharpness
-        out, scores, _ = self._layer(1, after, q_in, k_in, v_in, clamp, ablate=clamp.ablate_last, held=held)
+        constant = clamp.preserve if clamp.stop_gradient else ()
+        out, scores, _ = self._layer(
+            1, after, q_in, k_in, v_in, clamp, ablate=clamp.ablate_last, held=held, constant=constant
+        )
         if clamp.copy is None:
             return self.unembed(self.ln_final(out[:, QUERY]))
         of_head = scores[:, clamp.copy, QUERY]
@@ -127,16 +130,19 @@ class InductionModel(Transformer):
         clamp: Clamp,
         ablate: tuple[int, ...] = (),
         held: Tensor | None = None,
+        constant: tuple[str, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Residual after a layer [B, T, M], its scores and pattern [B, H, T, S]; what it reads may be given apart."""
         block: Any = self.blocks[layer]
         attn, norm = block.attn, block.ln1
 
-        def heads(project: nn.Linear, stream: Tensor) -> Tensor:
-            return project(norm(stream)).unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+        def heads(part: str, stream: Tensor) -> Tensor:
+            project = getattr(attn, f"{part}_proj")
+            found = project(norm(stream)).unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+            return found.detach() if part in constant else found
 
         cos, sin = self.rotary(torch.arange(TOKENS, device=x.device), x.dtype)
-        q, k = rotate(heads(attn.q_proj, q_in), cos, sin), rotate(heads(attn.k_proj, k_in), cos, sin)
+        q, k = rotate(heads("q", q_in), cos, sin), rotate(heads("k", k_in), cos, sin)
         scores = q @ k.transpose(-1, -2) * attn.scaling
         for head, temperature in (clamp.temperature_first, clamp.temperature_last)[layer]:
             scores = torch.cat((scores[:, :head], scores[:, head : head + 1] / temperature, scores[:, head + 1 :]), 1)
@@ -159,5 +165,5 @@ class InductionModel(Transformer):
             rows[clamp.match] = torch.cat((rows[clamp.match][:, :QUERY], held[:, None]), dim=1)
         pattern = torch.stack(rows, dim=1)
         kept = [0.0 if head in ablate else 1.0 for head in range(attn.num_heads)]
-        z = pattern @ (heads(attn.v_proj, v_in) * x.new_tensor(kept)[:, None, None])
+        z = pattern @ (heads("v", v_in) * x.new_tensor(kept)[:, None, None])
         return x + attn.o_proj(z.transpose(1, 2).flatten(-2)), scores, pattern

@@ -17,6 +17,10 @@ def test_it_is_forty_lines():
     assert len([line for line in SCRIPT.read_text().splitlines() if line.strip()]) <= 40  # blank ones aside
 
 
+def test_the_first_page_shows_it():
+    assert f"```python\n{SCRIPT.read_text().rstrip()}\n```" in (ROOT / "README.md").read_text()
+
+
 def test_it_runs(tmp_path):
     pytest.importorskip("accelerate")
     done = subprocess.run(
