@@ -96,7 +96,13 @@ class Ensemble(Generic[MemberT]):
         self.rates = torch.tensor(rates, dtype=torch.float64, device=device)
         self.betas, self.eps = betas, eps
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        update = torch.compile(self._plain_update, fullgraph=True, dynamic=False) if compile else self._plain_update
+        # On a CPU, what calls the kernels is C++ as well: with few members, Python takes as long as they do.
+        options: dict[str, Any] = {"cpp_wrapper": not self._count.is_cuda}
+        update = (
+            torch.compile(self._plain_update, fullgraph=True, dynamic=False, options=options)
+            if compile
+            else self._plain_update
+        )
         step = partial(update, self.params, self.moments, self.constants, self.rates, self._count)
         self._step = Replayed(step) if compile and self._count.is_cuda else step
 

@@ -22,6 +22,8 @@ from interp.training.induction_clamps import BLOCKED
 from interp.training.induction_task import QUERY, TOKENS, Batch
 
 Params = dict[str, Tensor]
+EVEN = 8
+"""Columns are padded to a multiple of this, at which the matrix products of CPUs lose nothing on ragged edges."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,10 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
         vectors = c["exemplars"][which].transpose(1, 2)
         embedded = torch.baddbmm(p["embed.bias"][..., None], p["embed.weight"], vectors)
     tokens = torch.cat((embedded, p["label"].transpose(1, 2)), dim=2)
+    spare = -tokens.shape[2] % EVEN
+    tokens = torch.nn.functional.pad(tokens, (0, spare))
     table = torch.cat((tokens, torch.bmm(p["qkv0"], _norm(tokens, p, "ln0", shape))), dim=1)
-    of_exemplars, of_labels = table.split((embedded.shape[2], n_labels), dim=2)
+    of_exemplars, of_labels, _ = table.split((embedded.shape[2], n_labels, spare), dim=2)
     of_labels = _columns(of_labels, batch.labels.flatten(1)).view(members, 4 * m, 2, size)
     if each_once:
         of_exemplars = _columns(of_exemplars, which)
