@@ -1,7 +1,8 @@
 """Train every member of the study together, measure as it goes, and keep what came out.
 
 python -m experiments.induction_formation.run --device cuda     # the paper's settings, on a GPU
-python -m experiments.induction_formation.run --quick           # a reduced setting, for two CPU cores
+python -m experiments.induction_formation.run --short           # the same for a tenth of the steps, on two CPU cores
+python -m experiments.induction_formation.run --quick           # a higher learning rate and few steps
 
 Interrupted, the same command continues from the last checkpoint.
 """
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.induction_formation import toy
 from experiments.induction_formation.measure import at_the_end, during
-from experiments.induction_formation.settings import QUICK, Roster, Settings, roster
+from experiments.induction_formation.settings import QUICK, SHORT, Roster, Settings, roster
 from hooks.digest import digest_of
 from hooks.errors import InputsError
 from interp.training.ensemble import Ensemble
@@ -145,7 +146,9 @@ def commit() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a reduced setting: a higher learning rate, few steps")
+    reduced = parser.add_mutually_exclusive_group()
+    reduced.add_argument("--short", action="store_true", help="a reduced setting: a tenth of the steps")
+    reduced.add_argument("--quick", action="store_true", help="a reduced setting: a higher learning rate, few steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed)")
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", help="of the results, where the setting is not a named one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop at the first checkpoint after these")
     args = parser.parse_args(argv)
-    settings = QUICK if args.quick else Settings()
+    settings = QUICK if args.quick else SHORT if args.short else Settings()
     given = {name: getattr(args, name) for name in ("steps", "rate", "name") if getattr(args, name) is not None}
     if (given or args.features) and not args.name:
         parser.error("results of another setting, or of other exemplars, need a name of their own: give --name")

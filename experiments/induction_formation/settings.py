@@ -58,6 +58,16 @@ class Settings:
     reduced: bool = False
 
 
+SHORT = Settings(
+    name="short",
+    steps=30_000,
+    alone_seeds=2,
+    every=150,
+    evaluated=128,
+    checkpoint=1500,
+    reduced=True,
+)
+"""The paper's rate, batch and sizes, for as many steps as every member needs to get past its phase change."""
 QUICK = Settings(
     name="quick",
     rate=1e-4,
