@@ -79,7 +79,9 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, types.CodeType):
         return [value.co_code, value.co_names, value.co_consts]
     if isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType)):
-        return [getattr(value, "__module__", ""), getattr(value, "__qualname__", getattr(value, "__name__", ""))]
+        own = getattr(value, "__self__", None)  # of a method such as a dict's, what it is a method of
+        bound = [] if own is None or isinstance(own, types.ModuleType) else [own]
+        return [getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__), *bound]
     if isinstance(value, torch.nn.Module):
         return [type(value).__qualname__, *(part for name, t in value.state_dict().items() for part in (name, t))]
     if dataclasses.is_dataclass(value):

@@ -52,22 +52,23 @@ def attribution(
     Raises:
         MetricError: the metric has no gradient (rank, accuracy).
         PlanError: an intervention has no first-order estimate of its own: it writes -inf, mixes rows, or reads what
-            another one may change.
+            another one may change; or a plan that is held on the model mixes rows.
     """
     check_model(model, direction)
     check_metrics([metric])
-    base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
+    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention)
     model.check_inputs(base_inputs)
     axes, cells = grid.cells(model, base_inputs)
     plans = [cell.plan(factory) for cell in cells]
     bound = metric.bind(model, base_inputs)
-    reference = references(model, [metric], [bound], source, base_inputs)[0]
+    reference = references(model, [metric], [bound], source, base_inputs, seed)[0]
     everything = World(base_inputs, sum((plan for plan in plans), Plan()))
     model.check(everything.plan)
     _require_estimable(everything.plan)
     sites = _distinct(everything.plan, model.n_layers)
     limit = budget_of(model, budget)
     held, record = model.held_on(base_inputs)
+    require_rows_apart(held)
     unedited = World(base_inputs, held)
     expose = exposed_layers([unedited, everything], bound.reads)
     with model.suspended():
@@ -100,11 +101,21 @@ def attribution(
                     total += (gradients[at[key]] * change).flatten(1).sum(1).to("cpu", torch.float64)
                 values[0, c + 2, window] = base + total.numpy()
                 status[c + 2, window] = 0 if any(e.change for e in world.audit) else 1
-    measured_source = None if source is None else source_metrics(model, [metric], source, [reference], budget)
+    measured_source = None if source is None else source_metrics(model, [metric], source, [reference], budget, seed)
     result = assemble(values, status, axes, cells, [metric], False, measured_source, base_inputs, model)
     result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))
     result.config["executor"] = "first order (attribution patching)"
     return result
+
+
+def require_rows_apart(held: Plan) -> None:
+    """Raise PlanError where a plan that is held mixes rows, so that a sum's gradient is not of each row its own."""
+    mixing = next((item for item in held if "row" in item.op.mixes), None)
+    if mixing is not None:
+        raise PlanError(
+            f"{mixing}, which is held on the model, mixes rows, so a gradient does not tell their effects apart: "
+            "measure them, with sweep() or edge_sweep()"
+        )
 
 
 def _require_estimable(plan: Plan) -> None:

@@ -30,13 +30,17 @@ def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor
     return call(bound, measured.name, slice(0, len(world.inputs)), [*values, *others.get(0, [])])
 
 
-def read_world(model: Model, world: World, reads: Sequence[Site], executor: str = "auto") -> list[Tensor]:
+def read_world(
+    model: Model, world: World, reads: Sequence[Site], executor: str = "auto", seed: int = 0
+) -> list[Tensor]:
     """The values of sites in one world, all rows together."""
-    pieces = [outcome.values for outcome in run_worlds(model, [world], reads, executor=executor)]
+    pieces = [outcome.values for outcome in run_worlds(model, [world], reads, executor=executor, seed=seed)]
     return [torch.cat([piece[i] for piece in pieces]) for i in range(len(reads))]
 
 
-def read_reference(model: Model, measured: Metric, reference: World, bound: Bound, inputs: Inputs) -> list[Tensor]:
+def read_reference(
+    model: Model, measured: Metric, reference: World, bound: Bound, inputs: Inputs, seed: int = 0
+) -> list[Tensor]:
     """What a metric compares with, row by row.
 
     Raises:
@@ -51,7 +55,7 @@ def read_reference(model: Model, measured: Metric, reference: World, bound: Boun
         raise MetricError(
             f"{measured.name} compares position by position, and the reference has prompts of other lengths"
         )
-    values = read_world(model, reference, measured.bind(model, reference.inputs).reads)
+    values = read_world(model, reference, measured.bind(model, reference.inputs).reads, seed=seed)
     for place, value in zip(bound.reads, values, strict=True):
         shape = resolve(place, inputs, model.sizes[place.key]).shape
         if [shape[axis] for axis in place.axes] != list(value.shape):

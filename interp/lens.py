@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hooks import Inputs, Model, Site
+from hooks import Inputs, Model, Plan, Site
 from hooks.adapters.architecture import Block, linear_weight
-from hooks.errors import InputsError, MetricError, ModelError
+from hooks.errors import InputsError, MetricError, ModelError, PlanError
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
 from interp.metrics import Metric, call
 from interp.provenance import describe_run
 from interp.results import Result
 from interp.sweeps import assemble
+
+READOUT = ("ln_final", "logits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +72,18 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
         A `LogitLens`, or with a metric a `Result` with an axis ``layer`` (``"embed"`` first), whose effects are the
         metric's
         values: what the lens reads, against a base of 0.
+
+    Raises:
+        MetricError: the metric reads more than logits.
+        PlanError: a plan that is held on the model edits what is read out.
     """
+    check_readout(model, inputs)
     sites = [Site("resid_pre", 0), *(Site("resid_post", layer) for layer in range(model.n_layers))]
     run = model.run(inputs, capture=sites)
     arch = model.architecture
     points = ("embed", *(str(layer) for layer in range(model.n_layers)))
     if metric is None:
-        with torch.no_grad():
+        with torch.no_grad(), model.suspended():
             logits = torch.stack([arch.logits(arch.norm(run.tape[place])).cpu() for place in sites])
         return LogitLens(logits, points, inputs)
     bound = metric.bind(model, inputs)
@@ -85,7 +92,7 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     from hooks.region import resolve
 
     values = np.zeros((1, len(sites) + 2, len(inputs)))
-    with torch.no_grad():
+    with torch.no_grad(), model.suspended():
         for i, place in enumerate(sites):
             final = run.tape[place] if arch.readout is None else run.tape[place][:, arch.readout, None]
             logits = arch.logits(arch.norm(final))
@@ -116,7 +123,9 @@ def direct_logit_attribution(
 
     Raises:
         ModelError: the parts do not add up, so the model is not what this describes.
+        PlanError: a plan that is held on the model edits what is read out.
     """
+    under = check_readout(model, inputs)
     if not isinstance(pos, int):
         raise MetricError(f"direct logit attribution reads one position, not pos={pos!r}")
     arch = model.architecture
@@ -137,7 +146,7 @@ def direct_logit_attribution(
         wanted += [Site("attn_out", layer, pos=pos)] + ([Site("z", layer, pos=pos)] if heads else [])
         wanted += [Site("mlp_out", layer, pos=pos)] if block.mlp is not None else []
     tape = model.run(inputs, capture=wanted).tape
-    with torch.no_grad():
+    with torch.no_grad(), model.suspended():
         final = tape[last][:, 0]
         frozen, towards = frozen_norm(arch.norm, final), direction.to(final.device)
 
@@ -172,13 +181,30 @@ def direct_logit_attribution(
         gap = float((stacked.sum(0) - whole).abs().max())
         scale = float(stacked.abs().sum(0).max())
         if gap > 1e-3 * scale:
-            raise ModelError(
-                f"the components add up to another logit, {gap:.3g} off: this model is not described by them"
-            )
+            why = "this model is not described by them"
+            if len(under):
+                why += ", or not under the plan that is held on it, which may edit the components and not their sum"
+            raise ModelError(f"the components add up to another logit, {gap:.3g} off: {why}")
     values = np.zeros((1, len(names) + 2, len(inputs)))
     values[0, 2:] = stacked.to("cpu", torch.float64).numpy()
     name = "logit" if foil is None else "logit_diff"
     return _as_result(values, Axis("component", tuple(names)), name, inputs, model, "direct logit attribution")
+
+
+def check_readout(model: Model, inputs: Inputs) -> Plan:
+    """The plan that is held on the model, empty where none is.
+
+    Raises:
+        PlanError: it edits what the final norm or the unembedding gives.
+    """
+    held, _ = model.held_on(inputs)
+    item = next((item for item in held if item.site.name in READOUT), None)
+    if item is not None:
+        raise PlanError(
+            f"{item}, which is held on the model, edits what the final norm and the unembedding give, and here they "
+            "are applied to parts of the residual stream: hold what comes before them, or use sweep()"
+        )
+    return held
 
 
 def _columns(weight: Tensor, tokens: Tensor) -> Tensor:
@@ -211,7 +237,7 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda part: (part - part.mean(-1, keepdim=True)) / scale * weight
     scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     # A norm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones, whose scale is 1.
-    gain = norm(x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
+    gain = norm.forward(x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
     return lambda part: part / scale * gain
 
 

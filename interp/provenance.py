@@ -76,13 +76,13 @@ def sweep_identity(
         (m.name, m.stated, fingerprint(b.reads), fingerprint(m.reference) if m.reference is not None else "")
         for m, b in zip(metrics, bound, strict=True)
     ]
-    held, _ = model.held_on(base)
-    around = {"held": fingerprint(held)} if len(held) else {}
+    held = [model.held_on(base)[0]] if source is None else [model.held_on(base)[0], source.plan]
+    around = {"held": digest_of([fingerprint(plan) for plan in held])} if any(map(len, held)) else {}
     return {
         **around,
         "weights": weights_digest(model),
         "inputs": fingerprint(base),
-        "source": "" if source is None else fingerprint(source),
+        "source": "" if source is None else fingerprint(World(source.inputs)),
         "plan": plans,
         "metrics": digest_of(measured),
         "seed": str(seed),

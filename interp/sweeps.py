@@ -75,14 +75,14 @@ def sweep(
     several = isinstance(metric, (list, tuple))
     metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
     check_metrics(metrics)
-    base_inputs, source, factory = source_of(clean, corrupt, direction, intervention)
+    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention)
     model.check_inputs(base_inputs)
     if not isinstance(grid, Grid):
         raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
     axes, cells = grid.cells(model, base_inputs)
     worlds = _cell_worlds(cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
-    compared = references(model, metrics, bound, source, base_inputs)
+    compared = references(model, metrics, bound, source, base_inputs, seed)
 
     identity: dict[str, str] = {}
     if path is not None:
@@ -110,7 +110,7 @@ def sweep(
             stream.write(numbers, todo[outcome.index], outcome.rows, STATUS.index(outcome.status))
             bar.update(outcome.rows.stop - outcome.rows.start)
 
-    source_values = None if source is None else source_metrics(model, metrics, source, compared, budget)
+    source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed)
     values, status = np.array(stream.values), np.array(stream.status)
     result = assemble(values, status, axes, cells, metrics, several, source_values, base_inputs, model)
     result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))
@@ -154,9 +154,11 @@ def check_metrics(metrics: Sequence[Any]) -> None:
 
 
 def source_of(
-    clean: Inputs, corrupt: Inputs | None, direction: str, intervention: Factory | None
+    model: Model, clean: Inputs, corrupt: Inputs | None, direction: str, intervention: Factory | None
 ) -> tuple[Inputs, World | None, Factory]:
     """The inputs that are edited, the world that values are taken from, and what is done at a site.
+
+    A plan that is held on the model is in that world too: of a pair of runs, both are under it.
 
     Raises:
         InputsError: prompts that are not Inputs, are missing, or do not correspond.
@@ -172,7 +174,7 @@ def source_of(
         return clean, None, intervention
     align(clean, corrupt)
     base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
-    source = World(other)
+    source = World(other, model.held_on(other)[0])
     return base, source, intervention or partial(patch, source=source)
 
 
@@ -192,7 +194,12 @@ def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:
 
 
 def references(
-    model: Model, metrics: Sequence[Metric], bound: Sequence[Bound], source: World | None, inputs: Inputs
+    model: Model,
+    metrics: Sequence[Metric],
+    bound: Sequence[Bound],
+    source: World | None,
+    inputs: Inputs,
+    seed: int = 0,
 ) -> list[list[Tensor]]:
     """For each metric, the values that it compares with, on all rows."""
     out = []
@@ -200,21 +207,28 @@ def references(
         if m.reference is None:
             out.append([])
             continue
-        world = source if m.reference == "source" else m.reference
+        # What is held on the model comes first in every world that is run, so the source is run without it.
+        own = None if source is None else World(source.inputs)
+        world = own if m.reference == "source" else m.reference
         if not isinstance(world, World):
             raise MetricError(f"{m.name} compares with the source of a sweep, and this sweep patches from nothing")
-        out.append(read_reference(model, m, world, b, inputs))
+        out.append(read_reference(model, m, world, b, inputs, seed))
     return out
 
 
 def source_metrics(
-    model: Model, metrics: Sequence[Metric], source: World, compared: Sequence[Sequence[Tensor]], budget: int | None
+    model: Model,
+    metrics: Sequence[Metric],
+    source: World,
+    compared: Sequence[Sequence[Tensor]],
+    budget: int | None,
+    seed: int = 0,
 ) -> np.ndarray:
     """The metrics of the source world itself, [metric, row]."""
     bound = [m.bind(model, source.inputs) for m in metrics]
     reads, spans = _all_reads(bound)
     out = np.full((len(metrics), len(source.inputs)), np.nan)
-    for outcome in run_worlds(model, [source], reads, budget=budget):
+    for outcome in run_worlds(model, [World(source.inputs)], reads, budget=budget, seed=seed):
         out[:, outcome.rows] = _measured(metrics, bound, spans, compared, outcome)
     return out
 

@@ -193,6 +193,7 @@ def _node_change(measure: Measure, reader: Reader, plan: Plan) -> Tensor:
             [place],
             executor="batched",
             budget=measure.budget,
+            seed=measure.seed,
             meter=measure.meter,
         )
     ]

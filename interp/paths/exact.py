@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Plan, Site, World, patch, run_worlds
-from hooks.budget import default_budget
+from hooks.budget import budget_of
 from hooks.digest import digest_of
 from hooks.errors import UnfiredError
 from hooks.meter import Meter
@@ -23,6 +23,7 @@ from interp.paths.measuring import Measure
 from interp.paths.nodes import QKV, Edge, Writer
 from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
 from interp.paths.sources import pair_of
+from interp.paths.streams import edits
 from interp.progress import tqdm
 from interp.results import Result
 from interp.streaming import Stream, weights_digest
@@ -121,14 +122,16 @@ def _batches(
     if plain:
         yield plain, [measure.plain[i] for i in plain]
     left = sorted((edge for edge in chosen if places[edge] in todo), key=port)
-    limit = measure.budget if measure.budget is not None else default_budget(measure.model.device)
+    limit = budget_of(measure.model, measure.budget)
     base = measure.pair.base
     per_writer = 6 * base.embedded.numel() * base.embedded.element_size()
-    fit = max(1, int(limit // per_writer))
     moved = False
     held: tuple[list[Writer], Tensor] = ([], base.embedded)  # q, k and v of a layer see the same writers
     for key, group in groupby(left, key=port):
         edges = list(group)
+        # Under a plan that edits heads one by one, each has a copy of what it reads.
+        copies = graph.heads[key[2]] if key[1] in QKV and edits(base.held, key[1], key[2]) else 1
+        fit = max(1, int(limit // (copies * per_writer)))
         writers = list(dict.fromkeys(edge.writer for edge in edges))
         for start in range(0, len(writers), fit):
             some = writers[start : start + fit]
@@ -189,7 +192,9 @@ def _only_query_heads(edges: list[Edge], plans: list[Plan], measure: Measure) ->
     place = Site("z", layer)
     found: dict[int, list[Tensor]] = {}
     worlds = [World(measure.inputs, plan) for plan in plans]
-    for outcome in run_worlds(measure.model, worlds, [place], budget=measure.budget, meter=measure.meter):
+    for outcome in run_worlds(
+        measure.model, worlds, [place], budget=measure.budget, seed=measure.seed, meter=measure.meter
+    ):
         found.setdefault(outcome.index, []).append(outcome.values[0])
     out = []
     for i, (edge, plan) in enumerate(zip(edges, plans, strict=True)):
@@ -203,9 +208,13 @@ def _identity(
 ) -> dict[str, str]:
     """Digests of everything that a sweep of edges depends on."""
     run, metric = measure.pair.source.run, measure.metric
+    model, every = measure.model, [measure.inputs, run and run.inputs, reference]
+    held = [model.held_on(inputs)[0] for inputs in every if inputs is not None] if model.holds else []
+    around = {"held": digest_of(tuple(map(fingerprint, held)))} if held else {}
     compared = "" if metric.reference is None else fingerprint(metric.reference)
     return {
-        "weights": weights_digest(measure.model),
+        **around,
+        "weights": weights_digest(model),
         "inputs": fingerprint(measure.inputs),
         "source": "" if run is None else fingerprint(run.inputs),
         "reference": "" if reference is None else fingerprint(reference),

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hooks import Plan, Site, World, patch
+from hooks import Site, World, patch
 from hooks.editing import Edits
-from hooks.errors import MetricError
+from hooks.errors import MetricError, PathError
 from hooks.forward import exposed_layers, hooked_pass
+from hooks.sources import read_tapes
+from interp.attribution import require_rows_apart
 from interp.metrics import call
 from interp.paths.measuring import Measure
 from interp.paths.nodes import QKV
 from interp.paths.readers import responses
-from interp.paths.streams import Streams
+from interp.paths.streams import Streams, edits
 
 BACKWARD = 2
 """A backward pass costs about two forward passes."""
@@ -38,6 +40,7 @@ class Gradients:
 
     Raises:
         MetricError: the metric has no gradient.
+        PlanError: a plan that is held on the model mixes rows.
     """
 
     def __init__(
@@ -56,17 +59,22 @@ class Gradients:
         for layer, block in enumerate(self.blocks):
             sites += [Site(name, layer) for name in ("attn_in", *QKV)]
             sites += [Site(name, layer) for name in ("mlp_in", "mlp_out")] if block.mlp is not None else []
-        sites.append(Site("resid_post", model.n_layers - 1))
-        plan = Plan()
+        sites += [*base.per_head, Site("resid_post", model.n_layers - 1)]
+        held, record = model.held_on(inputs)
+        require_rows_apart(held)
+        plan = held
         if embedded is not None:
             whole = embedded.new_zeros((len(inputs), *embedded.shape[1:]))
             whole[window] = embedded
-            plan = Plan((patch(Site("resid_pre", 0), whole),))
-        edits = Edits(World(inputs, plan), model.sizes, {}, measure.seed, window)
+            plan = held + patch(Site("resid_pre", 0), whole)
+        world = World(inputs, plan)
         captures = [*sites, *measure.bound.reads]
-        expose = exposed_layers([], measure.bound.reads)
-        with torch.enable_grad():
-            session, _ = hooked_pass(model, [edits], [captures], expose, graph=True)
+        expose = exposed_layers([world], measure.bound.reads)
+        with model.suspended(), torch.enable_grad():
+            with torch.no_grad():
+                tapes = read_tapes(model, [world], measure.seed, expose, measure.budget)
+            under = Edits(world, model.sizes, tapes, measure.seed, window)
+            session, _ = hooked_pass(model, [under], [captures], expose, graph=True)
             kept = [session.kept[0][i] for i in range(len(captures))]
             values = [*kept[len(sites) :], *(other[window] for other in measure.others)]
             measured = call(measure.bound, measure.metric.name, window, values)
@@ -74,6 +82,7 @@ class Gradients:
                 raise MetricError(f"metric {measure.metric.name!r} has no gradient: score edges with method='exact'")
             # A site that the metric does not depend on (an MLP after the position that it reads, say) has none.
             found = torch.autograd.grad(measured.sum(), kept[: len(sites)], allow_unused=True)
+        under.audit.split(len(held), record)
         real = inputs.mask[window].to(measured.device)
         self.values = {site.key: value.detach() for site, value in zip(sites, kept, strict=False)}
         self.gradients = {
@@ -117,6 +126,11 @@ class Gradients:
 
     def _computed(self, kind: str, layer: int, change: Tensor) -> dict[str, Tensor]:
         """What the readers compute from in_v + change, by site."""
+        if edits(self.base.held, kind, layer):
+            raise PathError(
+                f"the plan that is held on the model edits what the {kind} readers of layer {layer} compute, of which "
+                "receiver-exact scores take the exact change: use method='eap', 'eap-ig' or 'exact'"
+            )
         block, tokens = self.blocks[layer], change[..., 0].numel()
         for part in QKV if kind == "attn" else (kind,):
             self.meter.block(layer, part, tokens)
@@ -125,8 +139,9 @@ class Gradients:
             return {n: responses(self.base, n, layer, change)[n] for n in (QKV if kind == "attn" else (kind,))}
         assert block.mlp is not None
         assert block.norm2 is not None
-        out = block.mlp.module(block.norm2(self.base.read_by(kind, layer) + change))
-        return {"mlp_out": out if block.post2 is None else block.post2(out)}
+        with self.base.model.suspended():
+            out = block.mlp.module(block.norm2(self.base.read_by(kind, layer) + change))
+            return {"mlp_out": out if block.post2 is None else block.post2(out)}
 
     def _of_input(self, kind: str, layer: int) -> Tensor:
         """The gradient at what each reader of a kind reads, [b, T, R, M]."""
@@ -134,9 +149,12 @@ class Gradients:
             return self.gradients[Site("resid_post", layer - 1).key].unsqueeze(2)
         if kind in ("mlp", "attn"):
             return self.gradients[Site(f"{kind}_in", layer).key].unsqueeze(2)
+        alone = Site(f"{kind}_input", layer)
+        if alone in self.base.per_head:
+            return self.gradients[alone.key]
         # The heads share one tensor that they read, so each head's part is taken through a copy of its own.
         projection, read = getattr(self.blocks[layer], kind), self.values[Site("attn_in", layer).key]
-        with torch.enable_grad():
+        with self.base.model.suspended(), torch.enable_grad():
             copies = read.unsqueeze(2).expand(-1, -1, projection.heads, -1).detach().requires_grad_()
             out = projection.per_head(self.blocks[layer].norm1(copies))
             return torch.autograd.grad(out, copies, self.gradients[Site(kind, layer).key])[0]

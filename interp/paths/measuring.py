@@ -60,7 +60,7 @@ class Measure:
         bound = metric.bind(model, inputs)
         if not bound.reads:
             raise MetricError(f"metric {metric.name!r} reads no site, so nothing that is done to the model moves it")
-        (others,) = references(model, [metric], [bound], pair.other, inputs)
+        (others,) = references(model, [metric], [bound], pair.other, inputs, seed)
         return cls(metric, bound, pair, others, Meter(model.architecture), executor, budget, seed)
 
     @property
@@ -135,7 +135,7 @@ class Measure:
         """
         source = None
         if self.pair.other is not None:
-            source = source_metrics(self.model, [self.metric], self.pair.other, [self.others], self.budget)
+            source = source_metrics(self.model, [self.metric], self.pair.other, [self.others], self.budget, self.seed)
         axes = () if edges is None else (Axis("edge", tuple(edge.name for edge in edges)),)
         cells = [None] if edges is None else _cells(graph, edges, self.inputs)
         result = assemble(values[None], status, axes, cells, [self.metric], False, source, self.inputs, self.model)

@@ -8,8 +8,8 @@ from torch import Tensor
 from hooks import Intervention, Model, Plan, Site, patch
 from hooks.errors import PathError, nearest
 from hooks.sites import Index
-from interp.paths.nodes import Reader
-from interp.paths.streams import Streams, frozen_norm
+from interp.paths.nodes import QKV, Reader
+from interp.paths.streams import Streams, edits, frozen_norm
 
 NORMS = ("recompute", "frozen")
 
@@ -32,8 +32,26 @@ def responses(base: Streams, kind: str, layer: int, change: Tensor, norms: str =
 
     Returns:
         the value of each site, by name, that the reader's input determines: [..., B, T, heads, D] for "q", "k", "v",
-        [..., B, T, M] elsewhere.
+        [..., B, T, heads, M] for their inputs, [..., B, T, M] elsewhere.
+
+    Raises:
+        PathError: norms that are frozen, where a plan that is held edits what the readers compute.
     """
+    if edits(base.held, kind, layer):
+        if norms == "frozen":
+            raise PathError(
+                f"the plan that is held on the model edits what the readers of layer {layer} compute, which is set "
+                "where their norm is frozen: norms='recompute'"
+            )
+        if kind in QKV:
+            # What is set has to come before what is held edits.
+            name = f"{kind}_input"
+            return {name: base.per_head[Site(name, layer)] + change.unsqueeze(-2)}
+    with base.model.suspended():  # parts of the model are called, and the hooks of what is held stand on them
+        return _responses(base, kind, layer, change, norms)
+
+
+def _responses(base: Streams, kind: str, layer: int, change: Tensor, norms: str) -> dict[str, Tensor]:
     arch = base.model.architecture
     read = base.read_by(kind, layer)
     if kind == "logits":
@@ -72,7 +90,7 @@ def forced(
     items: list[Intervention] = []
     for name, value in values.items():
         layer = None if name == "ln_final" else reader.layer - 1 if name == "resid_post" else reader.layer
-        head = heads if name in ("q", "k", "v") else None
+        head = heads if name.removesuffix("_input") in QKV else None
         item = patch(Site(name, layer, head=head, pos=pos), value)
         items.append(item if where is None else item.where(where))
     return Plan(tuple(items))

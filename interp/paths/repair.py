@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hooks import Inputs, Model, Plan, World
+from hooks.budget import budget_of
 from hooks.errors import InputsError, nearest
 from hooks.html import table
 from interp.evaluation import evaluate
@@ -94,8 +95,8 @@ def repair(
     repaired = repair_plan(model, chosen, graph=graph, values=values, reference=reference, pooled=pooled, budget=budget)
     before, after, rows = {}, {}, {}
     for name, (inputs, metric) in measured.items():
-        # One prompt is enough to see how the model is built.
-        check_additive(model, inputs.rows(slice(0, 1)))
+        # One prompt is enough to see how the model is built; a plan that is held may be of all of them.
+        check_additive(model, inputs if model.holds else inputs.rows(slice(0, 1)))
         worlds = (inputs, World(inputs, repaired(inputs)))
         before[name], after[name] = (float(evaluate(model, world, metric).double().mean()) for world in worlds)
         rows[name] = len(inputs)
@@ -134,12 +135,13 @@ def repair_plan(
         PathError: an edge that the model lacks, or a model that the graph does not describe.
         InputsError: values that are not constants, or no reference for a mean; of the function, prompts longer than
             the reference's, where the means are not pooled.
-        ModelError: the model is in training mode while the means are computed.
+        ModelError: the model is in training mode while the means are computed, or the budget is no number of bytes.
     """
     if values not in CONSTANTS:
         hint = nearest(str(values), CONSTANTS)
         raise InputsError(f"a repair puts in constants: values is 'mean' or 'zero', not {values!r}{hint}")
     check_reference(values, reference, pooled)
+    budget_of(model, budget)
     graph = graph_of(model, graph)
     chosen = graph.select(edges=edges)
     mask, means = graph.mask(chosen), None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hooks import Inputs, Model
-from hooks.budget import default_budget, rows_per_pass
+from hooks.budget import budget_of, rows_per_pass
 from hooks.errors import MetricError, PathError, nearest
 from interp.metrics import Metric
 from interp.paths.adaptive import adaptive, check_counts
@@ -102,7 +102,7 @@ def edge_scores(
     base = np.full(len(inputs), np.nan) if 0.0 in points else measure.all(measure.plain[:1])[0][0]
     scores = np.zeros((len(graph), len(inputs)))
     # The graph of a backward pass keeps every layer's activations, and readers' gradients come on top.
-    limit = (budget if budget is not None else default_budget(model.device)) // (2 * model.n_layers)
+    limit = budget_of(model, budget) // (2 * model.n_layers)
     step = rows_per_pass(model, inputs, limit)
     for start in range(0, len(inputs), step):
         window = slice(start, min(start + step, len(inputs)))

@@ -175,10 +175,10 @@ def pair_of(
             raise InputsError("patching takes values from another run: give corrupt prompts, or values='zero'")
         align(clean, corrupt)
         other = laid_like(clean if edited is corrupt else corrupt, edited)
-        source = Source(values, edited, run=streams(model, other, budget))
+        source = Source(values, edited, run=streams(model, other, budget, seed))
     else:
         source, direction = _ablating(model, values, edited, reference, pooled, seed, budget), "ablation"
-    base = streams(model, edited, budget)
+    base = streams(model, edited, budget, seed)
     require_additive(base)
     return Pair(base, source, direction)
 
@@ -189,14 +189,15 @@ def _ablating(
     if reference is None:
         return Source(values, edited)
     if values == "mean":
-        return Source(values, edited, means=Means.over(streams(model, reference, budget), pooled))
+        return Source(values, edited, means=Means.over(streams(model, reference, budget, seed), pooled))
     drawn = torch.randint(len(reference), (len(edited),), generator=torch.Generator().manual_seed(seed))
     shortest, longest = int(reference.lengths.min()), int(edited.lengths.max())
     if shortest < longest:
         raise InputsError(
             f"a reference prompt of {shortest} tokens cannot stand for one of {longest}: give longer ones"
         )
-    return Source(values, edited, run=streams(model, laid_like(_take(reference, drawn), edited), budget))
+    drawn_run = laid_like(_take(reference, drawn), edited)
+    return Source(values, edited, run=streams(model, drawn_run, budget, seed))
 
 
 def check_reference(values: str, reference: Inputs | None, pooled: bool) -> None:

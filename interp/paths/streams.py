@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooks import Inputs, Model, Site, World
+from hooks import Inputs, Model, Plan, Site, World
 from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import ModelError, PathError
 from hooks.worlds import run_worlds
-from interp.paths.nodes import Writer
+from interp.paths.nodes import QKV, Writer
 from interp.sweeps import check_model
 
 
@@ -42,7 +42,8 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     with torch.no_grad():
         # The gain as the module applies it, weight or 1 + weight: read off where the eps is too small to matter.
         large = torch.full((x.shape[-1],), 1e4, dtype=x.dtype, device=x.device)
-        gain = norm(large) * ((1e8 + eps) ** 0.5 / 1e4)
+        # forward() rather than a call, which would run the hooks of a plan that is held.
+        gain = norm.forward(large) * ((1e8 + eps) ** 0.5 / 1e4)
     scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
     return lambda d: d * scale * gain
 
@@ -59,6 +60,8 @@ class Streams:
         mlp_out: for each layer [B, T, M]; None without an MLP.
         attn_in: for each layer [B, T, M], what attention reads; mlp_in: what the MLP reads.
         final: [B, T, M], what the last norm reads.
+        held: the plan that was held on the model.
+        per_head: what each head reads [B, T, H, M], by site, where that plan has a part between it and q, k or v.
     """
 
     model: Model
@@ -69,6 +72,8 @@ class Streams:
     attn_in: tuple[Tensor, ...]
     mlp_in: tuple[Tensor | None, ...]
     final: Tensor
+    held: Plan = field(default_factory=Plan)
+    per_head: dict[Site, Tensor] = field(default_factory=dict)
     _posts: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def rows(self, window: slice) -> Streams:
@@ -80,6 +85,7 @@ class Streams:
         return Streams(
             self.model, self.inputs.rows(window), self.embedded[window], cut(self.z), cut(self.mlp_out),
             cut(self.attn_in), cut(self.mlp_in), self.final[window],
+            self.held, {place: value[window] for place, value in self.per_head.items()},
         )  # fmt: skip
 
     def heads(self, layer: int) -> Tensor:
@@ -118,6 +124,21 @@ class Streams:
         return value
 
 
+INSIDE = {
+    **{kind: (f"{kind}_input", kind) for kind in QKV},
+    "attn": tuple(name for kind in QKV for name in (f"{kind}_input", kind)),
+    "mlp": ("mlp_pre", "mlp_post", "mlp_out"),
+    "logits": ("ln_final",),
+}
+"""The sites between what a reader of some kind reads and what it computes of that."""
+
+
+def edits(held: Plan, kind: str, layer: int) -> bool:
+    """Whether a plan edits what the readers of a kind compute from their input."""
+    keys = {Site(name, None if name == "ln_final" else layer).key for name in INSIDE[kind]}
+    return any(item.site.key in keys for item in held)
+
+
 def head_outputs(block: Block, z: Tensor, post: Callable[[Tensor], Tensor]) -> Tensor:
     """What each head adds to the residual stream, [..., H, M], of z [..., H, D]."""
     weight, _ = linear_weight(block.out)
@@ -139,8 +160,8 @@ def post_norm(block: Block, z: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def streams(model: Model, world: Inputs | World, budget: int | None = None) -> Streams:
-    """Run inputs (or a world) and take the residual stream apart."""
+def streams(model: Model, world: Inputs | World, budget: int | None = None, seed: int = 0) -> Streams:
+    """Run inputs (or a world), under what is held on the model, and take the residual stream apart."""
     world = world if isinstance(world, World) else World(world)
     blocks = model.architecture.blocks
     sites = [Site("resid_pre", 0), *(Site("z", layer) for layer in range(len(blocks)))]
@@ -148,7 +169,11 @@ def streams(model: Model, world: Inputs | World, budget: int | None = None) -> S
     mlps = [layer for layer, block in enumerate(blocks) if block.mlp is not None]
     sites += [Site(name, layer) for name in ("mlp_out", "mlp_in") for layer in mlps]
     sites.append(Site("resid_post", len(blocks) - 1))
-    pieces = [outcome.values for outcome in run_worlds(model, [world], sites, executor="batched", budget=budget)]
+    held, _ = model.held_on(world.inputs)
+    inside = [Site(f"{kind}_input", layer) for layer in range(len(blocks)) for kind in QKV if edits(held, kind, layer)]
+    sites += inside
+    ran = run_worlds(model, [world], sites, executor="batched", budget=budget, seed=seed)
+    pieces = [outcome.values for outcome in ran]
     values = iter([torch.cat([piece[i] for piece in pieces]) for i in range(len(sites))])
     embedded = next(values)
     z, attn_in = ([next(values) for _ in blocks] for _ in range(2))
@@ -163,6 +188,8 @@ def streams(model: Model, world: Inputs | World, budget: int | None = None) -> S
         attn_in=tuple(attn_in),
         mlp_in=tuple(read.get(layer) for layer in every),
         final=next(values),
+        held=held,
+        per_head={place: next(values) for place in inside},
     )
 
 
@@ -198,9 +225,15 @@ def require_additive(run: Streams, tolerance: float | None = None) -> float:
         difference = float((read - total)[real].abs().max() / read[real].abs().max().clamp_min(1e-30))
         worst = max(worst, difference)
         if not difference <= limit:
+            why = "the graph does not describe this model"
+            if len(run.held):
+                why += (
+                    ", or not under the plan that is held on it, which may edit what writers add (embed, z, mlp_out) "
+                    "and compute (q, pattern, mlp_post), and not the stream between them"
+                )
             raise PathError(
                 f"the residual stream that {where} reads is not the sum of what the writers before it add (it differs "
-                f"by {difference:.1e} of its largest entry): the graph does not describe this model"
+                f"by {difference:.1e} of its largest entry): {why}"
             )
 
     for layer, block in enumerate(arch.blocks):

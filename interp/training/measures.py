@@ -16,7 +16,7 @@ from hooks.adapters.architecture import linear_weight
 from hooks.errors import MetricError
 from hooks.plan import as_plan
 from interp.evaluation import evaluate
-from interp.lens import frozen_norm, head_outputs
+from interp.lens import check_readout, frozen_norm, head_outputs
 from interp.metrics import Metric
 from interp.training.clamps import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
@@ -89,7 +89,9 @@ def copying(model: Model, inputs: Inputs) -> Tensor:
     Raises:
         MetricError: no token occurs twice.
         ModelError: a final norm that is not a LayerNorm or an RMSNorm, or an unembedding that is not linear.
+        PlanError: a plan that is held on the model edits what is read out.
     """
+    check_readout(model, inputs)
     targets = induction_targets(inputs)
     if not bool(targets.any()):
         raise MetricError("no token of these prompts occurs twice: use repeated_tokens()")
@@ -100,7 +102,7 @@ def copying(model: Model, inputs: Inputs) -> Tensor:
     last = Site("resid_post", model.n_layers - 1)
     sites = [Site("z", layer) for layer in range(model.n_layers)]
     tape = model.run(inputs, capture=[last, *sites]).tape
-    with torch.no_grad():
+    with torch.no_grad(), model.suspended():
         unembed, _ = linear_weight(arch.unembed)
         column = inputs.order[row, query].to(unembed.device)
         right = unembed[inputs.ids[row, inputs.order[row, key]].to(unembed.device)] - unembed.mean(0)
