@@ -60,15 +60,15 @@ def _ink(path: Path) -> Tensor:
 
 def network(characters: int, seed: int) -> nn.Sequential:
     """Three convolutions, features of `WIDTH` numbers, and a linear read-out of the character."""
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for channels in (1, 32, 64):
-        wider = max(32, 2 * channels)
-        layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.GroupNorm(8, wider), nn.ReLU(), nn.MaxPool2d(2)]
     side = SIDE // 8
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(128 * side * side, WIDTH), nn.ReLU(), nn.Linear(WIDTH, characters)
-    )
+    with torch.random.fork_rng(devices=[]):  # the caller's draws stay what they are
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for channels in (1, 32, 64):
+            wider = max(32, 2 * channels)
+            layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.GroupNorm(8, wider), nn.ReLU(), nn.MaxPool2d(2)]
+        read = nn.Linear(128 * side * side, WIDTH), nn.ReLU(), nn.Linear(WIDTH, characters)
+    return nn.Sequential(*layers, nn.Flatten(), *read)
 
 
 def train(images: Tensor, steps: int, *, seed: int, batch: int, checkpoint: Path | None, device: str) -> nn.Sequential:
@@ -81,7 +81,13 @@ def train(images: Tensor, steps: int, *, seed: int, batch: int, checkpoint: Path
         batch: drawings a step, each shifted by up to two pixels.
         checkpoint: where to keep one every 100 steps; None for nowhere.
         device: where to train.
+
+    Raises:
+        InputsError: no step or no drawing in one, or a checkpoint of other drawings or another size of batch.
+        ResultError: a checkpoint of another seed.
     """
+    if steps < 1 or batch < 1:
+        raise InputsError(f"expected at least one step of at least one drawing, got {steps} steps of {batch}")
     characters, each = images.shape[:2]
     model = network(characters, seed)
 
@@ -96,9 +102,9 @@ def train(images: Tensor, steps: int, *, seed: int, batch: int, checkpoint: Path
         return nn.functional.cross_entropy(call(seen), which)
 
     run = Ensemble(lambda _: from_modules([model], loss, {"images": images[None]}), [seed], rate=1e-3, device=device)
-    of = digest_of([images])
+    of = digest_of([images, batch])
     if checkpoint is not None and checkpoint.with_suffix(".json").exists() and run.load(checkpoint) != of:
-        raise InputsError(f"{checkpoint}.json is of other images: remove it, or give --out another name")
+        raise InputsError(f"{checkpoint}.json is of other images or batches: remove it, or give --out another name")
     bar = tqdm(total=steps, initial=run.step, unit="step", mininterval=5)
     while run.step < steps:
         todo = min(100, steps - run.step)
@@ -134,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     images = drawings(args.images)
-    if len(images) < args.classes:
+    if not 0 < args.classes <= len(images):
         raise InputsError(f"{args.images} holds {len(images)} characters; the study needs {args.classes}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out.with_name(f"{args.out.stem}_encoder")

@@ -129,6 +129,18 @@ def results(settings: Settings, people: Roster, run: Ensemble, table: torch.Tens
     }  # fmt: skip
 
 
+def features(path: Path) -> torch.Tensor:
+    """The exemplars [n_exemplars, width] of a safetensors file.
+
+    Raises:
+        InputsError: it holds none.
+    """
+    found = load_file(path)
+    if "exemplars" not in found:
+        raise InputsError(f"{path} holds {sorted(found)}; expected 'exemplars' [{Task().n_exemplars}, width]")
+    return found["exemplars"]
+
+
 def rounded(values: torch.Tensor) -> Any:
     """Numbers to four digits, nested as the tensor is."""
     return np.round(values.double().cpu().numpy(), 4).tolist()
@@ -163,8 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (given or args.features) and not args.name:
         parser.error("results of another setting, or of other exemplars, need a name of their own: give --name")
     settings = replace(settings, **given, reduced=settings.reduced or bool(given))
+    if settings.steps < 1 or settings.steps % settings.every:
+        parser.error(f"--steps is a multiple of {settings.every}, the steps between measurements; got {settings.steps}")
     torch.set_num_threads(args.threads)
-    table = load_file(args.features)["exemplars"] if args.features else exemplars(Task())
+    table = features(args.features) if args.features else exemplars(Task())
     people, work = roster(settings), BUILD / f"induction_{settings.name}"
     run = train(settings, people, table, work, args.device, not args.eager, args.minutes * 60)
     if run.step < settings.steps:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hooks import Audit, Inputs, Intervention, Model, Plan
-from hooks.errors import ResultError, UnfiredError
+from hooks.errors import MetricError, PlanError, ResultError, UnfiredError
 from hooks.files import write_all
 from hooks.plan import as_plan
 from interp.training.phase import Drop
@@ -68,13 +68,17 @@ class Clamp(Callback):
         name: what the log calls it; its strength is logged when that changes.
 
     Raises:
-        PlanError: unknown schedules.
+        PlanError: unknown schedules, an empty plan, or, in a step, a strength that is not from 0 to 1.
         UnfiredError: after a step in which an intervention never fired, and at the end of a training in which the
             clamp never was in force.
     """
 
     def __init__(self, plan: PlanOrFunction, when: When = None, *, strength: Level = 1.0, name: str = "clamp") -> None:
+        if isinstance(plan, type):
+            raise PlanError(f"the plan of the clamp {name!r} is the class {plan.__name__}: give one of its instances")
         self.plan = plan if callable(plan) and not isinstance(plan, (Plan, Intervention)) else as_plan(plan)
+        if isinstance(self.plan, Plan) and not len(self.plan):
+            raise PlanError(f"the plan of the clamp {name!r} is empty: it would hold nothing")
         self.when, self.strength, self.name = during(when), level(strength), name
         self.steps, self.logged = 0, None
         self.audit: Audit | None = None
@@ -87,9 +91,7 @@ class Clamp(Callback):
         s = self.level(step)
         if s == 0.0:
             return nullcontext()
-        self.steps += 1
-        held = _Keeping(model.apply(at_strength(self.plan, s), seed=step), self)
-        return held
+        return _Keeping(model.apply(at_strength(self.plan, s), seed=step), self)
 
     def at(self, model: Model, step: int) -> dict[str, Any]:
         s = self.level(step)
@@ -112,7 +114,7 @@ class Clamp(Callback):
 
 
 class _Keeping(AbstractContextManager):
-    """A plan's context that leaves its audit with the clamp."""
+    """A plan's context that leaves its audit with the clamp, which counts the steps that came to their end."""
 
     def __init__(self, held: AbstractContextManager[Audit], clamp: Clamp) -> None:
         self.held, self.clamp = held, clamp
@@ -122,7 +124,10 @@ class _Keeping(AbstractContextManager):
         return self.clamp.audit
 
     def __exit__(self, *error: Any) -> bool | None:
-        return self.held.__exit__(*error)
+        caught = self.held.__exit__(*error)
+        if error[0] is None:
+            self.clamp.steps += 1
+        return caught
 
 
 def at_strength(plan: PlanOrFunction, s: float) -> PlanOrFunction:
@@ -148,9 +153,15 @@ class Probe(Callback):
             inputs, an attention score, the effect of a path, the loss under a plan.
         every: the steps at which it is taken, from 0 (before the first update) on; see `schedules.Every`.
         name: what the log calls it, default the function's name.
+
+    Raises:
+        PlanError: an unknown schedule.
+        MetricError: the measure is not a function.
     """
 
     def __init__(self, measure: Callable[[Model], Any], every: Every = 1, *, name: str | None = None) -> None:
+        if not callable(measure):
+            raise MetricError(f"a probe's measure is a function of the wrapped model, not {measure!r}")
         self.measure, self.due = measure, due(every)
         self.name = name or getattr(measure, "__name__", "probe")
 
@@ -169,7 +180,7 @@ class Checkpoints(Callback):
     """The weights at some steps, each in a file ``step-00001000.safetensors``.
 
     Args:
-        folder: where.
+        folder: where; a file that is there is replaced when its step comes, and others stay.
         every: the steps, from 0 (before the first update) on; see `schedules.Every`.
     """
 
@@ -188,7 +199,7 @@ class Checkpoints(Callback):
         return self.folder / f"step-{step:08d}.safetensors"
 
     def steps(self) -> list[int]:
-        """The steps that are saved, ascending."""
+        """The steps that are saved in the folder, by whichever run, ascending."""
         return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.safetensors"))
 
     def load(self, step: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -84,13 +84,13 @@ def forbid_previous(layer: int, head: Heads, *, pos: Index = None, offset: int =
 
 
 def temperature(layer: int, head: Heads, t: float | Tensor) -> Intervention:
-    """Divide the scores of heads by a temperature t > 0.
+    """Divide the scores of heads by a temperature t > 0, a number or a tensor with the sizes of the scores' last axes.
 
     Raises:
         ShapeError: t is not positive.
     """
-    if not isinstance(t, Tensor) and not t > 0:
-        raise ShapeError(f"a temperature is positive, got {t!r}")
+    if not (isinstance(t, (int, float, Tensor)) and bool((torch.as_tensor(t) > 0).all())):
+        raise ShapeError(f"a temperature is a positive number, got {t!r}")
     return scale(site("scores", layer, head=head), 1 / t)
 
 
@@ -142,13 +142,15 @@ def preserving(
         stop_gradient: take what is preserved as a constant, or let gradients flow through both worlds.
 
     Raises:
-        PlanError: there is no such thing to preserve, or a layer does not come after the ablation.
+        PlanError: there is no such thing to preserve, nothing is ablated, or a layer does not come after the ablation.
     """
     parts = (what,) if isinstance(what, str) else tuple(what)
     for part in parts:
         if part not in PRESERVED:
             raise PlanError(f"what is preserved is {', '.join(PRESERVED)}, not {part!r}{nearest(part, PRESERVED)}")
     listed, done, common = (layers,) if isinstance(layers, int) else tuple(layers), as_plan(ablation), as_plan(base)
+    if not len(done):
+        raise PlanError("the ablation is empty: there is nothing to preserve against")
     first = min((item.site.layer for item in done if item.site.layer is not None), default=-1)
     early = [layer for layer in listed if layer <= first]
     if not listed or not parts or early:
@@ -223,10 +225,9 @@ def attention_from(
         ShapeError: no position is given, or one outside of them.
     """
     found = tuple(source)
-    unknown = set(parts) - {"q", "k", "v"}
-    if unknown or not parts:
-        raise PlanError(f"the parts of attention are q, k and v, not {sorted(unknown)}")
-    if not found or not all(0 <= p < len(found) for p in found):
+    if not parts or set(parts) - {"q", "k", "v"}:
+        raise PlanError(f"the parts of attention are q, k and v, one or more of them; got {tuple(parts)}")
+    if not found or not all(isinstance(p, int) and 0 <= p < len(found) for p in found):
         raise ShapeError(f"source: each of the {len(found)} positions takes from one of them, got {found}")
     where, read = tuple(range(len(found))), site(residual)
     op = FromPositions(torch.tensor(found))
@@ -238,9 +239,9 @@ def attention_from(
 def graft_residual(layer: int, donor: Model) -> Callable[[Inputs], Intervention]:
     """Start a layer from another model's residual: a function of inputs, to hold with `Model.apply`.
 
-    The donor runs on the same token ids, without gradients; its residual before block `layer` [B, T, M] replaces the
-    model's own as a constant. So everything before that block is the donor's, and gets no gradient. For weights
-    instead of activations, and for the other half, see `graft`.
+    The donor runs on the same token ids, in the mode that it is in, without gradients; its residual before block
+    `layer` [B, T, M] replaces the model's own as a constant. So everything before that block is the donor's, and gets
+    no gradient. For weights instead of activations, and for the other half, see `graft`.
     """
     place = site("resid_pre", layer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Ensemble(Generic[MemberT]):
         device: where to train.
 
     Raises:
-        ModelError: no member, or a rate that is not positive.
+        ModelError: no member, nothing to train, or a rate, decay or eps out of range.
         ShapeError: parameters without a leading axis of members, or as many rates as there are not members.
     """
 
@@ -73,20 +74,27 @@ class Ensemble(Generic[MemberT]):
         compile: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not members:
-            raise ModelError("an ensemble needs at least one member")
         self.members = tuple(members)
+        count = len(self.members)
+        if not count:
+            raise ModelError("an ensemble needs at least one member")
         program = build(self.members)
+        if not isinstance(program, Program) or not program.params:
+            raise ModelError(f"build gives a Program with parameters to train, not {program!r}")
         for name, value in program.params.items():
-            if value.ndim == 0 or value.shape[0] != len(members):
+            if value.ndim == 0 or value.shape[0] != count:
                 raise ShapeError(
-                    f"{name} must have a leading axis of {len(members)} members; its shape is {list(value.shape)}"
+                    f"{name} must have a leading axis of {count} members; its shape is {list(value.shape)}"
                 )
-        rates = [rate] * len(members) if isinstance(rate, (int, float)) else list(rate)
-        if len(rates) != len(members):
-            raise ShapeError(f"give one rate, or one a member ({len(members)}); got {len(rates)}")
-        if min(rates) <= 0:
-            raise ModelError(f"learning rates must be positive, got {min(rates)}")
+            if not value.is_floating_point():
+                raise ModelError(f"{name} is {value.dtype}, which no gradient can change: it belongs to the constants")
+        rates = [rate] * count if isinstance(rate, (int, float)) else list(rate)
+        if len(rates) != count:
+            raise ShapeError(f"give one rate, or one a member ({count}); got {len(rates)}")
+        if not all(0 < one < math.inf for one in rates):
+            raise ModelError(f"learning rates must be positive numbers, got {rates}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or not 0 <= eps < math.inf:
+            raise ModelError(f"Adam takes two decays from 0 to less than 1 and eps >= 0, got {betas} and {eps}")
         self.loss = program.loss
         self.params = {name: value.detach().to(device, copy=True) for name, value in program.params.items()}
         self.constants = {name: value.to(device) for name, value in program.constants.items()}
@@ -112,7 +120,14 @@ class Ensemble(Generic[MemberT]):
         return int(self._count)
 
     def train(self, steps: int = 1) -> Tensor:
-        """Take some steps and return the losses before each of them [steps, members]."""
+        """Take some steps and return the losses before each of them [steps, members].
+
+        Raises:
+            ModelError: a number of steps below 0.
+            ShapeError: the program's loss is not one a member.
+        """
+        if steps < 0:
+            raise ModelError(f"a number of steps is not negative, got {steps}")
         found = []
         with torch.no_grad():
             for _ in range(steps):
@@ -128,6 +143,8 @@ class Ensemble(Generic[MemberT]):
     ) -> Tensor:
         def total(p: Params) -> tuple[Tensor, Tensor]:
             each = self.loss(p, constants, count)
+            if each.shape != (len(self.members),):
+                raise ShapeError(f"a program's loss is one a member [{len(self.members)}], got {list(each.shape)}")
             return each.sum(), each.detach()
 
         gradients, each = torch.func.grad(total, has_aux=True)(params)
@@ -171,10 +188,13 @@ class Ensemble(Generic[MemberT]):
             the note.
 
         Raises:
-            ResultError: not a checkpoint, one of another ensemble, or two files that do not belong together; the
+            ResultError: no checkpoint, one of another ensemble, or two files that do not belong together; the
                 ensemble is then as it was.
         """
         json_path, tensors_path = pair(path)
+        for file in (json_path, tensors_path):
+            if not file.exists():
+                raise ResultError(f"there is no checkpoint at {json_path.with_suffix('')}: {file.name} is missing")
         data = tensors_path.read_bytes()
         try:
             record = json.loads(json_path.read_text())
@@ -214,21 +234,32 @@ def from_modules(
     """A program for any PyTorch module, by `torch.func.vmap` over stacked parameters: the plain reference.
 
     Args:
-        modules: one a member, of one architecture; buffers and training mode are those of the first.
+        modules: one a member, of one architecture; buffers and training mode are those of the first. What they draw
+            themselves (dropout) is of torch's own random state, which `Ensemble.save` does not keep.
         loss: ``loss(call, data, step)`` of one member, where ``call(*inputs)`` runs its module and `data` are its own
             entries; returns a scalar.
         data: tensors with a leading axis of members: clamps, seeds, inputs.
 
     Raises:
-        ModelError: no module.
+        ModelError: no module, modules of several architectures, or parameters that are frozen.
+        ShapeError: data without a leading axis of members.
     """
     if not modules:
         raise ModelError("an ensemble needs at least one member")
-    template = modules[0]
-    params = {
-        name: torch.stack([dict(module.named_parameters())[name].detach() for module in modules])
-        for name, _ in template.named_parameters()
-    }
+    template, every = modules[0], [dict(module.named_parameters()) for module in modules]
+    for number, own in enumerate(every):
+        if other := {n: p.shape for n, p in own.items()}.items() ^ {n: p.shape for n, p in every[0].items()}.items():
+            raise ModelError(
+                f"module {number} is of another architecture than the first: {sorted(n for n, _ in other)}"
+            )
+        if frozen := [name for name, value in own.items() if not value.requires_grad]:
+            raise ModelError(f"a program trains every parameter, and of module {number} these are frozen: {frozen}")
+    for name, value in (data or {}).items():
+        if value.ndim == 0 or len(value) != len(modules):
+            raise ShapeError(
+                f"data {name!r} must have a leading axis of {len(modules)} members, not {list(value.shape)}"
+            )
+    params = {name: torch.stack([own[name].detach() for own in every]) for name in every[0]}
 
     def stacked(params: Params, constants: dict[str, Tensor], step: Tensor) -> Tensor:
         def one(own: Params, given: dict[str, Tensor]) -> Tensor:

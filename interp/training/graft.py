@@ -34,15 +34,19 @@ def graft(
         The names of the parameters and buffers that are the donor's.
 
     Raises:
-        ModelError: neither or both halves, a block that is not there, or a donor that lacks a name or a shape.
+        ModelError: neither or both halves, a block that is not there, or a donor that is no model, or lacks a name or a
+            shape.
     """
     given = upto if start is None else start
-    if (upto is None) == (start is None) or not isinstance(given, int) or not 0 <= given <= model.n_layers:
+    both = (upto is None) == (start is None)
+    if both or not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= model.n_layers:
         raise ModelError(
             f"graft takes either upto= or start=, from 0 to {model.n_layers}; got upto={upto}, start={start}"
         )
     if isinstance(donor, Mapping):
         weights = dict(donor)
+    elif not isinstance(donor, (Model, nn.Module)):
+        raise ModelError(f"a donor is a model or its state dict, not a {type(donor).__name__}")
     else:
         module = donor.module if isinstance(donor, Model) else donor
         weights = module.state_dict(keep_vars=True)

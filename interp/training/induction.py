@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks.errors import ShapeError
+from hooks.errors import InputsError, ShapeError
 from interp.training.ensemble import Params, Program
 from interp.training.induction_clamps import Clamp, stack
 from interp.training.induction_model import Output, Shape, forward, losses, rotary, stack_initial
@@ -66,15 +66,26 @@ def program(
         batch: sequences a step B.
         dtype: of parameters and arithmetic.
         grafts: by index of the member.
+
+    Raises:
+        InputsError: no sequence in a batch.
+        ShapeError: when it builds, a graft of no member, or of another shape.
     """
+    if batch < 1:
+        raise InputsError(f"a batch has at least one sequence, got {batch}")
     shape = shape or Shape(d_input=table.shape[1])
 
     def build(members: Sequence[Member]) -> Program:
         params = initial_params(members, shape, dtype)
         constants = conditions(members, table, shape, dtype)
         for index, graft in (grafts or {}).items():
+            if index not in range(len(members)):
+                raise ShapeError(f"a graft is for member {index}, and they are 0 .. {len(members) - 1}")
             for name, value in params.items():
                 if (name.split(".")[0] not in LAST) == graft.first:
+                    given = list(graft.params[name].shape) if name in graft.params else "nothing"
+                    if given != list(value[index].shape):
+                        raise ShapeError(f"graft: {name} is {list(value[index].shape)} here, the other has {given}")
                     value[index] = graft.params[name].to(dtype)
                     held = constants.setdefault(f"trained.{name}", torch.ones(len(members), dtype=torch.bool))
                     held[index] = False
@@ -119,8 +130,10 @@ def conditions(
         split: which sequences are drawn, see `induction_task.source`.
 
     Raises:
-        ShapeError: a table without a row for every class.
+        ShapeError: a table without a row for every class, or clamps of another number than the members.
     """
+    if clamps is not None and len(clamps) != len(members):
+        raise ShapeError(f"{len(clamps)} clamps for {len(members)} members: one for each")
     if table.shape != (members[0].task.n_exemplars, shape.d_input):
         raise ShapeError(
             f"exemplars must be {[members[0].task.n_exemplars, shape.d_input]} (training classes, then held-out ones);"

@@ -59,15 +59,31 @@ class Clamp:
     temperature_last: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("previous_token", "no_previous_token", "ablate_first", "ablate_last"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(head, int) for head in value):
+                raise PlanError(f"{name} is a tuple of heads, got {value!r}")
+        for name in ("temperature_first", "temperature_last"):
+            value = getattr(self, name)
+            if not all(isinstance(item, tuple) and len(item) == 2 for item in value):
+                raise PlanError(f"{name} is a tuple of (head, temperature) pairs, got {value!r}")
+            if len({head for head, _ in value}) < len(value):
+                raise PlanError(f"{name} gives a head two temperatures: {value!r}")
         if not 0 <= self.sharpness <= 1:
             raise PlanError(f"sharpness is a share of attention and lies between 0 and 1, got {self.sharpness}")
         if not set(self.preserve) <= set(STREAMS):
             raise PlanError(f"preserve names streams of the last layer among q, k, v; got {self.preserve}")
         if self.preserve and not self.ablate_first:
             raise PlanError("preserve has nothing to preserve against: name the heads to ablate in ablate_first")
+        if self.preserve and self.first_layer:
+            raise PlanError("under first_layer, what the last layer reads is given: there is nothing to preserve")
+        if self.sharpness != 1 and self.match is None:
+            raise PlanError("sharpness is of the head that matches: name it in match")
+        if self.labels_only and not self.no_previous_token:
+            raise PlanError("labels_only says where no_previous_token holds: name its heads")
         if overlap := set(self.previous_token) & set(self.no_previous_token):
             raise PlanError(f"heads {sorted(overlap)} cannot both attend to the previous token and not attend to it")
-        if any(value <= 0 for _, value in self.temperature_first + self.temperature_last):
+        if not all(value > 0 for _, value in self.temperature_first + self.temperature_last):
             raise PlanError("temperatures must be positive")
 
     def heads(self) -> set[int]:
@@ -89,7 +105,12 @@ def only_head(head: int, n_heads: int = 8, **clamp: Any) -> Clamp:
         head: the head that stays.
         n_heads: heads of the layer H.
         **clamp: fields of `Clamp` besides.
+
+    Raises:
+        PlanError: the layer lacks the head.
     """
+    if not 0 <= head < n_heads:
+        raise PlanError(f"there is no head {head}: the layer has {n_heads}, counted from 0")
     return Clamp(ablate_last=tuple(h for h in range(n_heads) if h != head), **clamp)
 
 

@@ -36,8 +36,7 @@ def plan_of(clamp: Clamp, batch: Batch) -> Plan:
         plan = plan + clamps.forbid_previous(FIRST, clamp.no_previous_token, pos=queries)
     if clamp.ablate_first:
         ablation = clamps.ablate_heads(FIRST, clamp.ablate_first)
-        # Under the clamp of the first layer, what the last one reads is given, and there is nothing to preserve.
-        if clamp.preserve and not clamp.first_layer:
+        if clamp.preserve:
             what = [PARTS[part] for part in clamp.preserve]
             plan = clamps.preserving(what, ablation, LAST, base=plan, stop_gradient=clamp.stop_gradient)
         else:

@@ -166,16 +166,24 @@ def heads_alone(model: Model, inputs: Inputs, layer: int, metric: Metric, *, pla
         layer: the block.
         metric: what is measured, as the accuracy.
         plan: what is in force besides.
+
+    Raises:
+        SiteError: the model lacks the layer.
     """
-    heads = model.sizes[site("z", layer).key]["head"]
+    heads = _heads(model, layer)
     others = [tuple(o for o in range(heads) if o != h) for h in range(heads)]
     return _ablated(model, inputs, layer, metric, plan, others)
 
 
 def heads_without(model: Model, inputs: Inputs, layer: int, metric: Metric, *, plan: Any = None) -> Tensor:
     """A metric without each head of a layer (z = 0): the mean over rows, [H]; arguments as in `heads_alone`."""
-    heads = model.sizes[site("z", layer).key]["head"]
+    heads = _heads(model, layer)
     return _ablated(model, inputs, layer, metric, plan, [(h,) for h in range(heads)])
+
+
+def _heads(model: Model, layer: int) -> int:
+    model.require(site("z", layer))
+    return model.sizes[site("z", layer).key]["head"]
 
 
 def _ablated(

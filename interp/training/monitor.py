@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from hooks import Model
-from hooks.errors import ModelError
+from hooks.errors import MetricError, ModelError
 from interp.training.callbacks import Callback, Clamp, PhaseChange, Probe
 from interp.training.records import JsonLines, scalars
 
@@ -40,6 +41,9 @@ class Monitor:
         log: a JSON-lines file, in which a line is written wherever there is something to log. A run that starts at step
             0 writes it anew; one that is resumed drops the lines after the step at which it resumes.
         logger: a function of the numbers by name and the step, as trainers' loggers are.
+
+    Raises:
+        ModelError: no wrapped model, what is not a callback, or a name that is taken.
     """
 
     def __init__(
@@ -50,6 +54,12 @@ class Monitor:
         log: str | os.PathLike[str] | None = None,
         logger: Log | None = None,
     ) -> None:
+        if not isinstance(model, Model):
+            raise ModelError(
+                f"a monitor watches a wrapped model, from ip.wrap or ip.load, not a {type(model).__name__}"
+            )
+        if not isinstance(callbacks, Sequence):
+            raise ModelError(f"callbacks are a list, not a {type(callbacks).__name__}")
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise ModelError(f"a callback is a Clamp, a Probe, ... or another Callback, not {callback!r}")
@@ -57,6 +67,8 @@ class Monitor:
         twice = next((name for name in named if named.count(name) > 1), None)
         if twice is not None:
             raise ModelError(f"two callbacks would log under {twice!r}: give each a name=")
+        if "step" in named:
+            raise ModelError("every line of the log has its step under 'step': give the callback another name=")
         self.model, self.callbacks, self.logger = model, tuple(callbacks), logger
         self.file = None if log is None else JsonLines(log)
         self.steps, self.lines = 0, None
@@ -80,7 +92,17 @@ class Monitor:
         self.leave()
 
     def loss(self, value: Tensor | float) -> None:
-        """Say the loss of the step, or of each of its passes, whose mean is taken."""
+        """Say the loss of the step, or of each of its passes, whose mean is taken.
+
+        Raises:
+            ModelError: no step is under way.
+            MetricError: it is not one number.
+        """
+        if self.open is None:
+            raise ModelError("a loss is of a step, and none has begun: say it inside `with monitor.step()`")
+        if (value.numel() != 1) if isinstance(value, Tensor) else not isinstance(value, Real):
+            got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise MetricError(f"a loss is one number, got {got}: take the mean")
         self.losses.append(value.detach() if isinstance(value, Tensor) else value)
 
     def start(self) -> None:
@@ -93,11 +115,10 @@ class Monitor:
         self.look()
 
     def enter(self) -> None:
-        """A step begins."""
+        """A step begins, or goes on after a `pause`."""
         self.start()
         if self.open is not None:
             raise ModelError(f"step {self.steps} has begun already: steps do not nest")
-        self.losses = []
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.enter_context(callback.during(self.model, self.steps))
@@ -108,14 +129,20 @@ class Monitor:
         stack, self.open = self.open, None
         if stack is None:
             raise ModelError("no step has begun")
+        losses, self.losses = self.losses, []
         stack.close()
-        if self.losses:
-            self.observe(self.steps, math.fsum(float(x) for x in self.losses) / len(self.losses))
+        if losses:
+            self.observe(self.steps, math.fsum(float(x) for x in losses) / len(losses))
         self.steps += 1
         self.look()
 
     def abandon(self) -> None:
         """A step was interrupted: take its clamps off the model, and do not count it."""
+        self.pause()
+        self.losses = []
+
+    def pause(self) -> None:
+        """Take the clamps off the model in the middle of a step, as for a validation; `enter` takes it up again."""
         stack, self.open = self.open, None
         if stack is not None:
             # As if something had been raised inside: what did not fire may not have had its turn.
@@ -158,7 +185,7 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain data (JSON)."""
-        states = [{"type": type(c).__name__, "state": c.state_dict()} for c in self.callbacks]
+        states = [{"type": type(c).__name__, "name": c.name, "state": c.state_dict()} for c in self.callbacks]
         lines = None if self.file is None else self.file.lines
         return {"steps": self.steps, "seen": self.seen, "lines": lines, "callbacks": states}
 
@@ -170,7 +197,8 @@ class Monitor:
         """
         if self.open is not None:
             raise ModelError("a run is resumed between two steps")
-        given, mine = [s["type"] for s in state["callbacks"]], [type(c).__name__ for c in self.callbacks]
+        given = [f"{s['type']} {s['name']!r}" for s in state["callbacks"]]
+        mine = [f"{type(c).__name__} {c.name!r}" for c in self.callbacks]
         if given != mine:
             raise ModelError(f"the saved run had the callbacks {given}, this one has {mine}")
         self.steps, self.seen, self.lines, self.started = state["steps"], state["seen"], state["lines"], False

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,21 @@ def phase_change(
         steps: the step of each observation, ascending; by default 0, 1, 2, ...
 
     Raises:
-        MetricError: arguments out of range.
+        MetricError: arguments out of range, or no observation in the plateau and some after it.
     """
     _check(threshold, plateau, smooth)
     at = range(len(losses)) if steps is None else list(steps)
     if len(at) != len(losses):
         raise MetricError(f"{len(at)} steps for {len(losses)} losses")
+    if any(a >= b for a, b in pairwise(at)):
+        raise MetricError("steps: each comes after the one before")
     limit, first = threshold, 0
     if plateau is not None:
         flat = [x for s, x in zip(at, losses, strict=True) if plateau[0] <= s < plateau[1]]
-        limit, first = threshold * (math.fsum(flat) / len(flat)) if flat else -math.inf, plateau[1]
+        first = plateau[1]
+        if not len(at) or at[-1] < first:
+            return None
+        limit = threshold * _height(flat, plateau)
     for i in range(smooth - 1, len(losses)):
         if at[i] >= first and math.fsum(losses[i + 1 - smooth : i + 1]) / smooth < limit:
             return at[i]
@@ -59,15 +65,19 @@ class Drop:
         self.step: int | None = None
 
     def see(self, step: int, loss: float) -> bool:
-        """Take in the loss of a step; whether this is the step of the drop."""
+        """Take in the loss of a step; whether this is the step of the drop.
+
+        Raises:
+            MetricError: the plateau is over and no loss of it was seen.
+        """
         self.recent.append(loss)
         limit = self.threshold
         if self.plateau is not None:
             if self.plateau[0] <= step < self.plateau[1]:
                 self.flat.append(loss)
-            if step < self.plateau[1] or not self.flat:
+            if step < self.plateau[1]:
                 return False
-            limit = self.threshold * (math.fsum(self.flat) / len(self.flat))
+            limit = self.threshold * _height(self.flat, self.plateau)
         full = len(self.recent) == self.smooth
         if self.step is None and full and math.fsum(self.recent) / self.smooth < limit:
             self.step = step
@@ -76,10 +86,18 @@ class Drop:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, as plain data."""
-        return {"recent": list(self.recent), "flat": list(self.flat), "step": self.step}
+        of = [self.threshold, self.plateau and list(self.plateau), self.smooth]
+        return {"of": of, "recent": list(self.recent), "flat": list(self.flat), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            MetricError: it is of another threshold, plateau or smoothing.
+        """
+        own = self.state_dict()["of"]
+        if state["of"] != own:
+            raise MetricError(f"what was seen is of (threshold, plateau, smooth) {state['of']}, and this is of {own}")
         self.recent = deque(state["recent"], maxlen=self.smooth)
         self.flat, self.step = list(state["flat"]), state["step"]
 
@@ -126,13 +144,13 @@ def phase_times(
         seed: of the draws.
 
     Raises:
-        MetricError: no run, a time after the horizon, or arguments out of range.
+        MetricError: no run, a time before 0 or after the horizon, or arguments out of range.
     """
     found = np.array([np.inf if t is None or math.isnan(t) else float(t) for t in times])
-    late = found[np.isfinite(found) & (found > horizon)]
-    if not len(found) or len(late) or not 0 < level < 1 or n_boot < 1:
+    outside = found[np.isfinite(found) & ((found < 0) | (found > horizon))]
+    if not len(found) or len(outside) or not 0 < level < 1 or n_boot < 1:
         raise MetricError(
-            f"expected at least one time, none after the horizon of {horizon} steps, a level between 0 and 1, and "
+            f"expected at least one time, all from 0 to the horizon of {horizon} steps, a level between 0 and 1, and "
             f"draws; got {list(times)}, level={level}, n_boot={n_boot}"
         )
     draws = np.random.default_rng(seed).integers(0, len(found), (n_boot, len(found)))
@@ -152,9 +170,22 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 
 def _check(threshold: float, plateau: tuple[int, int] | None, smooth: int) -> None:
-    if not math.isfinite(threshold):
+    if not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
         raise MetricError(f"a threshold is a finite number, got {threshold!r}")
-    if not isinstance(smooth, int) or smooth < 1:
+    if not _whole(smooth) or smooth < 1:
         raise MetricError(f"a loss is smoothed over at least 1 observation, got smooth={smooth!r}")
-    if plateau is not None and not 0 <= plateau[0] < plateau[1]:
-        raise MetricError(f"a plateau is (start, stop) with start before stop, got {plateau!r}")
+    if plateau is None:
+        return
+    pair = isinstance(plateau, (tuple, list)) and len(plateau) == 2 and all(map(_whole, plateau))
+    if not pair or not 0 <= plateau[0] < plateau[1]:
+        raise MetricError(f"a plateau is (start, stop), two steps with start before stop, got {plateau!r}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _height(flat: Sequence[float], plateau: tuple[int, int]) -> float:
+    if not flat:
+        raise MetricError(f"no loss was observed in the plateau, steps {plateau[0]} to {plateau[1]}: it has no height")
+    return math.fsum(flat) / len(flat)

@@ -31,7 +31,9 @@ class JsonLines:
         self.lines += 1
 
     def start(self, step: int = 0, lines: int | None = None) -> None:
-        """Continue at a step (0: anew): what was written later is dropped, and a last line that is half written.
+        """Continue at a step: what was written later is dropped, and a last line that is half written.
+
+        At step 0, and where it is not said how many lines there were, the file begins anew.
 
         Args:
             step: lines of later steps are dropped.
@@ -42,7 +44,8 @@ class JsonLines:
         """
         if not self.path.exists():
             return
-        kept = [record for record in self.read() if record["step"] <= step][:lines] if step else []
+        anew = step == 0 and lines is None
+        kept = [] if anew else [record for record in self.read() if record["step"] <= step][:lines]
         self.lines = len(kept)
         write_all({self.path: "".join(json.dumps(record) + "\n" for record in kept).encode()})
 
@@ -73,14 +76,17 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return value.detach().to("cpu").tolist()
+        return plain(value.detach().to("cpu").tolist())
     if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
+        return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    raise ResultError(f"a measure gives numbers, tensors, or lists and mappings of those, not {type(value).__name__}")
+    effect = ": of a sweep give the effect, or its mean" if hasattr(value, "effect") else ""
+    raise ResultError(
+        f"a measure gives numbers, tensors, or lists and mappings of those, not {type(value).__name__}{effect}"
+    )
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 from hooks.errors import PlanError
@@ -16,7 +17,8 @@ Every = int | Sequence[int] | Callable[[int], bool]
 """Steps: every n-th from 0 on; those listed; or a function of the step."""
 
 Level = float | Sequence[tuple[int, float]] | Callable[[int], float]
-"""A number; knots ``(step, value)``, between which it goes straight and outside of which it stays; or a function."""
+"""A number from 0 to 1; knots ``(step, value)``, between which it goes straight and outside of which it stays; or a
+function of the step."""
 
 
 def during(when: When) -> Callable[[int], bool]:
@@ -60,16 +62,21 @@ def level(value: Level) -> Callable[[int], float]:
     """Make a function of the step from any form of `Level`.
 
     Raises:
-        PlanError: it is none of them, or the knots are not in order.
+        PlanError: it is none of them, the knots are not in order, or a value is not from 0 to 1; what a function gives
+            is looked at when it is asked.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return lambda step: float(value)
+    if _is_strength(value):
+        return lambda step: float(value)  # type: ignore[arg-type]
     if callable(value):
-        return lambda step: float(value(step))
+        return lambda step: _given(value(step), step)
     knots: list[Any] = list(value) if isinstance(value, (list, tuple)) else []
-    good = knots and all(isinstance(k, (list, tuple)) and len(k) == 2 and _is_step(k[0]) for k in knots)
+    good = knots and all(
+        isinstance(k, (list, tuple)) and len(k) == 2 and _is_step(k[0]) and _is_strength(k[1]) for k in knots
+    )
     if not good or any(a[0] >= b[0] for a, b in pairwise(knots)):
-        raise PlanError(f"unknown strength {value!r}: expected a number, knots (step, value) in order, or a function")
+        raise PlanError(
+            f"unknown strength {value!r}: expected a number from 0 to 1, knots (step, number) in order, or a function"
+        )
 
     def between(step: int) -> float:
         if step <= knots[0][0]:
@@ -84,6 +91,16 @@ def level(value: Level) -> Callable[[int], float]:
 
 def _is_step(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+
+
+def _given(value: Any, step: int) -> float:
+    if not _is_strength(value):
+        raise PlanError(f"a strength is a number from 0 to 1; the schedule gives {value!r} at step {step}")
+    return float(value)
 
 
 def _is_span(value: Any) -> bool:

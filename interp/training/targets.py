@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs
-from hooks.errors import ShapeError
+from hooks.errors import InputsError, ShapeError
 
 Positions = int | Sequence[int] | Tensor
 """Absolute positions: one for all rows and queries, or int [B] (one query a row), or int [B, n]."""
@@ -83,7 +83,14 @@ def induction_targets(inputs: Inputs) -> Tensor:
     """Which keys hold what came after an earlier occurrence of the query's token: bool [B, P, P], by absolute position.
 
     (Elhage et al. 2021; Olsson et al. 2022.)
+
+    Raises:
+        InputsError: these are token ids, or anything else than inputs.
     """
+    if not isinstance(inputs, Inputs):
+        raise InputsError(
+            f"expected Inputs (from model.inputs, or what a held function is given), not {type(inputs).__name__}"
+        )
     width = int(inputs.lengths.max())
     ids = inputs.ids.gather(1, inputs.order)[:, :width]
     real = torch.arange(width) < inputs.lengths[:, None]

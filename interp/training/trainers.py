@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ def trainer_callback(monitor: Monitor, trainer: Any = None) -> Any:
 
     Args:
         monitor: of the model that is trained.
-        trainer: where numbers are logged too (`Trainer.log`), so that they reach its history and its loggers.
+        trainer: where numbers are logged too (`Trainer.log`), so that they reach its history and its loggers. It also
+            takes the clamps off the model when its `train` raises, which callbacks are not told; without it, that is
+            left to `Monitor.abandon`.
 
     Raises:
         ModelError: in training, where the trainer's model is another one.
@@ -29,14 +33,23 @@ def trainer_callback(monitor: Monitor, trainer: Any = None) -> Any:
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 
-    if trainer is not None and monitor.logger is None:
-        monitor.logger = lambda numbers, step: _log(trainer, numbers)
-
     class MonitorCallback(TrainerCallback, ExportableState):
+        own = False
+        """Whether what is logged at the moment is the monitor's."""
+
+        def say(self, numbers: Mapping[str, float], step: int) -> None:
+            # Whatever is logged takes back the trainer's intention to log its own loss in this step.
+            intended, self.own = trainer.control.should_log, True
+            try:
+                trainer.log(dict(numbers))
+            finally:
+                trainer.control.should_log, self.own = intended, False
+
         def state(self) -> dict[str, Any]:
             return {"args": {}, "attributes": {"saved": monitor.state_dict()}}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monitor.abandon()  # an earlier training may have ended in the middle of a step
             _require_part(monitor, kwargs.get("model"))
             saved = (state.stateful_callbacks or {}).get(type(self).__name__)
             if state.global_step:
@@ -54,7 +67,7 @@ def trainer_callback(monitor: Monitor, trainer: Any = None) -> Any:
             _require_step(monitor, state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs and state.global_step:
+            if logs and "loss" in logs and state.global_step and not self.own:
                 # What is logged after a step is the loss of the forward passes before its update.
                 monitor.observe(state.global_step - 1, float(logs["loss"]))
 
@@ -62,21 +75,26 @@ def trainer_callback(monitor: Monitor, trainer: Any = None) -> Any:
             monitor.abandon()
             monitor.finish()
 
-    return MonitorCallback()
+    callback = MonitorCallback()
+    if trainer is not None:
+        trainer.train = _abandoning(monitor, trainer.train)
+        if monitor.logger is None:
+            monitor.logger = callback.say
+    return callback
 
 
 def lightning_callback(monitor: Monitor) -> Any:
     """A `lightning.pytorch.Callback` that drives a monitor: ``Trainer(callbacks=[lightning_callback(monitor)])``.
 
-    Steps are the trainer's ``global_step`` (optimizer steps, of which a module with several optimizers takes several);
-    the loss of a step is the mean over its batches of what ``training_step`` returns. Numbers go to the trainer's
-    loggers, and the monitor's state into its checkpoints.
+    Steps are the trainer's ``global_step`` (optimizer steps); the loss of a step is the mean over its batches of what
+    ``training_step`` returns. Numbers go to the trainer's loggers, and the monitor's state into its checkpoints.
 
     Args:
         monitor: of the model that is trained, which is the module or a part of it.
 
     Raises:
-        ModelError: in training, where the model is no part of the module.
+        ModelError: in training, where the model is no part of the module, or where a batch is more than one optimizer
+            step (several optimizers that are stepped by hand).
     """
     try:
         from lightning.pytorch.callbacks import Callback  # type: ignore[import-not-found]
@@ -110,7 +128,7 @@ def lightning_callback(monitor: Monitor) -> Any:
 
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             # Between two batches of one step no clamp may reach the validation; the next batch takes it up again.
-            monitor.abandon()
+            monitor.pause()
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             monitor.abandon()
@@ -125,11 +143,16 @@ def lightning_callback(monitor: Monitor) -> Any:
     return MonitorCallback()
 
 
-def _log(trainer: Any, numbers: dict[str, float]) -> None:
-    # Whatever is logged takes back the trainer's intention to log its own loss in this step.
-    intended = trainer.control.should_log
-    trainer.log(dict(numbers))
-    trainer.control.should_log = intended
+def _abandoning(monitor: Monitor, train: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(train)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException:
+            monitor.abandon()
+            raise
+
+    return guarded
 
 
 def _require_part(monitor: Monitor, module: nn.Module | None) -> None:
@@ -143,6 +166,6 @@ def _require_part(monitor: Monitor, module: nn.Module | None) -> None:
 def _require_step(monitor: Monitor, step: int) -> None:
     if monitor.steps != step:
         raise ModelError(
-            f"the trainer is at step {step} and the monitor at {monitor.steps}: a monitor follows one training from "
-            "its start, or from a checkpoint with its state"
+            f"the trainer is at step {step} and the monitor at {monitor.steps}: a monitor follows one training, update "
+            "by update, from its start or from a checkpoint with its state"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode for a while, and leave it, its gradients and all random state as they were.
 
     Random state is Python's, numpy's, and torch's on the CPU and on every CUDA device in use. Gradients that are
-    computed inside (by `backward`, say) go to buffers of their own.
+    computed inside (by `backward`, say) go to buffers of their own. Mixed precision is off, also where accelerate has
+    put it into the model's forward: what is measured does not depend on where in a loop it is.
 
     Raises:
         ModelError: on leaving without an exception, where a parameter or buffer was changed in place.
@@ -34,9 +35,15 @@ def untouched(module: nn.Module) -> Iterator[None]:
         p.grad = None
     for m, _ in modes:
         m.training = False
+    forward = vars(module).pop("forward", None) if hasattr(module, "_original_forward") else None
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in {p.device.type for p in parameters}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
+        if forward is not None:
+            vars(module)["forward"] = forward
         for m, mode in modes:
             m.training = mode
         for p, gradient in zip(parameters, gradients, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import interp as ip
-from hooks.errors import CycleError, PlanError, ShapeError, SiteError
+from hooks.errors import CycleError, InputsError, PlanError, ShapeError, SiteError
 from interp import training as tr
 from tests import oracle, zoo
 
@@ -502,6 +502,12 @@ def test_gradients_against_finite_differences(family, name):
         (lambda m: tr.match_pattern(0, 0, 3.5, 1), ShapeError, "int"),
         (lambda m: tr.previous_token(0, 0, offset=0), ShapeError, "offset"),
         (lambda m: tr.temperature(0, 0, 0.0), ShapeError, "positive"),
+        (lambda m: tr.temperature(0, 0, torch.tensor([1.0, 0.0])), ShapeError, "positive"),
+        (lambda m: tr.temperature(0, 0, "hot"), ShapeError, "positive"),
+        (lambda m: tr.preserving("pattern", ip.Plan(), 1), PlanError, "empty"),
+        (lambda m: tr.attention_from(1, (0, 0), parts=()), PlanError, "one or more"),
+        (lambda m: tr.attention_from(1, (0, 0.5)), ShapeError, "2 positions"),
+        (lambda m: tr.induction_pattern(0, 0, torch.ones(1, 3)), InputsError, "not Tensor"),
         (lambda m: tr.ablate_heads(0, 0, at="q"), SiteError, "'z' or 'v'"),
         (lambda m: tr.all_but(m, 0, 9), SiteError, "no head 9"),
         (lambda m: tr.preserving("patern", tr.ablate_heads(0, 0), 1), PlanError, "'pattern'"),
@@ -534,6 +540,8 @@ def test_grafts_that_are_refused():
         (model, "either", {}),
         (model, "either", {"upto": 1, "start": 1}),
         (model, "0 to 2", {"upto": 3}),
+        (model, "0 to 2", {"upto": True}),
+        (5, "not a int", {"upto": 1}),
         ({k: v.float() for k, v in model.module.state_dict().items()}, "float32", {"start": 1}),
     ]:
         with pytest.raises(ip.InterpError, match=words), tr.graft(model, donor, **kw):

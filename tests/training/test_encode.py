@@ -32,7 +32,9 @@ def test_it_tells_unseen_drawings_apart(folder):
     images = encode.drawings(folder)
     assert images.shape == (CHARACTERS, EACH, 1, encode.SIDE, encode.SIDE)
     assert 0 <= float(images.min()) < 0.1 and 0.5 < float(images.max()) <= 1 and float(images.mean()) < 0.4
+    state = torch.get_rng_state()
     model = encode.train(images[:, :-1], 40, seed=0, batch=32, checkpoint=None, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         found = model(images[:, -1]).argmax(-1)
     assert int((found == torch.arange(CHARACTERS)).sum()) >= CHARACTERS - 1
@@ -68,6 +70,8 @@ def test_interrupted_it_continues(folder, tmp_path):
     assert load_file(whole)["exemplars"].shape == (4, encode.WIDTH)
     torch.testing.assert_close(load_file(parts)["exemplars"], load_file(whole)["exemplars"], rtol=0, atol=0)
     assert not torch.equal(before, load_file(parts)["exemplars"])
+    with pytest.raises(InputsError, match="other images or batches"):
+        encode.main([*first, "--batch", "9"])
     with pytest.raises(ResultError, match="another ensemble"):
         encode.main([*first, "--seed", "1"])
 
@@ -77,6 +81,11 @@ def test_what_is_refused(folder, tmp_path, capsys):
         encode.drawings(tmp_path)
     with pytest.raises(InputsError, match="holds 6 characters; the study needs 300"):
         encode.main(["--images", str(folder), "--out", str(tmp_path / "x.safetensors")])
+    for wrong in ("--steps", "--batch"):
+        with pytest.raises(InputsError, match="at least one"):
+            encode.main(
+                ["--images", str(folder), "--out", str(tmp_path / "x.safetensors"), "--classes", "4", wrong, "0"]
+            )
     with pytest.raises(SystemExit):
         run.main(["--quick", "--features", str(tmp_path / "x.safetensors")])
     assert "give --name" in capsys.readouterr().err

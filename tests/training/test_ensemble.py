@@ -1,13 +1,14 @@
 """An ensemble against separate eager runs of the plain module, step by step, for every clamp, in float64."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 import interp as ip
-from hooks.errors import ModelError, PlanError, ResultError, ShapeError
+from hooks.errors import InputsError, ModelError, PlanError, ResultError, ShapeError
 from interp.training.ensemble import Ensemble, Program, from_modules
 from interp.training.induction import (
     Graft,
@@ -224,6 +225,24 @@ def test_any_module_trains_by_vmap_as_the_written_program():
     torch.testing.assert_close(plain.train(4), ensemble(free).train(4), rtol=0, atol=1e-10)
 
 
+def test_modules_that_do_not_stack_are_refused():
+    def loss(call, given, step):
+        return call(torch.ones(1, 2)).sum()
+
+    frozen = torch.nn.Linear(2, 1)
+    frozen.weight.requires_grad_(False)
+    bare, wide = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(3, 1)
+    for other, words in ((bare, r"\['bias'\]"), (wide, "'weight'"), (frozen, r"frozen: \['weight'\]")):
+        for modules in ([torch.nn.Linear(2, 1), other], [other, torch.nn.Linear(2, 1)]):
+            with pytest.raises(ModelError, match=words):
+                from_modules(modules, loss)
+    with pytest.raises(ShapeError, match="'x' must have a leading axis of 2"):
+        from_modules([torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)], loss, {"x": torch.ones(3)})
+    vector = from_modules([torch.nn.Linear(2, 1)], lambda call, given, step: call(torch.ones(3, 2))[:, 0])
+    with pytest.raises(ShapeError, match=r"\[1, 3\]"):
+        Ensemble(lambda _: vector, [0]).train(1)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     whole = ensemble(MEMBERS[:4])
     expected = whole.train(7)
@@ -257,6 +276,8 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(tmp_path)
     (tmp_path / "b.json").write_text(json.dumps(record | {"schema": "x"}))
     with pytest.raises(ResultError, match="not a checkpoint"):
         run.load(tmp_path / "b")
+    with pytest.raises(ResultError, match=r"none\.json is missing"):
+        run.load(tmp_path / "none")
     assert all(torch.equal(value, other.member(0)[name]) for name, value in before.items())
 
 
@@ -301,6 +322,33 @@ def test_what_cannot_be_meant_is_refused():
         ensemble(MEMBERS[:2], rate=[1.0])
     with pytest.raises(ShapeError, match="leading axis of 2 members"):
         Ensemble(lambda m: Program({"w": torch.zeros(3)}, {}, lambda p, c, s: p["w"]), [0, 1])
+    for given in ({"rate": math.nan}, {"rate": math.inf}, {"betas": (1.0, 0.9)}, {"eps": -1.0}):
+        with pytest.raises(ModelError):
+            ensemble(MEMBERS[:1], **given)
+    with pytest.raises(ModelError, match="not negative"):
+        ensemble(MEMBERS[:1]).train(-1)
+    with pytest.raises(ModelError, match="gives a Program"):
+        Ensemble(lambda m: Program({}, {}, lambda p, c, s: torch.zeros(1)), [0])
+    with pytest.raises(ModelError, match="belongs to the constants"):
+        Ensemble(lambda m: Program({"w": torch.zeros(1, dtype=torch.int64)}, {}, lambda p, c, s: p["w"]), [0])
+    mixed = Ensemble(lambda m: Program({"w": torch.ones(2, 3)}, {}, lambda p, c, s: p["w"].mean()), [0, 1])
+    with pytest.raises(ShapeError, match="one a member"):
+        mixed.train(1)
+    assert torch.equal(mixed.params["w"], torch.ones(2, 3)) and mixed.step == 0
+    with pytest.raises(InputsError, match="at least one sequence"):
+        program(TABLE, shape=SHAPE, batch=0)
+    donor = {name: value[0] for name, value in initial_params([Member(9, task=TASK)], SHAPE).items()}
+    for index, params, words in (
+        (-1, donor, "member -1"),
+        (0, {}, "nothing"),
+        (0, donor | {"qkv0": torch.ones(1)}, "qkv0"),
+    ):
+        with pytest.raises(ShapeError, match=words):
+            ensemble(MEMBERS[:1], grafts={index: Graft(params, first=True)})
+    with pytest.raises(ShapeError, match="1 clamps for 3 members"):
+        conditions(MEMBERS[:3], TABLE, SHAPE, clamps=[Clamp(match=0)])
+    with pytest.raises(PlanError, match="no head 9"):
+        only_head(9)
     with pytest.raises(ShapeError, match="exemplars must be"):
         conditions(MEMBERS[:1], TABLE[:-1], SHAPE)
     with pytest.raises(PlanError, match=r"heads \[7\]"):
@@ -311,6 +359,13 @@ def test_what_cannot_be_meant_is_refused():
         {"preserve": ("q",)},
         {"previous_token": (1,), "no_previous_token": (1,)},
         {"temperature_last": ((0, 0.0),)},
+        {"temperature_last": ((0, math.nan),)},
+        {"temperature_last": ((0, 2.0), (0, 3.0))},
+        {"temperature_first": (0, 2.0)},
+        {"previous_token": 1},
+        {"sharpness": 0.5},
+        {"labels_only": True},
+        {"first_layer": True, "ablate_first": (0,), "preserve": ("q",)},
     ):
         with pytest.raises(PlanError):
             Clamp(**bad)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import interp as ip
-from hooks.errors import ModelError, PlanError, ResultError, ShapeError, UnfiredError
+from hooks.errors import MetricError, ModelError, PlanError, ResultError, ShapeError, UnfiredError
 from interp import training as tr
 from interp.training.records import plain, scalars
 from interp.training.schedules import due, during, level
@@ -83,6 +83,66 @@ def nosy(model: ip.Model) -> dict[str, Any]:
 # Probes
 
 
+def two_prompts(model: ip.Model) -> tuple[ip.Inputs, ip.Inputs]:
+    x = tr.repeated_tokens(model, 2, 4)
+    return x, model.inputs(x.ids.flip(0))
+
+
+def sweep_of_heads(model: ip.Model) -> Any:
+    return ip.sweep(model, *two_prompts(model), ip.grid("z", layer="all", head="all"), metric=ip.logit(3))
+
+
+def worlds_under_a_plan(model: ip.Model) -> Tensor:
+    x, _ = two_prompts(model)
+    return model.run(ip.World(x, tr.previous_token(0, 1) + ip.scale(ip.site("z", 1), 0.5))).logits[:, -1, 3]
+
+
+MEASURES = {
+    "sweep": lambda m: sweep_of_heads(m).effect,
+    "metric": lambda m: tr.under(m, two_prompts(m)[0], ip.cross_entropy(), tr.previous_token(0, 1)),
+    "attention": lambda m: tr.attention(m, two_prompts(m)[0], 1, 5, [1, 2]),
+    "edges": lambda m: ip.paths.edge_sweep(m, *two_prompts(m), metric=ip.logit(3)).effect,
+    "path": lambda m: (
+        ip.paths.path_patch(
+            m, *two_prompts(m), "input->a0.h1<v>->m1->logits", semantics="frozen", metric=ip.logit(3)
+        ).effect
+    ),
+    "attribution": lambda m: ip.attribution(m, *two_prompts(m), ip.grid("z", layer="all"), metric=ip.logit(3)).effect,
+    "lens": lambda m: ip.logit_lens(m, two_prompts(m)[0], ip.logit(3)).effect,
+    "world": worlds_under_a_plan,
+    "copying": lambda m: tr.copying(m, two_prompts(m)[0]),
+    "heads": lambda m: tr.heads_alone(m, two_prompts(m)[0], 1, ip.cross_entropy(), plan=tr.previous_token(0, 1)),
+}
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "bfloat16 around the step"])
+@pytest.mark.parametrize("name", MEASURES)
+def test_any_measure_leaves_no_trace(name, cast):
+    """Weights, gradients that are kept from step to step, modes and random state, with dropout and under a clamp."""
+
+    def drawing(model: ip.Model) -> Any:
+        random.random(), np.random.rand(3), torch.rand(3)
+        return MEASURES[name](model)
+
+    ends = []
+    for probes in ([], [tr.Probe(drawing, name="found")]):
+        model, found = fresh(), []
+        callbacks = [tr.Clamp(tr.previous_token(0, 1), strength=0.5), *probes]
+        monitor = tr.Monitor(model, callbacks, logger=lambda numbers, step, to=found: to.append(numbers))
+        optimizer = torch.optim.AdamW(model.module.parameters(), lr=1e-2)
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast), monitor.step():
+                loss_of(model, batch(monitor.steps)).backward()  # never zeroed: they accumulate
+                optimizer.step()
+        gradients = {name: p.grad.clone() for name, p in model.module.named_parameters()}
+        modes = [m.training for m in model.module.modules()]
+        ends.append((weights(model), gradients, modes, torch.rand(3).tolist(), np.random.rand(), random.random()))
+    assert identical(ends[0][0], ends[1][0]) and identical(ends[0][1], ends[1][1]) and ends[0][2:] == ends[1][2:]
+    measured = [[v for key, v in numbers.items() if key.startswith("found")] for numbers in found]
+    assert len(measured) == 3 and any(abs(v) > 1e-4 for v in measured[0]) and measured[0] != measured[2]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "small_rms_rotary_gqa"])
 def test_a_run_with_probes_is_the_run_without_bit_for_bit(family, tmp_path):
     runs = []
@@ -116,6 +176,15 @@ def test_untouched_restores_everything():
     assert torch.equal(torch.get_rng_state(), state[2])
 
 
+def test_what_is_measured_does_not_depend_on_mixed_precision_around_it():
+    model = fresh()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = tr.probe(model, lambda m: sweep_of_heads(m).effect)
+        assert torch.is_autocast_enabled("cpu")
+    assert inside == tr.probe(model, lambda m: sweep_of_heads(m).effect)
+    assert np.abs(inside).max() > 1e-4
+
+
 def test_a_measure_that_changes_the_model_is_caught():
     model = fresh()
 
@@ -128,6 +197,10 @@ def test_a_measure_that_changes_the_model_is_caught():
         tr.probe(model, meddling)
     with pytest.raises(ResultError, match="object"):
         tr.probe(model, lambda model: object())
+    with pytest.raises(ResultError, match="complex"):
+        tr.probe(model, lambda model: torch.ones(2) * 1j)
+    with pytest.raises(ResultError, match="give the effect"):
+        tr.probe(model, sweep_of_heads)
 
 
 # Clamps
@@ -222,6 +295,7 @@ def test_what_is_raised_in_a_step_is_what_comes_out():
     with pytest.raises(ZeroDivisionError), monitor.step():
         raise ZeroDivisionError
     assert not model.holds and monitor.steps == 0 and identical(before, weights(model))
+    assert monitor.callbacks[0].steps == 0  # type: ignore[attr-defined]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
     train(monitor, 1)
     assert monitor.steps == 1
@@ -264,6 +338,35 @@ def test_checkpointing_and_autocast_in_a_loop():
         assert clamp.audit is not None and [(e.calls, e.status) for e in clamp.audit] == [(1, "fired")] * 3
     after = weights(model)
     assert not identical(before, after) and all(bool(w.isfinite().all()) for w in after.values())
+
+
+def test_a_clamp_with_two_worlds_trains_in_mixed_precision():
+    """What is read without gradients leaves no cast weight behind that the pass with gradients would take."""
+    plan, found = tr.preserving("pattern", tr.ablate_heads(0, 2), 1), []
+    for cast in (False, True):
+        model = fresh(dropout=0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast), model.apply(plan):
+            loss_of(model, batch(0)).backward()
+        found.append({name: p.grad for name, p in model.module.named_parameters()})
+    for name, gradient in found[0].items():
+        assert float((found[1][name] - gradient).norm() / gradient.norm()) < 0.1
+        assert float(gradient.norm()) > 1e-3
+
+
+def test_a_step_that_pauses_goes_on_where_it_was():
+    model = fresh(dropout=0.0)
+    clamp, watch = tr.Clamp(tr.previous_token(0, 1)), tr.PhaseChange(2.5)
+    monitor = tr.Monitor(model, [clamp, watch])
+    monitor.enter()
+    loss_of(model, batch(0))
+    monitor.loss(1.0)
+    monitor.pause()
+    assert not model.holds
+    monitor.enter()
+    loss_of(model, batch(0))
+    monitor.loss(3.0)
+    monitor.leave()
+    assert (monitor.steps, clamp.steps, watch.step) == (1, 1, 0) and list(watch.drop.recent) == [2.0]
 
 
 # Resuming
@@ -319,10 +422,22 @@ def test_a_resumed_run_has_the_same_callbacks(tmp_path):
     other = tr.Monitor(monitor.model, [tr.Probe(nosy)])
     with pytest.raises(ModelError, match="Clamp"):
         other.load_state_dict(monitor.state_dict())
+    renamed = tr.Monitor(monitor.model, [tr.Probe(nosy, name="other")])
+    with pytest.raises(ModelError, match="Probe 'other'"):
+        renamed.load_state_dict(other.state_dict())
     with pytest.raises(ModelError, match="between"), monitor.step():
         monitor.load_state_dict(monitor.state_dict())
     with pytest.raises(ModelError, match="nest"), monitor.step():
         monitor.enter()
+
+
+def test_resuming_what_was_saved_before_the_first_step(tmp_path):
+    first = tr.Monitor(fresh(), [tr.Probe(nosy)], log=tmp_path / "log.jsonl")
+    first.start()
+    second = tr.Monitor(first.model, [tr.Probe(nosy)], log=tmp_path / "log.jsonl")
+    second.load_state_dict(first.state_dict())
+    train(second, 1)
+    assert [r["step"] for r in tr.JsonLines(tmp_path / "log.jsonl").read()] == [0, 1]
 
 
 def test_checkpoints(tmp_path):
@@ -348,6 +463,8 @@ def test_json_lines(tmp_path):
     assert [r["step"] for r in records] == [0, 1, 2] and records[1]["x"] == 1 / 3 and records[2]["y"][2] == float("inf")
     log.start(2, lines=2)
     assert list(log.read()) == records[:2] and log.lines == 2
+    log.start(0, lines=1)
+    assert list(log.read()) == records[:1]
     log.start(0)
     for record in records:
         log.write(record["step"], record)
@@ -396,7 +513,10 @@ def test_every(every, steps):
 
 
 def test_level():
-    assert level(0.5)(7) == 0.5 and level(lambda s: s / 2)(3) == 1.5
+    assert level(0.5)(7) == 0.5 and level(lambda s: np.float32(s / 4))(3) == 0.75
+    for given in (lambda s: s / 2, lambda s: -0.1, lambda s: None, lambda s: float("nan")):
+        with pytest.raises(PlanError, match="at step 3"):
+            level(given)(3)
     assert [level([(2, 0.0), (4, 1.0), (5, 0.5)])(s) for s in range(7)] == [0, 0, 0, 0.5, 1, 0.5, 0.5]
 
 
@@ -410,15 +530,41 @@ def test_level():
         lambda: tr.Clamp(tr.previous_token(0, 0), strength="half"),
         lambda: tr.Clamp(tr.previous_token(0, 0), strength=[(4, 1.0), (2, 0.0)]),
         lambda: tr.Clamp(tr.previous_token(0, 0), strength=[]),
+        lambda: tr.Clamp(tr.previous_token(0, 0), strength=1.5),
+        lambda: tr.Clamp(tr.previous_token(0, 0), strength=float("nan")),
+        lambda: tr.Clamp(tr.previous_token(0, 0), strength=[(0, 0.0), (2, 2.0)]),
+        lambda: tr.Clamp(tr.previous_token(0, 0), strength=[(0, "a"), (2, "b")]),
         lambda: tr.Probe(nosy, every=0),
         lambda: tr.Probe(nosy, every="epoch"),
         lambda: tr.Checkpoints("x", []),
         lambda: tr.Clamp("zero"),
+        lambda: tr.Clamp(tr.Clamp),  # type: ignore[arg-type]
+        lambda: tr.Clamp(None),  # type: ignore[arg-type]
+        lambda: tr.Clamp(ip.Plan()),
     ],
 )
-def test_unknown_schedules(make):
+def test_unknown_schedules_and_plans(make):
     with pytest.raises(PlanError):
         make()
+
+
+def test_wrong_arguments_of_a_monitor_are_told():
+    model = fresh()
+    with pytest.raises(MetricError, match="function of the wrapped model"):
+        tr.Probe(5)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="wrapped model"):
+        tr.Monitor(model.module, [])  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="are a list"):
+        tr.Monitor(model, tr.Probe(nosy))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="under 'step'"):
+        tr.Monitor(model, [tr.Probe(nosy, name="step")])
+    monitor = tr.Monitor(model, [])
+    with pytest.raises(ModelError, match="none has begun"):
+        monitor.loss(1.0)
+    for bad in (torch.ones(3), "1", None):
+        with pytest.raises(MetricError, match="one number"), monitor.step() as step:
+            step.loss(bad)  # type: ignore[arg-type]
+    assert monitor.steps == 0 and not monitor.losses
 
 
 def test_what_is_no_callback_and_names_given_twice():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import interp as ip
-from hooks.errors import MetricError
+from hooks.errors import MetricError, SiteError
 from interp import training as tr
 from interp.models import Transformer, TransformerConfig
 from tests import oracle, zoo
@@ -198,6 +198,8 @@ def test_prompts_with_nothing_to_measure():
             measure(model, x)
     with pytest.raises(MetricError):
         tr.previous_token_strength(model, model.inputs([[1], [2]]))
+    with pytest.raises(SiteError, match=r"layers 0 \.\. 1"):
+        tr.heads_alone(model, x, 9, ip.logit(3))
     with pytest.raises(MetricError, match="one query a row"):
         tr.attention(model, x, 0, torch.tensor([[1, 2]]), 0)
     with pytest.raises(MetricError, match="each of 2"):
@@ -240,6 +242,14 @@ def test_online_equals_offline(smooth, plateau, every):
     assert plateau == (200, 300) or len({t for t in found if t is not None}) > 3
 
 
+def test_a_plateau_that_was_not_seen_is_told():
+    watch = tr.PhaseChange(0.5, plateau=(10, 20))
+    assert watch.loss(None, 0, 1.0) == {}  # type: ignore[arg-type]
+    with pytest.raises(MetricError, match="steps 10 to 20"):
+        watch.loss(None, 50, 0.1)  # type: ignore[arg-type]
+    assert tr.phase_change([1.0], 0.5, plateau=(10, 20)) is None
+
+
 def test_phase_times():
     times = tr.phase_times([100, 200, 300, 400, 500], 1000)
     assert times.median == 300 and 100 <= times.low < 300 < times.high <= 500
@@ -264,6 +274,15 @@ def test_phase_times():
         lambda: tr.phase_change([1.0], 0.5, smooth=0),
         lambda: tr.phase_change([1.0], 0.5, plateau=(3, 3)),
         lambda: tr.phase_change([1.0], 0.5, steps=[1, 2]),
+        lambda: tr.phase_change([1.0, 0.1], 0.5, steps=[5, 2]),
+        lambda: tr.phase_change([1.0, 0.1], 0.5, steps=[0, 50], plateau=(10, 20)),
+        lambda: tr.PhaseChange("low"),  # type: ignore[arg-type]
+        lambda: tr.PhaseChange(0.5, smooth=True),
+        lambda: tr.PhaseChange(0.5, plateau=3),  # type: ignore[arg-type]
+        lambda: tr.PhaseChange(0.5, plateau=(3,)),  # type: ignore[arg-type]
+        lambda: tr.PhaseChange(0.5, plateau=(0.5, 2.5)),  # type: ignore[arg-type]
+        lambda: tr.phase_times([-1], 10),
+        lambda: tr.PhaseChange(0.5, smooth=3).load_state_dict(tr.PhaseChange(0.5, smooth=2).state_dict()),
     ],
 )
 def test_what_is_refused(make):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,53 @@ def test_a_trainer_that_does_not_fit(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_trainer_that_raises_leaves_no_clamp_on_the_model(tmp_path, given):
+    model = model_of()
+    trainer = trainer_of(model, tmp_path)
+    monitor = tr.Monitor(model, [tr.Clamp(tr.previous_token(0, 1))])
+    trainer.add_callback(tr.trainer_callback(monitor, trainer if given else None))
+    handle = model.module.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert model.holds is not given  # callbacks are not told: without the trainer this is left to the user
+    if given:
+        handle.remove()
+        trainer.train()  # nothing was trained, so it may begin again
+        assert monitor.steps == 6
+    monitor.abandon()
+    assert not model.holds
+
+
+def test_measures_are_in_full_precision_whatever_the_trainer_runs(tmp_path):
+    """Edges add up to what is read only to the precision of the arithmetic, so their sweep would raise."""
+
+    def edges(model: ip.Model) -> Any:
+        x = tr.repeated_tokens(model, 2, 4)
+        return ip.paths.edge_sweep(model, x, model.inputs(x.ids.flip(0)), metric=ip.logit(3)).effect
+
+    found: dict[Any, Any] = {}
+    for bf16 in (False, True):
+        model = model_of()
+        trainer = trainer_of(model, tmp_path, bf16=bf16, max_steps=1)
+        monitor = tr.Monitor(model, [tr.Probe(edges)], logger=lambda n, step, to=bf16: found.setdefault((to, step), n))
+        trainer.add_callback(tr.trainer_callback(monitor))
+        trainer.train()
+    assert found[False, 0] == found[True, 0] and max(map(abs, found[True, 0].values())) > 1e-4
+    assert found[False, 1] != found[True, 1]
+
+
+def test_a_probe_called_loss_is_no_training_loss(tmp_path):
+    model = model_of()
+    trainer = trainer_of(model, tmp_path)
+    watch = tr.PhaseChange(0.5)
+    monitor = tr.Monitor(model, [tr.Probe(lambda m: 0.25, name="loss"), watch])
+    trainer.add_callback(tr.trainer_callback(monitor, trainer))
+    trainer.train()
+    assert [h["loss"] for h in trainer.state.log_history if "loss" in h].count(0.25) == 7
+    assert watch.step is None and len(watch.drop.recent) == 1
+
+
 # Lightning
 
 
@@ -206,13 +255,14 @@ class Fit:
         self.logged.append((step, numbers))
 
     def fit(self, module: nn.Module, model: ip.Model, steps: int, validate: int | None = None) -> list[bool]:
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        held, data, index = [], rows(), 0
+        optimizer = self.optimizer = getattr(self, "optimizer", torch.optim.AdamW(module.parameters(), lr=1e-2))
+        held, data, index = [], rows(), self.global_step * self.accumulate
         self.callback.on_train_start(self, module)
         module.train()
         while self.global_step < steps:
             batch = torch.stack([r["input_ids"] for r in data[index % 16 : index % 16 + 4]])
             self.callback.on_train_batch_start(self, module, batch, index)
+            torch.manual_seed(index)
             loss = model.module(input_ids=batch, labels=batch).loss
             held.append(model.holds)
             (loss / self.accumulate).backward()
@@ -242,18 +292,50 @@ def test_lightning_hooks(lightning, tmp_path, accumulate):
     assert [step for step, numbers in fit.logged if "strength" in numbers] == [0, 2, 4]
     assert monitor.callbacks[2].step == 0 and not model.holds
     saved = fit.callback.state_dict()
-    again = tr.Monitor(model, [tr.Clamp(tr.previous_token(0, 1), (1, 6)), tr.Probe(strength, 2), tr.PhaseChange(1.0)])
+    again = tr.Monitor(model, [tr.Clamp(tr.previous_token(0, 1), (1, 6)), tr.Probe(strength, 2), tr.PhaseChange(100.0)])
     other = Fit(tr.lightning_callback(again), accumulate)
     other.callback.load_state_dict(saved)
     other.global_step = 4
     assert other.fit(module, model, 7) == [i // accumulate < 2 for i in range(3 * accumulate)]
 
 
+def test_lightning_resumes_in_the_middle_of_a_schedule(lightning, tmp_path):
+    def begin(folder: Path, seed: int = 0) -> tuple[ip.Model, tr.Monitor, Fit]:
+        model = model_of(seed)
+        monitor = tr.Monitor(model, callbacks(folder), log=folder / "log.jsonl")
+        return model, monitor, Fit(tr.lightning_callback(monitor), 2)
+
+    whole, watch, fit = begin(tmp_path / "whole")
+    fit.fit(whole.module, whole, 6)
+    half, _, first = begin(tmp_path / "half")
+    first.fit(half.module, half, 3)
+    saved, state = first.callback.state_dict(), deepcopy(first.optimizer.state_dict())
+    kept = weights(half)
+    first.fit(half.module, half, 5)  # goes on, and is lost
+    again, monitor, second = begin(tmp_path / "half", seed=7)
+    again.module.load_state_dict(kept)
+    second.optimizer = torch.optim.AdamW(again.module.parameters(), lr=1e-2)
+    second.optimizer.load_state_dict(state)
+    second.callback.load_state_dict(json.loads(json.dumps(saved)))
+    second.global_step = 3
+    second.fit(again.module, again, 6)
+    assert identical(weights(again), weights(whole)) and monitor.state_dict() == watch.state_dict()
+    logs = [list(tr.JsonLines(tmp_path / name / "log.jsonl").read()) for name in ("whole", "half")]
+    assert logs[0] == logs[1] and [r["clamp"] for r in logs[0] if "clamp" in r] == [0, 0.625, 0.75, 0.875, 1, 0]
+
+
 def test_lightning_validates_without_clamps_and_stops_cleanly(lightning):
     model = model_of()
     monitor = tr.Monitor(model, [tr.Clamp(tr.previous_token(0, 1))])
     fit = Fit(tr.lightning_callback(monitor), 2)
-    assert all(fit.fit(model.module, model, 4, validate=3))
+    assert all(fit.fit(model.module, model, 4, validate=3)) and monitor.callbacks[0].steps == 4
+    losses = []
+    for validate in (None, 3):  # in the middle of every other step
+        model = model_of()
+        monitor = tr.Monitor(model, [tr.PhaseChange(0.0, smooth=9)])
+        Fit(tr.lightning_callback(monitor), 2).fit(model.module, model, 4, validate=validate)
+        losses.append(list(monitor.callbacks[0].drop.recent))
+    assert losses[0] == losses[1] and len(losses[0]) == 4
     monitor = tr.Monitor(model, [tr.Clamp(tr.previous_token(0, 1))])
     callback = tr.lightning_callback(monitor)
     callback.on_train_start(Fit(callback), model.module)
