@@ -16,11 +16,12 @@ from hooks.forward import exposed_layers, hooked_pass
 from hooks.plan import Origin, Plan
 from hooks.sites import execution_order
 from hooks.sources import read_tapes
+from interp.evaluation import check_metrics
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
 from interp.provenance import describe_run
 from interp.results import Result
-from interp.sweeps import assemble, check_metrics, check_model, references, source_metrics, source_of
+from interp.sweeps import assemble, check_model, references, source_metrics, source_of
 
 
 def attribution(

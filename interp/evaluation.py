@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor
     """The value of a metric on inputs, or on a world (inputs under a plan): one number a row, [B].
 
     Raises:
-        MetricError: the metric needs a source world, or returns anything but one number a row.
+        MetricError: it is no metric, needs a source world, or returns anything but one number a row.
     """
+    check_metrics([measured])
     world = inputs if isinstance(inputs, World) else World(inputs)
     bound = measured.bind(model, world.inputs)
     others: dict[int, list[Tensor]] = {}
@@ -28,6 +30,18 @@ def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor
         others = {0: read_reference(model, measured, measured.reference, bound, world.inputs)}
     values = read_world(model, world, bound.reads, executor)
     return call(bound, measured.name, slice(0, len(world.inputs)), [*values, *others.get(0, [])])
+
+
+def check_metrics(metrics: Sequence[Any]) -> None:
+    """Raise MetricError unless these are metrics, each of its own name."""
+    if not metrics:
+        raise MetricError("nothing is measured: name a metric")
+    for m in metrics:
+        if not isinstance(m, Metric):
+            raise MetricError(f"{m!r} is not a metric; wrap a function of yours with ip.metric(fn, reads=...)")
+    names = [m.name for m in metrics]
+    if len(set(names)) != len(names):
+        raise MetricError(f"metrics have different names, got {names}")
 
 
 def read_world(

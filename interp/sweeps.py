@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from hooks.audit import PRUNED
 from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
 from hooks.worlds import choose
 from interp.axes import Axis
-from interp.evaluation import read_reference
+from interp.evaluation import check_metrics, read_reference
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call
 from interp.progress import tqdm
@@ -139,18 +138,6 @@ def check_model(model: Model, direction: str) -> None:
         raise InputsError(
             f"direction is {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}{nearest(direction, DIRECTIONS)}"
         )
-
-
-def check_metrics(metrics: Sequence[Any]) -> None:
-    """Raise MetricError unless these are metrics, each of its own name."""
-    if not metrics:
-        raise MetricError("a sweep measures something: name a metric")
-    for m in metrics:
-        if not isinstance(m, Metric):
-            raise MetricError(f"{m!r} is not a metric; wrap a function of yours with ip.metric(fn, reads=...)")
-    names = [m.name for m in metrics]
-    if len(set(names)) != len(names):
-        raise MetricError(f"metrics have different names, got {names}")
 
 
 def source_of(

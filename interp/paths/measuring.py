@@ -13,6 +13,7 @@ from hooks import Inputs, Model, Plan, Site, World, recompute, run_worlds
 from hooks.errors import MetricError
 from hooks.meter import Meter
 from interp.axes import Axis
+from interp.evaluation import check_metrics
 from interp.grids import Cell
 from interp.metrics import Bound, Metric, call
 from interp.paths.graph import Graph
@@ -20,7 +21,7 @@ from interp.paths.nodes import Edge
 from interp.paths.sources import Pair
 from interp.provenance import describe_run
 from interp.results import STATUS, Result
-from interp.sweeps import assemble, check_metrics, references, source_metrics
+from interp.sweeps import assemble, references, source_metrics
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hooks.errors import ModelError
 from hooks.random import hash_counters
 from interp.training.induction_clamps import BLOCKED
 from interp.training.induction_task import QUERY, TOKENS, Batch
@@ -36,6 +37,9 @@ class Shape:
         n_heads: heads a layer H.
         rotary_base: base of the rotary wavelengths, in tokens.
         norm_eps: added to the variance in every norm.
+
+    Raises:
+        ModelError: heads that do not divide the width into even parts, as rotary positions need.
     """
 
     d_input: int = 512
@@ -43,6 +47,10 @@ class Shape:
     n_heads: int = 8
     rotary_base: float = 10000.0
     norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.n_heads < 1 or self.d_model % (2 * self.n_heads):
+            raise ModelError(f"a width of {self.d_model} does not divide into {self.n_heads} heads of even width")
 
     @property
     def d_head(self) -> int:

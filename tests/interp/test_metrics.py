@@ -435,3 +435,9 @@ def test_a_reference_of_other_rows_is_refused(model):
             ip.sweep(model, inputs, None, ip.grid("z", layer=(0,)), metric=ip.kl(reference), intervention=ip.zero)
     with pytest.raises(InterpError):  # other lengths, all positions: they do not correspond
         ip.evaluate(model, inputs, ip.kl(ip.World(model.inputs(prompts((6, 6, 6, 6)))), pos=None))
+
+
+def test_a_plain_function_is_no_metric():
+    model = ip.wrap(zoo.make("gpt2"))
+    with pytest.raises(MetricError, match="is not a metric; wrap a function of yours"):
+        ip.evaluate(model, model.inputs(torch.tensor([[1, 2]])), lambda x: x)

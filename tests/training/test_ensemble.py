@@ -320,6 +320,8 @@ def test_what_cannot_be_meant_is_refused():
         ensemble(MEMBERS[:1], rate=0.0)
     with pytest.raises(ShapeError, match="one a member"):
         ensemble(MEMBERS[:2], rate=[1.0])
+    with pytest.raises(ModelError, match="16 does not divide into 3 heads"):
+        Shape(d_model=16, n_heads=3)
     with pytest.raises(ShapeError, match="leading axis of 2 members"):
         Ensemble(lambda m: Program({"w": torch.zeros(3)}, {}, lambda p, c, s: p["w"]), [0, 1])
     for given in ({"rate": math.nan}, {"rate": math.inf}, {"betas": (1.0, 0.9)}, {"eps": -1.0}):
