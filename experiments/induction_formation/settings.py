@@ -60,7 +60,7 @@ class Settings:
 
 SHORT = Settings(
     name="short",
-    steps=30_000,
+    steps=25_500,
     alone_seeds=2,
     every=150,
     evaluated=128,
