@@ -29,8 +29,8 @@ def read(*parts: str) -> dict[str, Any]:
 
 
 def induction() -> dict[str, Any]:
-    """The study of induction heads: the full setting where it was run, else the reduced one."""
-    names = ("full.json", "quick.json")
+    """The study of induction heads: the full setting where it was run, else the reduced one that is nearest to it."""
+    names = ("full.json", "short.json", "quick.json")
     folder = EXPERIMENTS / "induction_formation" / "results"
     return json.loads(next(folder / name for name in names if (folder / name).exists()).read_text())
 

@@ -1,7 +1,7 @@
 """Train every member of the study together, measure as it goes, and keep what came out.
 
 python -m experiments.induction_formation.run --device cuda     # the paper's settings, on a GPU
-python -m experiments.induction_formation.run --short           # the same for 25,500 steps, on two CPU cores
+python -m experiments.induction_formation.run --short           # the same for 24,000 steps, on two CPU cores
 python -m experiments.induction_formation.run --quick           # a higher learning rate and few steps
 
 Interrupted, the same command continues from the last checkpoint.
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reduced = parser.add_mutually_exclusive_group()
-    reduced.add_argument("--short", action="store_true", help="a reduced setting: 25,500 steps")
+    reduced.add_argument("--short", action="store_true", help="a reduced setting: 24,000 steps")
     reduced.add_argument("--quick", action="store_true", help="a reduced setting: a higher learning rate, few steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)

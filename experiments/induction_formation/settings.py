@@ -60,7 +60,7 @@ class Settings:
 
 SHORT = Settings(
     name="short",
-    steps=25_500,
+    steps=24_000,
     alone_seeds=2,
     every=150,
     evaluated=128,
