@@ -29,7 +29,8 @@ def draw() -> Figure:
                     ax.plot([at - 0.2, at + 0.2], [np.median(reached)] * 2, color="black", linewidth=1.2)
             ax.set_xticks(range(len(sizes)), [str(size[axis]) for size in sizes])
             ax.set_xlim(-0.5, len(sizes) - 0.5)
-            ax.set_ylim(bottom=0)
+            highest = max(step or limit for size in sizes for step in size["phase_change"])
+            ax.set_ylim(0, 1.08 * highest)
             ax.set_xlabel(label)
             ax.spines[["top", "right"]].set_visible(False)
             if row == 0:
