@@ -4,10 +4,12 @@ It knows models and tensors, and no method; `interp` is the package that users i
 """
 
 from .audit import Audit, Entry
-from .context import Context
+from .backends.job import Outcome
 from .errors import InterpError
-from .inputs import Alignment, Inputs, align
-from .interventions import (
+from .model import Model, Run, wrap
+from .plan.context import Context
+from .plan.inputs import Alignment, Inputs, align
+from .plan.interventions import (
     clamp,
     freeze,
     here,
@@ -24,12 +26,10 @@ from .interventions import (
     steer,
     zero,
 )
-from .job import Outcome
-from .model import Model, Run, wrap
-from .plan import Intervention, Plan, Read, World
-from .sites import KINDS, Site, Span, site
-from .tape import Tape
-from .worlds import run_worlds
+from .plan.plan import Intervention, Plan, Read, World
+from .plan.sites import KINDS, Site, Span, site
+from .plan.tape import Tape
+from .record import run_worlds
 
 __all__ = [
     "KINDS",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .errors import UnfiredError
 from .html import table
-from .plan import Intervention, Plan
-from .region import Region
+from .plan.plan import Intervention, Plan
+from .plan.region import Region
 
 FIRED, INERT, PRUNED, UNFIRED = "fired", "inert", "pruned", "unfired"
 

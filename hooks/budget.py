@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import ModelError
-from .inputs import Inputs
+from .plan.inputs import Inputs
 
 if TYPE_CHECKING:
     from .model import Model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .adapters.architecture import Architecture, Block
+from .models.architecture import Architecture, Block
 
 
 def block_costs(block: Block) -> dict[str, int]:

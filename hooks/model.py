@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import describe
-from .adapters.architecture import Architecture
-from .applied import PlanOf, held_on, hold, suspend
 from .audit import Audit
-from .catalogue import SiteTable, site_sizes, site_table
-from .checks import check_inputs, check_plan, check_site
-from .editing import Edits
+from .backends.forward import exposed_layers, hooked_pass
+from .backends.sources import read_tapes
 from .errors import InputsError, ModelError, PlanError
-from .forward import exposed_layers, hooked_pass
+from .hold import PlanOf, held_on, hold, suspend
 from .html import table
-from .images import check_pixels
-from .inputs import Inputs
-from .labels import class_id, class_names
-from .plan import Intervention, Plan, World, as_plan
-from .prompts import decode_ids, encode_text, one_token, prepare
-from .sites import Site, sites_of
-from .sources import read_tapes
-from .tape import Tape
+from .models import describe
+from .models.architecture import Architecture
+from .models.catalogue import SiteTable, site_sizes, site_table
+from .models.checks import check_inputs, check_plan, check_site
+from .plan.images import check_pixels
+from .plan.inputs import Inputs
+from .plan.labels import class_id, class_names
+from .plan.plan import Intervention, Plan, World, as_plan
+from .plan.prompts import decode_ids, encode_text, one_token, prepare
+from .plan.sites import Site, sites_of
+from .plan.tape import Tape
+from .program import Edits
 
 
 @dataclass(frozen=True, eq=False)

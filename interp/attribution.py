@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
+from hooks.backends.forward import exposed_layers, hooked_pass
+from hooks.backends.sources import read_tapes
 from hooks.budget import budget_of, rows_per_pass
-from hooks.editing import Edits
 from hooks.errors import MetricError, PlanError
-from hooks.forward import exposed_layers, hooked_pass
-from hooks.plan import Origin, Plan
-from hooks.sites import execution_order
-from hooks.sources import read_tapes
+from hooks.plan.plan import Origin, Plan
+from hooks.plan.sites import execution_order
+from hooks.program import Edits
 from interp.evaluation import check_metrics
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World, run_worlds
 from hooks.errors import MetricError
-from hooks.region import listed, resolve
+from hooks.plan.region import listed, resolve
 from interp.metrics import Bound, Metric, call
 
 

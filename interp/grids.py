@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks import KINDS, Inputs, Intervention, Model, Plan, Site, Span
 from hooks.errors import SiteError, nearest
-from hooks.sites import DIM, HEAD, KEY, POS
+from hooks.plan.sites import DIM, HEAD, KEY, POS
 from interp.axes import Axis
 
 Factory = Callable[[Site], Intervention]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hooks import Inputs, Model, Plan, Site
-from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import InputsError, MetricError, ModelError, PlanError
+from hooks.models.architecture import Block, linear_weight
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
 from interp.metrics import Metric, call
@@ -89,7 +89,7 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     bound = metric.bind(model, inputs)
     if metric.reference is not None or any(r.name != "logits" for r in bound.reads):
         raise MetricError(f"the logit lens measures metrics of the logits alone, and {metric.name!r} reads more")
-    from hooks.region import resolve
+    from hooks.plan.region import resolve
 
     values = np.zeros((1, len(sites) + 2, len(inputs)))
     with torch.no_grad(), model.suspended():

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
 from hooks.errors import MetricError
-from hooks.region import resolve
-from hooks.sites import Index, Span, sites_of
+from hooks.plan.region import resolve
+from hooks.plan.sites import Index, Span, sites_of
 from interp.answers import Tokens, token_ids
 
 Function = Callable[..., Tensor]

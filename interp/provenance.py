@@ -14,7 +14,7 @@ import torch
 
 from hooks import Inputs, Model, Plan, World
 from hooks.digest import digest_of
-from hooks.saving import fingerprint
+from hooks.plan.saving import fingerprint
 from interp.grids import Factory
 from interp.metrics import Bound, Metric
 from interp.streaming import weights_digest

@@ -15,7 +15,7 @@ from torch import Tensor
 from hooks import Inputs, Model, Outcome, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
 from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
-from hooks.worlds import choose
+from hooks.record import choose
 from interp.axes import Axis
 from interp.evaluation import check_metrics, read_reference
 from interp.grids import Cell, Factory, Grid

@@ -9,7 +9,7 @@ import torch
 
 import interp as ip
 from hooks import Model
-from hooks.adapters.architecture import linear_weight
+from hooks.models.architecture import linear_weight
 
 Scales = Mapping[tuple[str, int, int | None], float]
 """By site, layer and head (None for what has no heads) what it is multiplied by: q, k, v, z or mlp_out."""

@@ -16,7 +16,7 @@ from hooks.budget import budget_of
 from hooks.digest import digest_of
 from hooks.errors import UnfiredError
 from hooks.meter import Meter
-from hooks.saving import fingerprint
+from hooks.plan.saving import fingerprint
 from interp.metrics import Metric
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure

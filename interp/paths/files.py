@@ -12,7 +12,7 @@ import numpy as np
 
 from hooks.errors import PathError
 from hooks.files import pair, write_all
-from hooks.sites import Span
+from hooks.plan.sites import Span
 from interp.paths.circuits import Circuit
 from interp.paths.graph import GRANULARITIES, Graph
 

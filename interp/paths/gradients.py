@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hooks import Site, World, patch
-from hooks.editing import Edits
+from hooks.backends.forward import exposed_layers, hooked_pass
+from hooks.backends.sources import read_tapes
 from hooks.errors import MetricError, PathError
-from hooks.forward import exposed_layers, hooked_pass
-from hooks.sources import read_tapes
+from hooks.program import Edits
 from interp.attribution import require_rows_apart
 from interp.metrics import call
 from interp.paths.measuring import Measure

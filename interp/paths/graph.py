@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks import Inputs, Model
 from hooks.errors import ModelError, PathError, SiteError, nearest
-from hooks.sites import Index
+from hooks.plan.sites import Index
 from interp.grids import row_positions
 from interp.paths.nodes import QKV, Edge, Reader, Writer
 from interp.paths.spans import spans_of

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hooks import Intervention, Model, Plan, Site, patch
 from hooks.errors import PathError, nearest
-from hooks.sites import Index
+from hooks.plan.sites import Index
 from interp.paths.nodes import QKV, Reader
 from interp.paths.streams import Streams, edits, frozen_norm
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
 from hooks.errors import PathError
-from hooks.plan import Read
-from hooks.region import resolve
+from hooks.plan.plan import Read
+from hooks.plan.region import resolve
 from interp.paths.graph import Graph
 from interp.paths.nodes import QKV, Reader, Writer
 from interp.paths.sources import Source

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from hooks.errors import PathError
-from hooks.sites import Index, Span
+from hooks.plan.sites import Index, Span
 
 
 def spans_of(positions: Any) -> tuple[tuple[str, Index], ...] | None:

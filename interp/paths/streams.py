@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hooks import Inputs, Model, Plan, Site, World
-from hooks.adapters.architecture import Block, linear_weight
 from hooks.errors import ModelError, PathError
-from hooks.worlds import run_worlds
+from hooks.models.architecture import Block, linear_weight
+from hooks.record import run_worlds
 from interp.paths.nodes import QKV, Writer
 from interp.sweeps import check_model
 

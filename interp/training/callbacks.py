@@ -20,7 +20,7 @@ from torch import Tensor
 from hooks import Audit, Inputs, Intervention, Model, Plan
 from hooks.errors import MetricError, PlanError, ResultError, UnfiredError
 from hooks.files import write_all
-from hooks.plan import as_plan
+from hooks.plan.plan import as_plan
 from interp.training.phase import Drop
 from interp.training.records import plain
 from interp.training.schedules import Every, Level, When, due, during, level

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hooks import Inputs, Intervention, Model, Plan, Site, here, patch, scale, site, zero
 from hooks.errors import PlanError, ShapeError, SiteError, nearest
-from hooks.patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
-from hooks.plan import as_plan
-from hooks.sites import Index
+from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
+from hooks.plan.operations.moving import CopyScores, FromPositions
+from hooks.plan.plan import as_plan
+from hooks.plan.sites import Index
 from interp.training.targets import Positions, induction_pattern_of, match_targets, table
 
 Heads = int | Sequence[int] | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hooks import Plan
-from hooks.plan import as_plan
+from hooks.plan.plan import as_plan
 from interp.training import clamps
 from interp.training.induction_clamps import Clamp
 from interp.training.induction_task import QUERY, TOKENS, Batch

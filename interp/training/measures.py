@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Site, World, site
-from hooks.adapters.architecture import linear_weight
 from hooks.errors import MetricError
-from hooks.plan import as_plan
+from hooks.models.architecture import linear_weight
+from hooks.plan.plan import as_plan
 from interp.evaluation import evaluate
 from interp.lens import check_readout, frozen_norm, head_outputs
 from interp.metrics import Metric

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import hooks as hk
 from hooks import Model, World, site
-from hooks.adapters import describe
-from hooks.adapters.architecture import Projection, linear_weight, rotate, softcap
-from hooks.attention import read_mask
 from hooks.errors import ModelError
+from hooks.models import describe
+from hooks.models.architecture import Projection, linear_weight, rotate, softcap
+from hooks.models.attention import read_mask
 from tests import oracle, zoo
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}

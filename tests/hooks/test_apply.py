@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hooks as hk
 from hooks import Inputs, Model, Plan, World, patch, site
-from hooks.calls import arguments_of_call
+from hooks.models.calls import arguments_of_call
 from tests import zoo
 from tests.zoo import fresh, wrapped
 
@@ -169,7 +169,7 @@ def test_sources_while_a_plan_is_held(family):
 def test_a_function_that_reads_this_world_unedited_and_another(family):
     model = wrapped(family)
     x, other = example(model, "left", 1), example(model, "left", 2)
-    reads = (hk.Read(hk.plan.Origin.UNEDITED), hk.Read(World(other)), hk.here(site("resid_pre", 0)))
+    reads = (hk.Read(hk.plan.plan.Origin.UNEDITED), hk.Read(World(other)), hk.here(site("resid_pre", 0)))
     mixed = hk.intervene(site("attn_out", 1), lambda v, own, theirs, first, ctx: v + 2 * own - theirs + first, reads)
     plan = hk.scale(site("resid_pre", 0, pos=1), 2.0) + mixed
     expected = model.run(x, plan).logits

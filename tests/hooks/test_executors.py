@@ -7,7 +7,7 @@ import torch
 
 import hooks as hk
 from hooks import Inputs, World, patch, site
-from hooks.worlds import choose
+from hooks.record import choose
 from tests import zoo
 from tests.hooks.executing import (
     EXACT,

@@ -8,11 +8,12 @@ from torch import Tensor
 
 import hooks
 from hooks import Context, Inputs, Site, Span, World, run_worlds, site
-from hooks.context import context, fit
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
-from hooks.ops import Noise
-from hooks.plan import Op, as_plan
-from hooks.region import resolve
+from hooks.plan.context import context, fit
+from hooks.plan.operation import Op
+from hooks.plan.operations.values import Noise
+from hooks.plan.plan import as_plan
+from hooks.plan.region import resolve
 from tests import oracle
 from tests.hooks.formulas import normals
 from tests.hooks.test_oracle_sites import (

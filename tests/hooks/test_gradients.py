@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hooks
 from hooks import Inputs, Plan, Span, World, here, site
-from hooks.plan import Read, as_plan
+from hooks.plan.plan import Read, as_plan
 from tests import oracle, zoo
 from tests.hooks.formulas import edit, normals
 from tests.hooks.test_oracle_sites import (

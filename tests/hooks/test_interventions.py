@@ -9,7 +9,7 @@ from torch import Tensor
 import hooks
 from hooks import Context, Span, World, here, site
 from hooks.errors import SiteError
-from hooks.plan import Read, as_plan
+from hooks.plan.plan import Read, as_plan
 from tests.hooks.formulas import each_family, edit, kept, normals, places, span
 from tests.hooks.test_oracle_sites import (
     LOGITS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hooks
 from hooks import Inputs, Plan, Site, Span, World, run_worlds, site
-from hooks.plan import as_plan
+from hooks.plan.plan import as_plan
 from tests import oracle, zoo
 from tests.hooks.test_region import chosen, entries, outer
 

@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hooks as hk
 from hooks import Inputs, Intervention, site
-from hooks.context import Context, context
 from hooks.errors import ShapeError, SiteError
-from hooks.patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
-from hooks.plan import Op
-from hooks.region import resolve
+from hooks.plan.context import Context, context
+from hooks.plan.operation import Op
+from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
+from hooks.plan.operations.moving import CopyScores, FromPositions
+from hooks.plan.region import resolve
 from tests import zoo
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

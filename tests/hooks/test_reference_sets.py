@@ -8,7 +8,7 @@ import torch
 import hooks
 from hooks import Plan, Span, World, site
 from hooks.errors import InterpError
-from hooks.plan import as_plan
+from hooks.plan.plan import as_plan
 from tests.hooks.formulas import kept, normals, places, reference, some_families, spread_mean
 from tests.hooks.test_oracle_sites import (
     LOGITS,

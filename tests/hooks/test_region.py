@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooks import Inputs, Site, site
 from hooks.errors import ShapeError, SiteError
-from hooks.region import entire, resolve
-from hooks.sites import Span
+from hooks.plan.region import entire, resolve
+from hooks.plan.sites import Span
 
 HEADS, DIM = 3, 5
 

@@ -18,9 +18,10 @@ import torch
 import interp as ip
 from hooks import Intervention, Plan, Span
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
-from hooks.ops import OPS
-from hooks.patterns import Attend, AttendBack, CopyScores, ForbidBack, FromPositions
-from hooks.saving import fingerprint
+from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
+from hooks.plan.operations.moving import CopyScores, FromPositions
+from hooks.plan.operations.table import OPERATIONS
+from hooks.plan.saving import fingerprint
 from tests import zoo
 
 ONE_TOKEN = ip.Inputs.of(torch.tensor([[1]]))
@@ -119,7 +120,7 @@ def restricted(model: ip.Model, inputs: ip.Inputs) -> dict[str, Plan]:
     }
 
 
-NAMES = [*OPS, *(f"where: {n}" for n in (
+NAMES = [*OPERATIONS, *(f"where: {n}" for n in (
     "ints", "spans", "a mask", "positions of each row", "tokens of each row", "where rows", "where tokens", "strength",
     "a learned strength", "another site", "worlds within worlds", "one tensor twice", "a view", "gradients", "dtypes",
     "nothing",
@@ -151,7 +152,7 @@ def test_what_comes_back_is_equal(model, inputs, tmp_path, name):
         assert Plan(tuple(loaded)[:-1]) != plan
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n not in ("mean",)])
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if n not in ("mean",)])
 def test_what_comes_back_does_the_same(model, inputs, tmp_path, name):
     plan = plan_of(name, model, inputs)
     if name == "patch":
@@ -165,7 +166,7 @@ def test_what_comes_back_does_the_same(model, inputs, tmp_path, name):
 
 
 def test_every_built_in_function_is_covered(model, inputs):
-    assert set(every_op(model, inputs)) == set(OPS)
+    assert set(every_op(model, inputs)) == set(OPERATIONS)
     assert [n.removeprefix("where: ") for n in NAMES if n.startswith("where: ")] == list(restricted(model, inputs))
 
 

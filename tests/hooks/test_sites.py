@@ -11,7 +11,7 @@ import torch
 import hooks
 from hooks import KINDS, Site, Span, site
 from hooks.errors import SiteError, nearest
-from hooks.sites import execution_order
+from hooks.plan.sites import execution_order
 from tests import zoo
 
 # What TransformerLens calls each activation, written down here once more, by hand.

@@ -9,7 +9,7 @@ from torch import Tensor
 import hooks
 from hooks import Plan, World, here, run_worlds, site
 from hooks.errors import PlanError, ShapeError
-from hooks.plan import as_plan
+from hooks.plan.plan import as_plan
 from tests import zoo
 from tests.hooks.formulas import edit, normals, places, reference, some_families, span, spread_mean
 from tests.hooks.test_oracle_sites import (

@@ -12,27 +12,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import hooks
 from hooks import Inputs, Site, Span, site
-from hooks.context import Context, Reference, context
-from hooks.ops import (
-    OPS,
-    Clamp,
-    Custom,
-    Freeze,
-    Interchange,
-    Knockout,
-    Mean,
-    Noise,
-    Patch,
-    PatchConstant,
-    ProjectOut,
-    Recompute,
-    Resample,
-    Scale,
-    Steer,
-    Zero,
-)
-from hooks.plan import Op
-from hooks.region import resolve
+from hooks.plan.context import Context, Reference, context
+from hooks.plan.operation import Op
+from hooks.plan.operations.attention import Knockout
+from hooks.plan.operations.custom import Custom
+from hooks.plan.operations.patching import Freeze, Patch, PatchConstant
+from hooks.plan.operations.references import Mean, Resample
+from hooks.plan.operations.subspaces import Interchange, ProjectOut
+from hooks.plan.operations.table import OPERATIONS
+from hooks.plan.operations.values import Clamp, Noise, Recompute, Scale, Steer, Zero
+from hooks.plan.region import resolve
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROWS, WIDTH, HEADS, DIM, MEMBERS = 2, 5, 4, 6, 3
@@ -110,7 +99,7 @@ def cases(place: Site, dtype: torch.dtype) -> dict[str, Case]:
         "recompute": Case(Recompute(), x, (), ctx),
         "intervene": Case(Custom(lambda x, y, ctx: torch.lerp(x, y, 0.25)), x, (random(*x.shape),), ctx),
     }
-    assert {case.op.name for case in found.values()} == {*OPS, "intervene"} - ELSEWHERE
+    assert {case.op.name for case in found.values()} == {*OPERATIONS, "intervene"} - ELSEWHERE
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hooks as hk
 from hooks import Inputs, Model, Plan, Site, Span, World, patch, site
 from hooks.errors import InputsError, InterpError, ModelError, PlanError, ShapeError, SiteError
-from hooks.worlds import choose
+from hooks.record import choose
 from tests import oracle, zoo
 from tests.hooks.test_properties import bend, gap, interventions, outcomes, parts
 from tests.hooks.test_region import chosen
@@ -156,7 +156,7 @@ def test_alignment_of_images():
 
 def test_equality_and_fingerprints_take_the_pixels_along(tmp_path):
     from hooks.digest import digest_of
-    from hooks.saving import fingerprint
+    from hooks.plan.saving import fingerprint
 
     model, x, same = wrapped(), inputs(1), inputs(1)
     near = x.pixels.clone()

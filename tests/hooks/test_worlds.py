@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import hooks as hk
 from hooks import Model, World, patch, site
-from hooks.worlds import choose
+from hooks.record import choose
 from tests.hooks.executing import Ran, agree, inputs, several_families
 from tests.zoo import fresh, wrapped
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import interp as ip
 from hooks.errors import InputsError, InterpError, MetricError, SiteError
-from hooks.worlds import run_worlds
+from hooks.record import run_worlds
 from tests import oracle, zoo
 
 FAMILIES = ["gpt2", "llama", "mistral", "small_attn_only"]

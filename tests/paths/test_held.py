@@ -11,7 +11,7 @@ import torch
 
 import interp as ip
 from hooks import Model
-from hooks.saving import fingerprint
+from hooks.plan.saving import fingerprint
 from interp import paths
 from interp.paths.streams import streams
 from tests.baking import COMPUTED, WRITTEN, baked, held

@@ -8,7 +8,7 @@ import torch
 
 import interp as ip
 from hooks.meter import Meter
-from hooks.sites import Span
+from hooks.plan.sites import Span
 from interp import paths
 from interp.axes import Axis
 from interp.models import Transformer, TransformerConfig

@@ -1,0 +1,89 @@
+"""Which sites a model has, and how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..html import table
+from ..plan.sites import DIM, HEAD, KINDS, POS, Site
+from ..program import Key
+from .architecture import Architecture
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """A site that a model offers, in one layer or all: its shape in letters and in numbers, and whether it can be
+    edited.
+    """
+
+    name: str
+    hook: str
+    letters: str
+    shape: tuple[int | str, ...]
+    layers: int
+    writable: bool = True
+
+
+class SiteTable(tuple):
+    """The sites of a model, printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("site", "layers", "shape", "", "TransformerLens's name")]
+        for s in self:
+            shape = "[" + ", ".join(map(str, s.shape)) + "]"
+            rows.append((s.name, str(s.layers) if s.layers else "-", f"[{', '.join(s.letters)}]", shape, s.hook))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        shapes = ["[" + ", ".join(map(str, s.shape)) + "]" for s in self]
+        rows = [(s.name, s.layers or "", shape, s.hook) for s, shape in zip(self, shapes, strict=True)]
+        return table(("site", "layers", "shape", "TransformerLens's name"), rows)
+
+
+def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
+    """Sizes of the head and last axes of each site that the architecture has, and of the positions of one whose number
+    is not that of the tokens: the logits of a classifier have one.
+    """
+    width = {DIM: arch.width}
+    sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
+    if arch.pos_embed is not None:
+        sizes["pos_embed", -1, None] = width
+    for layer, block in enumerate(arch.blocks):
+        q, k = ({HEAD: p.heads, DIM: p.width} for p in (block.q, block.k))
+        here: dict[str, dict[str, int]] = {name: width for name in ("resid_pre", "attn_in", "attn_out", "resid_post")}
+        here |= {"q_input": {HEAD: block.q.heads, **width}, "result": {HEAD: block.q.heads, **width}}
+        here |= {"k_input": {HEAD: block.k.heads, **width}, "v_input": {HEAD: block.k.heads, **width}}
+        here |= {"q": q, "k": k, "v": k, "z": q, "scores": {HEAD: block.q.heads}, "pattern": {HEAD: block.q.heads}}
+        if arch.rotary is not None:
+            here |= {"rot_q": q, "rot_k": k}
+        if block.mlp is not None:
+            here |= {name: width for name in ("mlp_in", "mlp_out")}
+            here |= {name: {DIM: block.mlp.width} for name in ("mlp_pre", "mlp_post")}
+            if not block.parallel:
+                here["resid_mid"] = width
+        for name, size in here.items():
+            sizes[Site(name, layer).key] = size
+    sizes["ln_final", -1, None] = width
+    sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
+    return sizes
+
+
+def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
+    """Every kind of site that a model has, given the sizes of all its sites."""
+    found = []
+    for name, kind in KINDS.items():
+        layers = range(n_layers) if kind.per_layer else (None,)
+        keys = [key for key in (Site(name, layer).key for layer in layers) if key in sizes]
+        if not keys:
+            continue
+        size = sizes[keys[0]]
+        numbers = dict.fromkeys("HK", size.get(HEAD)) | dict.fromkeys("VMDF", size.get(DIM))
+        letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
+        shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)
+        hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"
+        found.append(SiteInfo(name, hook, letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
+    return SiteTable(found)

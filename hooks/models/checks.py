@@ -1,0 +1,139 @@
+"""Whether a site, a plan or inputs fit a model: what is wrong is said before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..errors import CycleError, InputsError, PlanError, ShapeError, SiteError
+from ..plan.images import require_size
+from ..plan.inputs import Inputs
+from ..plan.plan import Intervention, Origin, Plan, World
+from ..plan.prompts import require_vocabulary
+from ..plan.sites import DIM, HEAD, Index, Site, Span, execution_order
+from .architecture import Architecture
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+
+def check_site(model: Model, where: Site) -> None:
+    """Check that the model has a site, and the heads and dimensions that it names.
+
+    Raises:
+        SiteError: it does not.
+    """
+    if where.stack is not None:
+        raise SiteError(f"{where}: the model has one stack of layers, and the site names the stack {where.stack!r}")
+    if where.layer is not None and not -1 < where.layer < model.n_layers:
+        raise SiteError(f"{where}: the model has layers 0 .. {model.n_layers - 1}")
+    size = model.sizes.get(where.key)
+    if size is None:
+        names = [s.name for s in model.sites()]
+        raise SiteError(f"{where}: this model has no site {where.name!r}; it has {', '.join(names)}")
+    for axis in (HEAD, DIM):
+        index: Index = getattr(where, axis)
+        listed = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
+        for i in listed:
+            if not -size[axis] <= i < size[axis]:
+                raise SiteError(_no_such(where, axis, i, size[axis], model.architecture))
+
+
+def check_plan(model: Model, plan: Plan) -> None:
+    """Check that a plan fits the model: its sites, heads and dimensions, what it reads, and the widths of its values.
+
+    Raises:
+        SiteError, ShapeError, PlanError, InputsError: it does not.
+    """
+    for item in plan:
+        check_site(model, item.site)
+        if isinstance(item.site.dim, Tensor) and not _distinct(item.site.dim):
+            raise SiteError(f"{item}: dim names one entry of a row twice, so it does not say which value it gets")
+        for read in item.reads:
+            if read.site is not None:
+                check_site(model, read.site)
+            if read.source is Origin.HERE:
+                _check_order(item, read.site, model.n_layers)
+            elif isinstance(read.source, World):
+                check_inputs(model, read.source.inputs)
+                check_plan(model, read.source.plan)
+            elif isinstance(read.source, Plan):
+                check_plan(model, read.source)
+        _check_values(model, item)
+
+
+def check_inputs(model: Model, inputs: Inputs) -> None:
+    """Check that inputs are of the kind that the model takes: images of its size, or token ids of its vocabulary.
+
+    Raises:
+        InputsError: they are not.
+    """
+    images = model.architecture.images
+    if (images is None) != (inputs.pixels is None):
+        takes, given = ("token ids", "images") if images is None else ("images", "token ids")
+        raise InputsError(f"{inputs!r} holds {given}, and {model!r} takes {takes}: prepare them with its inputs()")
+    if images is not None and inputs.pixels is not None:
+        require_size(inputs.pixels, images)
+    else:
+        require_vocabulary(inputs, model.architecture.vocabulary)
+
+
+def _check_order(item: Intervention, where: Site | None, n_layers: int) -> None:
+    """Refuse a read of this world's own value that is not computed before the site that reads it.
+
+    Raises:
+        CycleError: such a read.
+    """
+    if where is None:
+        raise PlanError(f"{item}: a read of this world needs the site that it reads")
+    if execution_order(where.key, n_layers) >= execution_order(item.site.key, n_layers):
+        raise CycleError(
+            f"{item}: {where} is not computed before {item.site}, so it cannot be read there; "
+            "read it from another World, or with freeze() from this one unedited"
+        )
+
+
+def _check_values(model: Model, item: Intervention) -> None:
+    """Refuse values whose sizes along heads or the last axis are not the site's."""
+    where, size = item.site, model.sizes[item.site.key]
+    for read in item.reads:
+        if isinstance(read.source, Tensor) and read.source.ndim == len(where.axes):
+            for axis, n in zip(where.axes, read.source.shape, strict=True):
+                whole = size.get(axis)
+                if whole is not None and getattr(where, axis) is None and n != whole:
+                    raise ShapeError(f"{item}: the source has {n} along {axis}, the site {whole}")
+    last = size.get(DIM)
+    if isinstance(where.dim, int):
+        # Values may leave out an axis that is selected with one int.
+        return
+    if isinstance(where.dim, tuple):
+        last = len(where.dim)
+    elif isinstance(where.dim, Tensor):
+        last = where.dim.shape[-1]
+    elif isinstance(where.dim, Span) and last is not None:
+        last = len(range(*slice(where.dim.start, where.dim.stop).indices(last)))
+    for name, value in item.op.parameters().items():
+        # Integers are positions or tokens, which are not laid out like the site.
+        is_value = isinstance(value, Tensor) and value.ndim and value.is_floating_point()
+        if is_value and last is not None and value.shape[-1] != last:
+            raise ShapeError(f"{item}: {name} ends in {value.shape[-1]} entries, the site in {last}")
+
+
+def _distinct(index: Tensor) -> bool:
+    """Whether the entries of each row of an index [B, n] are different ones."""
+    ordered = index.sort(-1).values
+    return not bool((ordered[..., 1:] == ordered[..., :-1]).any())
+
+
+def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) -> str:
+    if axis == DIM:
+        return f"{where}: the last axis has {size} entries, {index} is not among them"
+    heads, groups = arch.blocks[0].q.heads, arch.blocks[0].k.heads
+    text = f"{where}: there is no head {index}, the site has {size} (0 .. {size - 1})"
+    if size == groups < heads and index < heads:
+        text += (
+            f"; this model has {heads} query heads but {groups} key/value heads, and {where.name} is per key/value head"
+        )
+        text += f": query head {index} reads key/value head {index * groups // heads}"
+    return text

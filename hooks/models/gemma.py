@@ -1,0 +1,56 @@
+"""Gemma 2: a Llama with norms also after its sublayers, windows in every other layer, and scores and logits capped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ..errors import ModelError
+from ..models import llama
+from .architecture import Architecture, softcap
+
+
+def describe(model: Any) -> Architecture:
+    """Find the parts of a Gemma 2 with a language-model head.
+
+    Raises:
+        ModelError: the model attends to later tokens too, or scales its embeddings outside the embedding module.
+    """
+    arch, config = llama.describe(model), model.config
+    if config.use_bidirectional_attention:
+        raise ModelError("this Gemma attends to later tokens too (use_bidirectional_attention); a decoder is causal")
+    if not hasattr(arch.embed, "embed_scale"):
+        raise ModelError(
+            "this version of transformers scales Gemma's embeddings outside their module, where no site is; upgrade it"
+        )
+    blocks = tuple(
+        replace(
+            block,
+            softcap=block.attention.attn_logit_softcapping,
+            norm2=layer.pre_feedforward_layernorm,
+            post1=layer.post_attention_layernorm,
+            post2=layer.post_feedforward_layernorm,
+        )
+        for block, layer in zip(arch.blocks, model.model.layers, strict=True)
+    )
+    cap = config.final_logit_softcapping
+    if cap is None:
+        return replace(arch, blocks=blocks)
+    return replace(arch, blocks=blocks, cap=partial(softcap, cap=cap), lift_cap=partial(_lift_cap, model))
+
+
+@contextmanager
+def _lift_cap(model: Any) -> Iterator[None]:
+    """The cap is a line of the model's forward that its config switches off; the body keeps the config that it has."""
+    original = model.config
+    changed = copy.copy(original)
+    changed.final_logit_softcapping = None
+    model.config = changed
+    try:
+        yield
+    finally:
+        model.config = original

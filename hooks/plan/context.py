@@ -1,0 +1,167 @@
+"""What an intervention's function is told besides the values: where it is, and how its parameters fit there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from .inputs import Inputs
+from .region import Region
+from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, Site
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How a reference set, which has rows of its own, lies in the tensor [R, ...] that a function gets of it.
+
+    Attributes:
+        valid: bool, broadcastable to that tensor, False at filler; None where every entry is real.
+        by_position: axes of the tensor (numbers) along which entry p is position p, and all positions are there; along
+            the others entry i corresponds to entry i of x.
+    """
+
+    valid: Tensor | None
+    by_position: tuple[int, ...]
+
+    def pick(self, value: Tensor, ctx: Context) -> Tensor:
+        """Take the positions of x out of a value [B or 1, ...] laid out like the reference set."""
+        for axis in self.by_position:
+            index = ctx.pos if ctx.axes[axis] == POS else ctx.key_pos
+            assert index is not None
+            shape = [1] * value.ndim
+            shape[0], shape[axis] = index.shape
+            size = list(value.shape)
+            size[0], size[axis] = index.shape
+            source = value.expand(len(index), *value.shape[1:])
+            value = source.gather(axis, index.reshape(shape).expand(size))
+        return value
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a function is applied. Everything here is known before the run, so using it never waits for the device.
+
+    Attributes:
+        site: name of the site, and `layer` its block (None outside the blocks).
+        axes: names of the axes of `x`, in order.
+        single: for each axis, whether the site selected it with one int (such an axis has size 1 in `x`, and a value
+            given for it may leave it out).
+        row: int64 [B], ids of the rows.
+        pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
+        head: the heads of `x`'s head axis, or None where the site has none.
+        dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
+        seed: the seed of the run.
+        window: the rows of the whole batch that `x` holds, of `total`.
+        references: for each read, how the positions of a reference set are laid out; None for reads row by row.
+    """
+
+    site: str
+    layer: int | None
+    axes: tuple[str, ...]
+    single: tuple[bool, ...]
+    row: Tensor
+    pos: Tensor
+    key_pos: Tensor | None
+    head: tuple[int, ...] | None
+    dim: Tensor | None
+    seed: int
+    window: slice
+    total: int
+    references: tuple[Reference | None, ...] = ()
+
+    @property
+    def salt(self) -> int:
+        """A number of the site and layer, so that draws at different places differ."""
+        name, layer, _ = Site(self.site, self.layer).key
+        return list(KINDS).index(name) + len(KINDS) * (layer + 1)
+
+    def counters(self, ndim: int) -> list[Tensor]:
+        """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
+        device = self.row.device
+        heads = None if self.head is None else torch.tensor(self.head, device=device)
+        given = {ROW: self.row, POS: self.pos, HEAD: heads, KEY: self.key_pos, DIM: self.dim}
+        out = []
+        for number, axis in enumerate(self.axes):
+            index = given[axis]
+            assert index is not None
+            shape = [1] * ndim
+            shape[number] = index.shape[-1]
+            if index.ndim == 2:
+                shape[0] = index.shape[0]
+            out.append(index.reshape(shape))
+        return out
+
+
+def context(region: Region, inputs: Inputs, seed: int, window: slice, device: torch.device) -> Context:
+    """Describe a region (resolved on `inputs`, restricted to the rows of `window`) to a function."""
+    site = region.site
+    steps = dict(region.steps)
+    entries: dict[str, Tensor] = {}
+    for axis in (HEAD, DIM):
+        if axis in site.axes:
+            index = steps.get(site.axes.index(axis))
+            entries[axis] = torch.arange(region.shape[axis]) if index is None else index
+    positions = inputs.positions[window]
+    key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols).to(device)
+    return Context(
+        site=site.name,
+        layer=site.layer,
+        axes=site.axes,
+        single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
+        row=inputs.row_ids[window].to(device),
+        pos=positions.gather(1, region.cols).to(device),
+        key_pos=key_pos,
+        head=tuple(entries[HEAD].tolist()) if HEAD in entries else None,
+        dim=entries[DIM].to(device) if DIM in entries else None,
+        seed=seed,
+        window=window,
+        total=len(inputs),
+    )
+
+
+def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:
+    """The same context, saying how each reference set is laid out."""
+    return replace(ctx, references=references)
+
+
+def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> Tensor | float:
+    """Shape a parameter to broadcast against `x`, refusing what would broadcast by accident.
+
+    A number fits everywhere. A tensor must have exactly the sizes of the last axes of `x` (a direction [M], one for
+    each head [H, M], one for each position [n, M], everything [B, n, M]); axes that the site selects with one int may
+    be left out. Size 1 is not a wild card.
+
+    Args:
+        value: a number or a tensor of `x`'s dtype on its device.
+        x: the selected part of the activation.
+        ctx: where it is.
+        whole: only accept a tensor with every axis.
+
+    Raises:
+        ShapeError: the shape, dtype or device does not fit.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    place = ctx.site if ctx.layer is None else f"{ctx.site}.{ctx.layer}"
+    if value.device != x.device:
+        raise ShapeError(f"{place}: a value on {value.device} for an activation on {x.device}; move it with .to()")
+    if value.ndim == 0 and not whole:
+        return value.to(x.dtype)
+    if value.dtype != x.dtype:
+        raise ShapeError(f"{place}: a value of {value.dtype} for an activation of {x.dtype}; convert it with .to()")
+    kept = (ctx.total, *x.shape[1:])
+    for axes in (tuple(i for i in range(x.ndim) if not ctx.single[i]), tuple(range(x.ndim))):
+        for start in range(1 if whole else len(axes)):
+            if tuple(value.shape) == tuple(kept[i] for i in axes[start:]):
+                if axes[start] == 0:
+                    value = value[ctx.window]
+                shape = [1] * x.ndim
+                for i, size in zip(axes[start:], value.shape, strict=True):
+                    shape[i] = size
+                return value.reshape(shape)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in zip(ctx.axes, kept, strict=True))
+    how = "every axis" if whole else "the last axes"
+    raise ShapeError(f"{place}: a value of shape {list(value.shape)} does not fit; {how} must match ({sizes})")

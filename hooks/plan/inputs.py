@@ -1,0 +1,235 @@
+"""What a model is run on: token ids, which of them are real, and which position of which row each one is; or images,
+whose tokens are the class token and the patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputsError
+from .encoding import Put, Record
+from .images import patch_grid, patch_labels, patch_pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A batch of prompts or images, on the CPU (a run moves what it needs to the model's device).
+
+    Attributes:
+        ids: int64 [B, T] token ids; padding holds any valid id. Zeros for images.
+        mask: bool [B, T], True at real tokens.
+        row_ids: int64 [B], the identity of each row: what random interventions are a function of, so that a row draws
+            the same numbers in whatever batch it stands.
+        tokens: the text of each real token, one tuple a row, or None without a tokenizer. Of an image ``"[cls]"``, and
+            each patch as ``"row,column"``.
+        pixels: [B, C, height, width], floating point, or None where the rows are prompts.
+        patch: height and width of a patch in pixels, with images.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    row_ids: Tensor
+    tokens: tuple[tuple[str, ...], ...] | None = None
+    pixels: Tensor | None = None
+    patch: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
+        """Check and complete ids [B, T], a mask [B, T] (default: all real) and row ids [B] (default: 0 .. B-1).
+
+        Raises:
+            InputsError: the shapes disagree, a row has no real token, or nothing is given.
+        """
+        ids = torch.as_tensor(ids).detach()
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputsError(f"token ids are integers, not {ids.dtype}")
+        # A copy: what the caller does to the tensor later is not to reach the worlds made of it.
+        ids = ids.to("cpu", torch.int64, copy=True)
+        if ids.ndim == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise InputsError(f"token ids are [rows, tokens] with at least one of each, got shape {list(ids.shape)}")
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).detach().to("cpu")
+        if mask.shape != ids.shape:
+            raise InputsError(f"the mask has shape {list(mask.shape)}, the ids {list(ids.shape)}")
+        if bool((mask < 0).any()):
+            raise InputsError(
+                "a mask is nonzero at real tokens and 0 at padding; this one, with negative numbers, is added"
+            )
+        mask = mask.to(torch.bool, copy=True)
+        empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")
+        row_ids = torch.arange(len(ids)) if row_ids is None else torch.as_tensor(row_ids).detach()
+        if row_ids.is_floating_point() or row_ids.is_complex() or row_ids.dtype == torch.bool:
+            raise InputsError(f"row_ids are integers, not {row_ids.dtype}")
+        row_ids = row_ids.to("cpu", torch.int64, copy=True)
+        if row_ids.shape != ids.shape[:1]:
+            raise InputsError(f"row_ids has shape {list(row_ids.shape)}, expected [{len(ids)}]")
+        return cls(ids, mask, row_ids, tokens)
+
+    @classmethod
+    def of_images(cls, pixels: Tensor, patch: tuple[int, int], row_ids: Tensor | None = None) -> Inputs:
+        """Complete pixels [B, C, height, width] that are cut into patches of [height, width] pixels.
+
+        Raises:
+            InputsError: the pixels are of another shape, or no numbers.
+        """
+        if pixels.ndim != 4 or not pixels.is_floating_point() or len(patch) != 2 or min(patch) < 1:
+            raise InputsError(f"no images: pixels {pixels.dtype} {list(pixels.shape)} in patches of {patch}")
+        down, across = patch_grid(pixels, patch)
+        made = cls.of(torch.zeros(len(pixels), 1 + down * across, dtype=torch.int64), None, row_ids)
+        return replace(made, tokens=(patch_labels(pixels, patch),) * len(pixels), pixels=pixels, patch=tuple(patch))
+
+    def encoded(self, put: Put) -> dict[str, Any]:
+        """The inputs as data."""
+        return (TOKENS if self.pixels is None else IMAGES).encoded(self, put)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        if self.pixels is not None:
+            size = " x ".join(map(str, self.pixels.shape[1:]))
+            return f"Inputs({len(self)} image{'s' * (len(self) > 1)} of {size}, {self.width} tokens)"
+        lengths = sorted(set(self.lengths.tolist()))
+        size = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        first = "" if self.tokens is None else ": " + repr("".join(self.tokens[0]))
+        return f"Inputs({len(self)} row{'s' * (len(self) > 1)} of {size} tokens{first})"
+
+    @property
+    def width(self) -> int:
+        """Number of columns T, padding included."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [B, T]: the number of real tokens before each column in its row (0 at padding before the first)."""
+        return (self.mask.long().cumsum(1) - 1).clamp_min(0)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B]: real tokens in each row."""
+        return self.mask.sum(1)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [B, T]: columns with the real ones first, so that ``order[b, p]`` is the column of position p."""
+        return torch.argsort((~self.mask).byte(), dim=1, stable=True)
+
+    @cached_property
+    def id_range(self) -> tuple[int, int]:
+        """The lowest and the highest id."""
+        return int(self.ids.min()), int(self.ids.max())
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether any column of any row is padding."""
+        return not bool(self.mask.all())
+
+    def rows(self, index: slice) -> Inputs:
+        """The batch restricted to a range of rows, which keep their ids."""
+        tokens = None if self.tokens is None else self.tokens[index]
+        pixels = None if self.pixels is None else self.pixels[index]
+        return replace(
+            self, ids=self.ids[index], mask=self.mask[index], row_ids=self.row_ids[index], tokens=tokens, pixels=pixels
+        )
+
+    def contents(self) -> Tensor:
+        """[B, T, n]: what stands in each column, its id or the pixels of its patch (0 for the class token)."""
+        if self.pixels is None or self.patch is None:
+            return self.ids[..., None]
+        return torch.nn.functional.pad(patch_pixels(self.pixels, self.patch), (0, 0, 1, 0))
+
+    def differs(self, other: Inputs) -> Tensor:
+        """bool [B, T]: the columns in which a batch of the same shape holds another token or patch."""
+        if other is self:
+            return torch.zeros_like(self.mask)
+        return (self.contents() != other.contents()).any(-1)
+
+    def labels(self, row: int = 0) -> tuple[str, ...]:
+        """Text of each real token of a row, or its id where there is no tokenizer."""
+        if self.tokens is not None:
+            return self.tokens[row]
+        return tuple(str(i) for i in self.ids[row][self.mask[row]].tolist())
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Two batches laid side by side, row by row and position by position.
+
+    Attributes:
+        clean, corrupt: the batches.
+        differs: bool [B, P], True where the token at that position differs.
+    """
+
+    clean: Inputs
+    corrupt: Inputs
+    differs: Tensor
+
+    @property
+    def first_difference(self) -> Tensor:
+        """int64 [B]: the first position at which a row differs, or its length where it does not."""
+        never = ~self.differs.any(1)
+        return torch.where(never, self.clean.lengths, self.differs.long().argmax(1))
+
+    def __str__(self) -> str:
+        lines = []
+        for row in range(len(self.clean)):
+            a, b = self.clean.labels(row), self.corrupt.labels(row)
+            cells = []
+            for x, y, other in zip(a, b, self.differs[row].tolist(), strict=False):
+                cells.append(f"[{x} | {y}]" if x != y else f"[{x}]" if other else x)
+            lines.append(f"row {row}: " + " ".join(repr(c)[1:-1] for c in cells))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def align(clean: Inputs, corrupt: Inputs) -> Alignment:
+    """Check that two batches have the same number of rows, and rows of the same length.
+
+    Raises:
+        InputsError: they do not; the message prints the tokens from the first difference on. Or prompts stand beside
+            images, or images beside others of another size.
+    """
+    shapes = [None if x.pixels is None else (list(x.pixels.shape[1:]), x.patch) for x in (clean, corrupt)]
+    if shapes[0] != shapes[1]:
+        raise InputsError(f"rows that do not correspond: clean is {clean!r}, corrupt {corrupt!r}")
+    if len(clean) != len(corrupt):
+        raise InputsError(f"{len(clean)} clean prompts and {len(corrupt)} corrupt ones: a row is a pair")
+    for row, (n, m) in enumerate(zip(clean.lengths.tolist(), corrupt.lengths.tolist(), strict=True)):
+        if n != m:
+            a, b = clean.labels(row), corrupt.labels(row)
+            start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(n, m))
+            raise InputsError(
+                f"pair {row} has {n} clean tokens and {m} corrupt ones, so positions do not correspond.\n"
+                f"  from position {start} on, clean:   {list(a[start:])}\n"
+                f"  from position {start} on, corrupt: {list(b[start:])}\n"
+                "Word the prompts so that they tokenize to the same length."
+            )
+    width = int(clean.lengths.max())
+    a, b = (_in_order(x)[:, :width] for x in (clean, corrupt))
+    real = torch.arange(width) < clean.lengths[:, None]
+    return Alignment(clean, corrupt, (a != b).any(-1) & real)
+
+
+def _in_order(inputs: Inputs) -> Tensor:
+    """What stands in each column [B, T, n], the real ones first."""
+    contents = inputs.contents()
+    return contents.gather(1, inputs.order[..., None].expand_as(contents))
+
+
+TOKENS = Record(
+    "inputs",
+    {**{name: (Tensor,) for name in ("ids", "mask", "row_ids")}, "tokens": (tuple, type(None))},
+    Inputs.of,
+)
+IMAGES = Record("images", {"pixels": (Tensor,), "patch": (tuple,), "row_ids": (Tensor,)}, Inputs.of_images)
+INPUTS_RECORDS = (TOKENS, IMAGES)
+"""How inputs stand in a file."""

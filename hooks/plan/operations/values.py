@@ -1,0 +1,81 @@
+"""A value set, scaled, added to or disturbed, whatever other worlds have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...random import normal
+from ..context import Context, fit
+from ..operation import Op, Value
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(Op):
+    """A given value, in place of x."""
+
+    value: Value
+    name: ClassVar[str] = "clamp"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        return torch.zeros_like(x) + fit(self.value, x, ctx)
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(Op):
+    """Zero ablation."""
+
+    name: ClassVar[str] = "zero"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(Op):
+    """x + scale * vector (Turner et al. 2023)."""
+
+    vector: Tensor
+    scale: Value = 1.0
+    name: ClassVar[str] = "steer"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        return x + fit(self.scale, x, ctx) * fit(self.vector, x, ctx)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Op):
+    """factor * x."""
+
+    factor: Value
+    name: ClassVar[str] = "scale"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        return x * fit(self.factor, x, ctx)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise(Op):
+    """x + std * standard normal noise, a function of seed, site, row, position and entry (Meng et al. 2022)."""
+
+    std: Value
+    seed: int = 0
+    name: ClassVar[str] = "noise"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        draw = normal(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))
+        return x + fit(self.std, x, ctx) * draw.to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Recompute(Op):
+    """x itself, but all that follows is computed again: what that changes is rounding, the noise floor of an effect."""
+
+    name: ClassVar[str] = "recompute"
+    always: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        return x

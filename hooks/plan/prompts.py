@@ -1,0 +1,169 @@
+"""Prompts as a user has them, texts or token ids of any lengths, made into inputs; and texts into tokens and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputsError
+from .inputs import Inputs
+
+
+def prepare(
+    prompts: Any,
+    mask: Tensor | None,
+    row_ids: Tensor | None,
+    padding: str,
+    *,
+    encode: Callable[[str], Sequence[int]],
+    vocabulary: int,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> Inputs:
+    """Make inputs of prompts; see `Model.inputs`.
+
+    Args:
+        prompts: texts, lists of token ids, or a tensor or array of ids [B, T].
+        mask: [B, T], nonzero at real tokens, with a tensor of ids.
+        row_ids: int [B].
+        padding: the side on which ragged rows are padded.
+        encode: from a text to token ids.
+        vocabulary: V.
+        decode: from token ids to their text; None where nobody knows it.
+
+    Raises:
+        InputsError: no prompt or an empty one, or ids outside the vocabulary.
+    """
+    if padding not in ("left", "right"):
+        raise InputsError(f"padding is 'left' or 'right', not {padding!r}")
+    if not isinstance(prompts, Tensor):
+        prompts = _plain(prompts)
+    if not isinstance(prompts, Tensor):
+        rows = [encode(row) if isinstance(row, str) else row for row in _rows(prompts)]
+        if mask is not None:
+            raise InputsError("a mask goes with a tensor of ids; lists of ids are padded by themselves")
+        empty = [i for i, row in enumerate(rows) if len(row) == 0]
+        if empty:
+            raise InputsError(f"rows {empty} have no token: an empty prompt cannot be run")
+        prompts, mask = pad_rows(rows, padding)
+    made = Inputs.of(prompts, mask, row_ids)
+    # What stands at padding does not matter, but the embedding has to know it.
+    made = replace(made, ids=made.ids.masked_fill(~made.mask, 0))
+    require_vocabulary(made, vocabulary)
+    if decode is None:
+        return made
+    rows = [row[m].tolist() for row, m in zip(made.ids, made.mask, strict=True)]
+    return replace(made, tokens=tuple(tuple(decode([i]) for i in row) for row in rows))
+
+
+def require_vocabulary(inputs: Inputs, vocabulary: int) -> None:
+    """Check that token ids are from 0 to V - 1.
+
+    Raises:
+        InputsError: one is not.
+    """
+    low, high = inputs.id_range
+    if low < 0 or high >= vocabulary:
+        raise InputsError(f"token id {low if low < 0 else high} is outside the vocabulary (0 .. {vocabulary - 1})")
+
+
+def pad_rows(rows: Sequence[Sequence[int]], padding: str) -> tuple[Tensor, Tensor]:
+    """Pad ragged lists of ids on one side, with id 0.
+
+    Returns:
+        ids int64 [B, T] and mask bool [B, T].
+    """
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
+        ids[i, where] = torch.tensor(list(row), dtype=torch.int64)
+        mask[i, where] = True
+    return ids, mask
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer adds by itself.
+
+    Raises:
+        InputsError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputsError("a text needs a tokenizer: wrap(model, tokenizer), or give token ids")
+    return list(tokenizer(text)["input_ids"])
+
+
+def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of token ids; a piece that begins a word keeps its space, whatever sign the tokenizer has for it.
+
+    Raises:
+        InputsError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputsError(f"the text of token ids {list(ids)} needs a tokenizer: wrap(model, tokenizer)")
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    return "".join(str(p) for p in pieces).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+
+
+def one_token(tokenizer: Any, text: str) -> int:
+    """The id of a text that is one token.
+
+    Raises:
+        InputsError: it is not; the message shows its pieces.
+    """
+    if tokenizer is None:
+        raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) == 1:
+        return ids[0]
+    pieces = [decode_ids(tokenizer, [i]) for i in ids]
+    other = text.strip() if text != text.strip() else " " + text
+    alternative = list(tokenizer(other, add_special_tokens=False)["input_ids"])
+    hint = f"; {other!r} is one token here" if len(alternative) == 1 else ""
+    raise InputsError(f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}")
+
+
+def _plain(prompts: Any) -> list[Any] | Tensor:
+    """A list of prompts, or a tensor for an array of ids."""
+    if isinstance(prompts, Inputs):
+        raise InputsError("these are Inputs already")
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping):
+        raise InputsError(
+            f"prompts are texts or token ids, not a {type(prompts).__name__} of {', '.join(map(repr, prompts))}; "
+            "of what a tokenizer returns, give batch['input_ids'] and batch['attention_mask']"
+        )
+    if hasattr(prompts, "dtype") and hasattr(prompts, "tolist"):
+        if getattr(prompts.dtype, "kind", "") in "biuf":
+            return torch.as_tensor(prompts)
+        texts = prompts.tolist()
+        return texts if isinstance(texts, list) else [texts]
+    if isinstance(prompts, (bytes, set, frozenset)) or not hasattr(prompts, "__iter__"):
+        raise InputsError(f"prompts are texts, lists of token ids, or a tensor of ids, not {type(prompts).__name__}")
+    return list(prompts)
+
+
+def _rows(prompts: list[Any]) -> list[Any]:
+    """Prompts as texts, or as lists of ids: ids without a list around them are one prompt.
+
+    Raises:
+        InputsError: no prompt, texts and ids together, or an id that is not an integer.
+    """
+    if not prompts:
+        raise InputsError("no prompt is given")
+    texts = [isinstance(p, str) for p in prompts]
+    if all(texts):
+        return prompts
+    if any(texts):
+        raise InputsError("prompts are texts or lists of token ids, not both in one list")
+    listed = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
+    rows = listed if all(isinstance(p, Sequence) for p in listed) else [listed]
+    odd = [i for row in rows for i in row if not isinstance(i, int) or isinstance(i, bool)]
+    if odd:
+        raise InputsError(f"token ids are integers, not {odd[0]!r}")
+    return rows

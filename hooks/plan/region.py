@@ -1,0 +1,301 @@
+"""A site resolved on a batch: which entries of the activation are meant, to be taken out and put back without in-place
+writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, SiteError
+from .inputs import Inputs
+from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """The entries of an activation that a site means on given inputs.
+
+    Attributes:
+        site: the site that was resolved.
+        shape: sizes of the selected part, by axis name.
+        steps: (axis number, index [n] or [B, n]) for each restricted axis.
+        valid: bool, broadcastable to the part; False where a row has fewer entries than the widest row, or is left out.
+            None means that every entry counts.
+        cols: int64 [B, n], the columns of the query positions.
+        key_cols: int64 [B, m], the columns of the key positions, for sites that have them.
+    """
+
+    site: Site
+    shape: dict[str, int]
+    steps: tuple[tuple[int, Tensor], ...]
+    valid: Tensor | None
+    cols: Tensor
+    key_cols: Tensor | None
+
+    def get(self, x: Tensor) -> Tensor:
+        """Take the part out of a full activation."""
+        return self._levels(x)[-1]
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        """Return the activation with the part replaced (where it is valid)."""
+        levels = self._levels(x)
+        if self.valid is not None:
+            part = torch.where(self.valid.to(x.device), part, levels[-1])
+        for (axis, index), level in zip(reversed(self.steps), reversed(levels[:-1]), strict=True):
+            index = index.to(x.device)
+            if index.ndim == 1:
+                part = level.index_copy(axis, index, part)
+            else:
+                part = level.scatter(axis, _spread(index, axis, part), part)
+        return part
+
+    def full_valid(self) -> Tensor:
+        """bool of the part's shape, True where an entry counts."""
+        shape = tuple(self.shape[axis] for axis in self.site.axes)
+        return torch.ones(shape, dtype=torch.bool) if self.valid is None else self.valid.expand(shape)
+
+    def rows(self, window: slice) -> Region:
+        """The region restricted to a range of rows."""
+        if window.start == 0 and window.stop >= self.shape[ROW]:
+            return self
+        steps = tuple((axis, index if index.ndim == 1 else index[window]) for axis, index in self.steps)
+        valid = self.valid if self.valid is None or len(self.valid) == 1 else self.valid[window]
+        keys = None if self.key_cols is None else self.key_cols[window]
+        shape = dict(self.shape, row=window.stop - window.start)
+        return Region(self.site, shape, steps, valid, self.cols[window], keys)
+
+    def _levels(self, x: Tensor) -> list[Tensor]:
+        levels = [x]
+        for axis, index in self.steps:
+            index = index.to(x.device)
+            x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
+            levels.append(x)
+        return levels
+
+
+def _spread(index: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Give an index [B, n] along `axis` the rank and the other sizes of `like`."""
+    shape = [1] * like.ndim
+    shape[0], shape[axis] = index.shape
+    size = list(like.shape)
+    size[axis] = index.shape[1]
+    return index.reshape(shape).expand(size)
+
+
+def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | None = None) -> Region:
+    """Resolve a site on a batch.
+
+    Args:
+        site: what is meant.
+        inputs: the batch whose rows and positions it is resolved on.
+        sizes: sizes of the activation's `head` and `dim` axes, and of `pos` where that is not the number of tokens.
+        where: bool [B] or [B, T], rows or columns to which the region is restricted besides.
+
+    Raises:
+        SiteError: a head, position or dimension that is not there.
+        ShapeError: a mask or index whose shape does not fit the batch.
+    """
+    axes, inputs = site.axes, _as_wide(inputs, sizes)
+    cols, valid = _columns(POS, site.pos, inputs, where, site)
+    shape = {ROW: len(inputs), POS: cols.shape[1]}
+    steps = _position_steps(axes.index(POS), cols, inputs.width)
+    flags = [] if valid is None else [_on_axes(valid, POS, axes)]
+    key_cols = None
+    if HEAD in axes:
+        shape[HEAD], step = _entries(HEAD, site, sizes[HEAD], axes)
+        steps += step
+    if KEY in axes:
+        key_cols, key_valid = _columns(KEY, site.key_pos, inputs, None, site)
+        shape[KEY] = key_cols.shape[1]
+        steps += _position_steps(axes.index(KEY), key_cols, inputs.width)
+        if key_valid is not None:
+            flags.append(_on_axes(key_valid, KEY, axes))
+    if DIM in axes:
+        shape[DIM], step = _entries(DIM, site, sizes[DIM], axes, len(inputs))
+        steps += step
+    merged = None
+    for flag in flags:
+        merged = flag if merged is None else merged & flag
+    return Region(site, shape, tuple(steps), merged, cols, key_cols)
+
+
+def corresponding(region: Region, inputs: Inputs, source: Inputs, sizes: dict[str, int]) -> Region:
+    """The region of a source's activation that belongs to a region resolved on other inputs, position by position.
+
+    Positions that the site lists are looked up in the source's own rows (so -1 is the source's last token); those that
+    it takes by a slice or a mask, or all of them, are the same positions p in both.
+
+    Raises:
+        ShapeError: the source has other lengths, or lacks such a position.
+    """
+    if source is inputs or (source.mask.shape == inputs.mask.shape and bool((source.mask == inputs.mask).all())):
+        return region
+    site, axes = region.site, region.site.axes
+    inputs, source = _as_wide(inputs, sizes), _as_wide(source, sizes)
+    found: dict[str, Tensor] = {}
+    steps: list[tuple[int, Tensor]] = []
+    for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
+        if cols is None:
+            continue
+        index: Index = getattr(site, axis)
+        if index is None and bool((inputs.lengths != source.lengths).any()):
+            row = int((inputs.lengths != source.lengths).nonzero()[0])
+            raise ShapeError(
+                f"{site}: row {row} has {int(source.lengths[row])} tokens in the source, "
+                f"{int(inputs.lengths[row])} here; clean and corrupt of different lengths do not correspond"
+            )
+        if listed(index):
+            found[axis], _ = _columns(axis, index, source, None, site)
+        else:
+            positions = inputs.positions.gather(1, cols)
+            real = inputs.mask.gather(1, cols)
+            if region.valid is not None:
+                real = real & _along(region.full_valid(), axes.index(axis))
+            lacking = ((positions >= source.lengths[:, None]) & real).any(1).nonzero().flatten().tolist()
+            if lacking:
+                row = lacking[0]
+                raise ShapeError(
+                    f"{site}: row {row} of the source has {int(source.lengths[row])} tokens, and position "
+                    f"{int(positions[row][real[row]].max())} is wanted"
+                )
+            found[axis] = source.order.gather(1, positions.clamp(max=source.width - 1))
+        steps += _position_steps(axes.index(axis), found[axis], source.width)
+    steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
+    return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
+
+
+def listed(index: Index) -> bool:
+    """Whether an index of positions lists them (by an int, ints, or ints for each row)."""
+    return isinstance(index, (int, tuple)) or (isinstance(index, Tensor) and index.dtype != torch.bool)
+
+
+def _along(valid: Tensor, axis: int) -> Tensor:
+    """Reduce flags of a part to flags [B, n] along one of its axes."""
+    others = [i for i in range(1, valid.ndim) if i != axis]
+    return valid.amax(dim=others) if others else valid
+
+
+def entire(site: Site, inputs: Inputs, sizes: dict[str, int]) -> Region:
+    """The region of a whole activation, in the columns of the batch, padding included."""
+    rows, width = _as_wide(inputs, sizes).mask.shape
+    cols = torch.arange(width).expand(rows, -1)
+    shape = {axis: {ROW: rows, POS: width, KEY: width}.get(axis, sizes.get(axis, 0)) for axis in site.axes}
+    return Region(site, shape, (), None, cols, cols if KEY in site.axes else None)
+
+
+def _as_wide(inputs: Inputs, sizes: dict[str, int]) -> Inputs:
+    """The batch as a site has it: with as many positions as the site, where it has fewer than there are tokens."""
+    width = sizes.get(POS)
+    return inputs if width is None else Inputs(inputs.ids[:, :width], inputs.mask[:, :width], inputs.row_ids)
+
+
+def _on_axes(valid: Tensor, axis: str, axes: tuple[str, ...]) -> Tensor:
+    shape = [1] * len(axes)
+    shape[0], shape[axes.index(axis)] = valid.shape
+    return valid.reshape(shape)
+
+
+def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tensor]]:
+    """The index steps that take columns [B, n] out of an axis of `width`."""
+    if cols.shape[1] == width and bool((cols == torch.arange(width)).all()):
+        return []
+    if bool((cols == cols[:1]).all()):
+        return [(axis, cols[0].contiguous())]
+    return [(axis, cols)]
+
+
+def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int = 0) -> tuple[int, list]:
+    """Size of, and index steps for, an axis of heads or dimensions."""
+    index: Index = getattr(site, axis)
+    if index is None:
+        return size, []
+    if isinstance(index, Tensor):
+        if index.shape[0] != rows:
+            raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= size:
+            raise SiteError(f"{site}: {axis} {low if low < 0 else high} is outside 0 .. {size - 1}")
+        return index.shape[1], [(axes.index(axis), index.long().cpu())]
+    if isinstance(index, Span):
+        chosen = tuple(range(*slice(index.start, index.stop).indices(size)))
+    else:
+        chosen = index if isinstance(index, tuple) else (index,)
+    chosen = tuple(i + size if i < 0 else i for i in chosen)
+    for i in chosen:
+        if not 0 <= i < size:
+            what = "head" if axis == HEAD else "dimension"
+            raise SiteError(f"{site}: there is no {what} {i}, the site has {size} (0 .. {size - 1})")
+    if not chosen:
+        raise SiteError(f"{site}: {axis}={index} selects nothing of {size}")
+    if len(set(chosen)) != len(chosen):
+        raise SiteError(f"{site}: {axis}={index} names one of the {size} twice")
+    return len(chosen), [(axes.index(axis), torch.tensor(chosen))]
+
+
+def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    """Columns [B, n] of the positions meant, and which of them count (None: all)."""
+    rows, width = inputs.mask.shape
+    lengths = inputs.lengths[:, None]
+    if isinstance(index, Tensor) and index.shape[0] != rows:
+        raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
+    if index is None or isinstance(index, Span) or (isinstance(index, Tensor) and index.dtype == torch.bool):
+        if isinstance(index, Tensor):
+            if index.shape != inputs.mask.shape:
+                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(inputs.mask.shape)}")
+            chosen = index.cpu()
+            if bool((chosen & ~inputs.mask).any()):
+                raise ShapeError(f"{site}: the mask selects padding; intersect it with inputs.mask")
+        else:
+            start, stop = (index.start, index.stop) if isinstance(index, Span) else (None, None)
+            low = _bound(start, 0, lengths)
+            high = _bound(stop, width, lengths)
+            chosen = inputs.mask & (inputs.positions >= low) & (inputs.positions < high)
+        if where is not None:
+            chosen = chosen & _where_columns(where, inputs, site)
+        count = chosen.sum(1)
+        widest = int(count.max())
+        if widest == 0:
+            raise SiteError(f"{site}: {axis} selects no token of any row")
+        # A stable sort puts the chosen columns first and keeps all columns of a row distinct, as scatter requires.
+        cols = torch.argsort((~chosen).byte(), dim=1, stable=True)[:, :widest]
+        ragged = bool((count != widest).any())
+        return cols, (torch.arange(widest) < count[:, None]) if ragged else None
+    if isinstance(index, Tensor):
+        pos = index.long().cpu().reshape(rows, -1)
+    else:
+        pos = torch.tensor(index if isinstance(index, tuple) else (index,)).expand(rows, -1)
+    resolved = torch.where(pos < 0, pos + lengths, pos)
+    outside = ((resolved < 0) | (resolved >= lengths)).any(1).nonzero().flatten().tolist()
+    if outside:
+        row = outside[0]
+        raise SiteError(
+            f"{site}: {axis} {pos[row].tolist()} is not in row {row}, which has {int(lengths[row])} "
+            + ("tokens" if site.name != "logits" or width > 1 else "position there")
+            + (f" (nor in {len(outside) - 1} other rows)" if len(outside) > 1 else "")
+            + "; a slice or a mask takes from each row what it has"
+        )
+    ordered = resolved.sort(1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise SiteError(f"{site}: {axis}={index} names one position of a row twice")
+    cols = inputs.order.gather(1, resolved)
+    valid = None if where is None else _where_columns(where, inputs, site).gather(1, cols)
+    return cols, valid
+
+
+def _bound(value: int | None, default: int, lengths: Tensor) -> Tensor:
+    if value is None:
+        return torch.full_like(lengths, default)
+    return lengths + value if value < 0 else torch.full_like(lengths, value)
+
+
+def _where_columns(where: Tensor, inputs: Inputs, site: Site) -> Tensor:
+    where = where.cpu()
+    if where.dtype != torch.bool or where.shape not in (inputs.mask.shape, inputs.mask.shape[:1]):
+        raise ShapeError(
+            f"{site}: where() takes a bool mask of shape {list(inputs.mask.shape[:1])} or {list(inputs.mask.shape)}, "
+            f"got {where.dtype} of shape {list(where.shape)}"
+        )
+    return (where if where.ndim == 2 else where[:, None]) & inputs.mask
