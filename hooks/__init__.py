@@ -29,13 +29,14 @@ from .plan.interventions import (
 from .plan.plan import Intervention, Plan, Read, World
 from .plan.sites import KINDS, Site, Span, site
 from .plan.tape import Tape
-from .record import run_worlds
+from .record import Edits, record, run_worlds
 
 __all__ = [
     "KINDS",
     "Alignment",
     "Audit",
     "Context",
+    "Edits",
     "Entry",
     "Inputs",
     "InterpError",
@@ -60,6 +61,7 @@ __all__ = [
     "noise",
     "patch",
     "project_out",
+    "record",
     "recompute",
     "resample",
     "run_worlds",

@@ -10,7 +10,6 @@ from torch import Tensor
 from .errors import UnfiredError
 from .html import table
 from .plan.plan import Intervention, Plan
-from .plan.region import Region
 
 FIRED, INERT, PRUNED, UNFIRED = "fired", "inert", "pruned", "unfired"
 
@@ -33,24 +32,14 @@ class Entry:
     pruned: bool = False
     _sizes: list[Tensor] = field(default_factory=list)
 
-    def record(self, before: Tensor, after: Tensor, region: Region) -> None:
-        """Note an application; nothing is read on the host until somebody asks."""
+    def record(self, rows: int, positions: int, change: Tensor) -> None:
+        """Note an application, with the largest change [] on its device, which is read only when somebody asks."""
         self.calls += 1
-        if region.valid is None:
-            rows, positions = region.shape["row"], region.shape["row"] * region.shape["pos"]
-        else:
-            axes = [i for i, axis in enumerate(region.site.axes) if axis not in ("row", "pos")]
-            touched = region.full_valid().amax(dim=axes) if axes else region.full_valid()
-            rows, positions = int(touched.any(1).sum()), int(touched.sum())
         self.rows += rows
         self.positions += positions
-        with torch.no_grad():
-            change = torch.where(before == after, 0, (after - before).abs())
-            if region.valid is not None:
-                change = torch.where(region.valid.to(change.device), change, 0)
-            self._sizes.append(change.amax())
-            if len(self._sizes) > 64:
-                self._sizes = [torch.stack(self._sizes).amax()]
+        self._sizes.append(change)
+        if len(self._sizes) > 64:
+            self._sizes = [torch.stack(self._sizes).amax()]
 
     def absorb(self, other: Entry) -> None:
         """Count what another record of the same intervention counted."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from .errors import ModelError
+from .models.network import Network
 from .plan.inputs import Inputs
-
-if TYPE_CHECKING:
-    from .model import Model
 
 CPU_BUDGET = 1 << 30
 """Bytes of activations that a chunk of worlds may take on a CPU, unless the caller says otherwise."""
@@ -23,30 +19,36 @@ def default_budget(device: torch.device) -> int:
     return CPU_BUDGET
 
 
-def budget_of(model: Model, asked: float | None) -> float:
+def budget_of(network: Network, asked: float | None) -> float:
     """The bytes that a caller asks for, or the default of the model's device.
 
     Raises:
         ModelError: what is asked for is not a positive number.
     """
     if asked is None:
-        return default_budget(model.device)
+        return default_budget(network.device)
     if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not 0 < asked < float("inf"):
         raise ModelError(f"a memory budget is a positive number of bytes, not {asked!r}")
     return asked
 
 
-def bytes_per_token(model: Model) -> int:
+def bytes_per_token(network: Network) -> int:
     """About how many bytes of activations one token takes in a pass that is not trained."""
-    arch, block = model.architecture, model.architecture.blocks[0]
-    numbers = 8 * arch.width + 3 * (block.q.heads + 2 * block.k.heads) * block.q.width
+    arch, block = network.architecture, network.architecture.blocks[0]
+    q, k = block.attention.q, block.attention.k
+    numbers = 8 * arch.width + 3 * (q.heads + 2 * k.heads) * q.width
     if block.mlp is not None:
         numbers += 3 * block.mlp.width
-    return numbers * model.dtype.itemsize
+    return numbers * network.dtype.itemsize
 
 
-def rows_per_pass(model: Model, inputs: Inputs, limit: float | None) -> int:
+def rows_per_pass(network: Network, inputs: Inputs, limit: float | None) -> int:
     """How many rows of inputs one forward pass may take within a budget of bytes; all without one."""
-    if limit is None:
+    if limit is None or keeps_rows_together(network, inputs):
         return len(inputs)
-    return max(1, min(len(inputs), int(limit // (bytes_per_token(model) * inputs.width))))
+    return max(1, min(len(inputs), int(limit // (bytes_per_token(network) * inputs.width))))
+
+
+def keeps_rows_together(network: Network, inputs: Inputs) -> bool:
+    """Whether values of a row depend on which other rows are run, so that a budget may not part them."""
+    return network.angles_by_length and bool((inputs.lengths != inputs.lengths[0]).any())

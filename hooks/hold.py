@@ -1,62 +1,61 @@
-"""A plan held on a model while the user calls it."""
+"""Plans held on a model while the user calls it: each call is one pass, under all of them together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .audit import Audit, Entry
-from .backends.checkpointing import uncheckpointed
-from .backends.forward import exposed_layers
-from .backends.session import Session, install
+from .backends import frames
+from .backends.checkpointing import checkpointing, uncheckpointed
+from .backends.gate import gate_of
+from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_tapes
 from .errors import PlanError, UnfiredError
 from .models.calls import arguments_of_call, inputs_of_call, keeps_some_logits
+from .models.checks import check_plan
+from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World, as_plan
 from .plan.sites import Site
 from .plan.tape import Tape
-from .program import Edits
-
-if TYPE_CHECKING:
-    from .model import Model
+from .resolving import resolve
 
 PlanOf = Callable[[Inputs], Any]
 """A plan (or an intervention, or several) that depends on what the model is called with."""
 
 
-@dataclass(eq=False)
-class Held:
-    """What one `apply` holds.
+class Hold:
+    """What one `apply` holds on a model.
 
     Attributes:
         plan: a plan, or a function from the inputs of a call to one.
         audit: its record, which grows by entries where the plan is a function.
+        seed: of its random interventions.
     """
 
-    plan: Plan | PlanOf
-    audit: Audit
-
-    @classmethod
-    def of(cls, plan: Any) -> Held:
-        """Begin the record of a plan or of a function."""
+    def __init__(self, plan: Any, seed: int) -> None:
+        self.seed = seed
+        self.plan: Plan | PlanOf
         if callable(plan) and not isinstance(plan, type):
-            return cls(plan, Audit())
-        listed = as_plan(plan)  # type: ignore[arg-type]
-        return cls(listed, Audit.of(listed))
+            self.plan, self.audit = plan, Audit()
+        else:
+            self.plan = as_plan(plan)  # type: ignore[arg-type]
+            self.audit = Audit.of(self.plan)
 
-    def on(self, inputs: Inputs, model: Model) -> tuple[Plan, tuple[Entry, ...]]:
+    def on(self, inputs: Inputs, network: Network) -> tuple[Plan, tuple[Entry, ...]]:
         """The plan on these inputs, and the entry of the record that belongs to each of its interventions."""
         if isinstance(self.plan, Plan):
             return self.plan, self.audit.entries
         plan = as_plan(self.plan(inputs))
-        model.check(plan)
+        check_plan(network, plan)
         # The n-th intervention of a kind at a place is the same one from call to call, whatever its values are.
         left: dict[Any, list[Entry]] = {}
         for entry in self.audit.entries:
@@ -81,162 +80,185 @@ def _kind(item: Any) -> Any:
     return (item.site.key, item.op.name, str(item.site.head))
 
 
-class Applied:
-    """Plans held on a model: each forward pass of the user's is one run of them together."""
+class Holds:
+    """All that is held on one model, the outermost first. Each may be taken away at any time, whatever came after it.
 
-    def __init__(self, model: Model, held: tuple[Held, ...], seed: int) -> None:
-        self.model, self.held, self.seed = model, held, seed
-        self.session = Session([], [])
-        self.expose: frozenset[int] = frozenset()
-        self.static = all(isinstance(one.plan, Plan) for one in held)
-        self.hooks, self.stack = ExitStack(), ExitStack()
-        if self.static:
-            # The sites are needed to place the hooks; the inputs are known only when the user calls.
-            empty = World(Inputs.of(torch.zeros(1, 1, dtype=torch.int64)), self.on(None)[0])
-            self.expose = exposed_layers([empty], ())
-            self.session.begin([Edits(empty, model.sizes, {}, seed)], [[]])
-            self.session.open = False
+    Attributes:
+        network: the model, as it was wrapped by whoever held the last.
+        holds: what is held.
+        placement: hooks at the sites of the plans that are no functions, which stay between calls.
+    """
 
-    def on(self, inputs: Inputs | None) -> tuple[Plan, Audit]:
-        """The plan on these inputs (which plans that are no functions do not need), and its record."""
-        plan, entries = Plan(), ()
-        for one in self.held:
-            part, found = one.on(inputs, self.model)  # type: ignore[arg-type]
-            plan, entries = plan + part, entries + found
-        return plan, Audit(entries)
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.holds: list[Hold] = []
+        self.placement: Placement | None = None
 
-    def install(self) -> None:
-        """Place the hooks; those of a plan that is a function are placed anew in every call."""
+    def add(self, hold: Hold) -> None:
+        """Hold one more plan."""
+        self._change([*self.holds, hold])
+
+    def remove(self, hold: Hold) -> None:
+        """Take one away, and leave the others as they are."""
+        self._change([one for one in self.holds if one is not hold])
+
+    def _change(self, holds: list[Hold]) -> None:
+        """Hold other plans: hooks are placed anew, and where that fails those of before stay."""
+        gate, module = gate_of(self.network.module), self.network.module
+        with gate.lock:
+            before, placement = self.placement, None
+            if holds:
+                plans = [World(_NOTHING, one.plan) for one in holds if isinstance(one.plan, Plan)]
+                placement = Placement(self.network, touched(plans), exposed_layers(plans, ()), held=True)
+                placement.place()
+            try:
+                if holds and not self.holds:
+                    gate.open(module)
+            except BaseException:
+                assert placement is not None
+                placement.remove()
+                raise
+            if before is not None:
+                before.remove()
+            if self.holds and not holds:
+                gate.close()
+            self.holds, self.placement = holds, placement
+            gate.start = self.start if holds else None
+
+    def on(self, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
+        """All plans on these inputs as one, its record, and the seed of each intervention."""
+        plan, entries, seeds = Plan(), (), ()
+        for one in self.holds:
+            part, found = one.on(inputs, self.network)
+            plan, entries, seeds = plan + part, entries + found, seeds + (one.seed,) * len(part)
+        return plan, Audit(entries), seeds
+
+    def start(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Pass, Callable[[], None]]:
+        """Begin the pass of a call of the user's, before the model runs; and what ends it."""
+        gate = gate_of(module)
         with ExitStack() as stack:
-            root = self.model.module
-            stack.callback(root.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
-            stack.callback(root.register_forward_hook(self.end, always_call=True).remove)
-            self.place()
-            # Only now, so that an error in between takes away what was placed so far.
-            self.stack = stack.pop_all()
+            gate.lock.acquire()
+            stack.callback(gate.lock.release)
+            call = arguments_of_call(module, args, kwargs)
+            inputs = inputs_of_call(call, self.network.architecture.images)
+            plan, audit, seeds = self.on(inputs)
+            world = World(inputs, plan)
+            placement = self.placement
+            assert placement is not None
+            if not all(isinstance(one.plan, Plan) for one in self.holds):
+                placement = Placement(self.network, touched([world]), exposed_layers([world], ()))
+            if keeps_some_logits(call) and ("logits", -1, None) in placement.keys:
+                raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
+            tapes: dict[Any, Tape] = {}
+            if all_reads([world]):
+                # Run anew for every call: in training the weights have changed since the last one.
+                tapes = self.read(world, placement.expose, seeds, lambda: _again(module, args, kwargs))
+            program = resolve(world, self.network.sizes, tapes, device=self.network.device, seed=seeds)
+            run = Pass(placement, [program], [()])
+            if not placement.placed:
+                stack.callback(placement.remove)
+                placement.place()
+            placement.swap(stack)
+            if torch.is_grad_enabled() and module.training:
+                stack.enter_context(checkpointing(module, run.bind))
+            # Last, so that it comes first: what the interventions did is noted however the call ended.
+            stack.callback(lambda: program.report(run.states[0], audit))
+            return run, stack.pop_all().close
 
-    def place(self) -> None:
-        """Place the hooks on the parts of the model."""
-        self.hooks.close()
-        if not self.session.worlds:
-            return
-        with ExitStack() as stack:
-            install(self.session, self.model.architecture, stack, self.expose)
-            self.hooks = stack.pop_all()
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        self.hooks.close()
-        self.stack.close()
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn what the user runs the model on, before it runs."""
-        call = arguments_of_call(module, args, kwargs)
-        inputs = inputs_of_call(call, self.model.architecture.images)
-        plan, audit = self.on(inputs)
-        world = World(inputs, plan)
-        if not self.static:
-            self.expose = exposed_layers([world], ())
-        tapes: dict[Any, Tape] = {}
-        if all_reads([world]):
-            # Run anew for every call: in training the weights have changed since the last one.
-            with self.model.suspended():
-                tapes = self.read(world, lambda: module(*args, **kwargs))
-        edits = Edits(world, self.model.sizes, tapes, self.seed)
-        edits.audit = audit
-        self.session.begin([edits], [[]])
-        if keeps_some_logits(call) and ("logits", -1, None) in self.session.touched():
-            raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
-        if not self.static:
-            self.place()
-
-    def end(self, *_: Any) -> None:
-        """From here on, until the next call of the model, nothing says which rows and positions a value is of."""
-        self.session.open = False
-
-    def read(self, world: World, again: Callable[[], Any]) -> dict[Any, Tape]:
+    def read(
+        self, world: World, expose: frozenset[int], seeds: Sequence[int], again: Callable[[], Any]
+    ) -> dict[Any, Tape]:
         """Run the worlds that a world reads: those on the inputs of the call by making the call again."""
         tapes: dict[Any, Tape] = {}
         constants = _read_as_constants(world)
+        seed = self.holds[-1].seed
         for key, (source, sites) in all_reads([world]).items():
             graph = torch.is_grad_enabled() and key not in constants
             if source.inputs is not world.inputs:
-                tapes |= read_tapes(self.model, [world], self.seed, self.expose, only={key}, graph=graph)
+                tapes |= read_tapes(self.network, [world], seed, expose, only={key}, graph=graph)
                 continue
             with torch.set_grad_enabled(graph):
-                edits = Edits(source, self.model.sizes, self.read(source, again), self.seed)
-                values = self.repeat(edits, sites, again, graph)
-            edits.audit.require_fired()
-            tapes[key] = Tape(source.inputs, values, self.model.sizes)
+                deeper = self.read(source, expose, seeds, again)
+                values = self.repeat(source, deeper, sites, expose, seed, again, graph)
+            tapes[key] = Tape(source.inputs, values, self.network.sizes)
         return tapes
 
     def repeat(
-        self, edits: Edits, sites: list[Site], again: Callable[[], Any], graph: bool
+        self,
+        world: World,
+        tapes: dict[Any, Tape],
+        sites: list[Site],
+        expose: frozenset[int],
+        seed: int,
+        again: Callable[[], Any],
+        graph: bool,
     ) -> tuple[tuple[Site, Tensor], ...]:
         """Make the call again under other edits, and keep the values at some sites."""
-        session = Session([edits], [sites], graph)
-        device = self.model.device
+        network, device = self.network, self.network.device
+        program = resolve(world, network.sizes, tapes, device=device, seed=seed)
+        placement = Placement(network, program.touched | {place.key for place in sites}, expose)
+        run = Pass(placement, [program], [sites], graph)
         with ExitStack() as stack:
             # The user's own pass is to draw the same numbers (dropout) as this one, and as it would have without it.
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             if graph:
-                stack.enter_context(uncheckpointed(self.model.module))
-            install(session, self.model.architecture, stack, self.expose)
+                stack.enter_context(uncheckpointed(network.module))
+            stack.callback(placement.remove)
+            placement.place()
+            placement.swap(stack)
+            stack.enter_context(placement.gate.expecting(network.module, run))
             again()
-        return tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
+        program.report(run.states[0]).require_fired()
+        return tuple(zip(sites, run.values(0), strict=True))
 
 
-_STACKS: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
-"""What is held on each module at the moment, the outermost first; the last has the hooks, and the plans of all."""
+_NOTHING = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
+_HOLDS: WeakKeyDictionary[nn.Module, Holds] = WeakKeyDictionary()
+"""What is held on each module at the moment, by whichever wrapper of it."""
 
 
-def held_on(module: nn.Module) -> Applied | None:
-    """All that is held on a module at the moment, by whichever wrapper of it."""
-    stack = _STACKS.get(module)
-    return stack[-1] if stack else None
+def held_on(module: nn.Module) -> Holds | None:
+    """All that is held on a module, for a run that is made now: nothing within one, or where it is suspended."""
+    holds = _HOLDS.get(module)
+    if holds is None or not holds.holds or gate_of(module).is_suspended or frames.inside(module):
+        return None
+    return holds
 
 
 @contextmanager
-def hold(model: Model, plan: Any, seed: int) -> Iterator[Audit]:
+def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
-    mine = Held.of(plan)
+    network.refresh()
+    mine = Hold(plan, seed)
     if isinstance(mine.plan, Plan):
-        model.check(mine.plan)
-    stack = _STACKS.setdefault(model.module, [])
-    outer = held_on(model.module)
-    # A plan inside another one is one plan, so that it sees what the outer one did, within a layer too.
-    applied = Applied(model, (*(outer.held if outer else ()), mine), seed)
-    if outer is not None:
-        outer.remove()
+        check_plan(network, mine.plan)
+    if frames.inside(network.module):
+        raise PlanError("a plan cannot be applied within a call of the model: apply it around the call")
+    holds = _HOLDS.setdefault(network.module, Holds(network))
+    holds.network = network
     try:
-        applied.install()
-        stack.append(applied)
+        holds.add(mine)
         try:
             yield mine.audit
         finally:
-            stack.pop()
-            applied.remove()
+            frames.drop_ended()
+            holds.remove(mine)
     finally:
-        if outer is not None:
-            outer.install()
+        if not holds.holds:
+            _HOLDS.pop(network.module, None)
     mine.require_fired()
 
 
-@contextmanager
-def suspend(module: nn.Module) -> Iterator[None]:
-    """Take all that is held off a module, and put it back."""
-    applied = held_on(module)
-    if applied is None:
-        yield
-        return
-    # All of it: with the last alone gone, a run inside would be under the plans further out.
-    outside = _STACKS.pop(module)
-    applied.remove()
-    try:
-        yield
-    finally:
-        _STACKS[module] = outside
-        applied.install()
+def _again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call once more, so that it writes nothing into what the caller keeps: a cache is copied."""
+
+    def apart(value: Any) -> Any:
+        keeps = hasattr(value, "update") and not isinstance(value, (Tensor, nn.Module))
+        return copy.deepcopy(value) if keeps else value
+
+    return module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
 
 
 def _read_as_constants(world: World) -> set[Any]:

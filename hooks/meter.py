@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .models.architecture import Architecture, Block
+from .models.architecture import Architecture
+from .models.blocks import Block
 
 
 def block_costs(block: Block) -> dict[str, int]:
     """Multiplications a token of a block's linear layers: q, k, v, the output projection, and the MLP."""
-    width = _outputs(block.out)
-    costs = {name: width * getattr(block, name).heads * getattr(block, name).width for name in ("q", "k", "v")}
-    costs["out"] = width * block.q.heads * block.q.width
+    attention = block.attention
+    width = _outputs(attention.out)
+    costs = {
+        name: width * p.heads * p.width for name, p in zip("qkv", (attention.q, attention.k, attention.v), strict=True)
+    }
+    costs["out"] = width * attention.q.heads * attention.q.width
     matrices = 0 if block.mlp is None else 2 + (block.mlp.up is not None)
     costs["mlp"] = 0 if block.mlp is None else matrices * width * block.mlp.width
     return costs

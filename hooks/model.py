@@ -8,27 +8,27 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .audit import Audit
-from .backends.forward import exposed_layers, hooked_pass
-from .backends.sources import read_tapes
+from .backends.gate import gate_of
 from .errors import InputsError, ModelError, PlanError
-from .hold import PlanOf, held_on, hold, suspend
+from .hold import PlanOf, held_on, hold
 from .html import table
 from .models import describe
 from .models.architecture import Architecture
-from .models.catalogue import SiteTable, site_sizes, site_table
+from .models.catalogue import SiteTable, site_table
 from .models.checks import check_inputs, check_plan, check_site
+from .models.network import Network
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
 from .plan.plan import Intervention, Plan, World, as_plan
 from .plan.prompts import decode_ids, encode_text, one_token, prepare
+from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
-from .program import Edits
+from .record import held, record
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Run:
         return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
 
 
-class Model:
+class Model(Network):
     """A transformer, wrapped but never changed: hooks stand on it only while a plan is applied.
 
     Attributes:
@@ -64,36 +64,16 @@ class Model:
         sizes: sizes of the head and last axes of every site, by key.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, architecture: Architecture) -> None:
-        self.module, self.tokenizer, self.architecture = module, tokenizer, architecture
-        self.sizes = site_sizes(architecture)
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks L."""
-        return len(self.architecture.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the embedding is, and with it everything else (models spread over devices are not supported)."""
-        return next(self.architecture.embed.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding."""
-        return next(self.architecture.embed.parameters()).dtype
-
-    def __repr__(self) -> str:
-        arch, block = self.architecture, self.architecture.blocks[0]
-        heads = f"{block.q.heads} heads" + (f" ({block.k.heads} key/value)" if block.k.heads != block.q.heads else "")
-        out = f"vocabulary {arch.vocabulary}" if arch.readout is None else f"{arch.vocabulary} classes"
-        return f"Model({arch.family}: {self.n_layers} layers, {heads}, width {arch.width}, {out})"
+    def __init__(self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture]) -> None:
+        super().__init__(module, adapter)
+        self.tokenizer = tokenizer
 
     def _repr_html_(self) -> str:
         return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
 
     def sites(self) -> SiteTable:
         """Every site that the model offers, with its shape; all are readable and writable."""
+        self.refresh()
         return site_table(self.sizes, self.n_layers)
 
     def require(self, where: Site) -> None:
@@ -103,6 +83,14 @@ class Model:
             SiteError: it does not.
         """
         check_site(self, where)
+
+    def region(self, where: Site, inputs: Inputs) -> Region:
+        """The entries of an activation that a site means on some inputs.
+
+        Raises:
+            SiteError, ShapeError: it does not fit them.
+        """
+        return resolve(where, inputs.columns, self.sizes[where.key])
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
@@ -142,6 +130,7 @@ class Model:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
+        self.refresh()
         images, vocabulary = self.architecture.images, self.architecture.vocabulary
         if images is not None:
             if mask is not None:
@@ -182,19 +171,6 @@ class Model:
             return class_id(self.module, text)
         return one_token(self.tokenizer, text)
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
-        if pixels is not None:
-            # In the model's dtype, as it would bring them into by itself.
-            logits = _logits_of(self.module(pixel_values=pixels.to(self.device, self.dtype)))
-            return logits if self.architecture.readout is None else logits.unsqueeze(1)
-        arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
-        if not bool(mask.all()):
-            arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
-        if hasattr(getattr(self.module, "config", None), "use_cache"):
-            arguments["use_cache"] = False
-        return _logits_of(self.module(**arguments))
-
     def run(
         self,
         inputs: Inputs | World,
@@ -222,22 +198,15 @@ class Model:
             inputs, plan = inputs.inputs, inputs.plan
         if not isinstance(inputs, Inputs):
             raise InputsError(f"run() takes Inputs (from model.inputs), not {type(inputs).__name__}")
-        self.check_inputs(inputs)
-        own = as_plan(plan)
-        self.check(own)
-        held, record = self.held_on(inputs)
-        world = World(inputs, held + own)
         sites = sites_of(capture)
-        for place in sites:
-            self.require(place)
-        expose = exposed_layers([world], ())
-        with self.suspended(), torch.enable_grad() if grad else torch.no_grad():
-            edits = Edits(world, self.sizes, read_tapes(self, [world], seed, expose, graph=grad), seed)
-            session, logits = hooked_pass(self, [edits], [sites], expose, graph=grad)
-        audit = edits.audit.split(len(held), record)
-        audit.require_fired()
-        kept = tuple((place, session.kept[0][i]) for i, place in enumerate(sites))
-        return Run(logits, Tape(inputs, kept, self.sizes), audit)
+        world = World(inputs, as_plan(plan))
+        (outcome,) = record(
+            self, [world], sites, executor="sequential", seed=seed, grad=grad, through_reads=grad, together=True
+        )
+        outcome.audit.require_fired()
+        assert outcome.output is not None
+        kept = tuple(zip(sites, outcome.values, strict=True))
+        return Run(outcome.output, Tape(inputs, kept, self.sizes), outcome.audit)
 
     def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> AbstractContextManager[Audit]:
         """Hold a plan on the model while the user calls it: any forward, or a training step.
@@ -264,31 +233,17 @@ class Model:
 
     @property
     def holds(self) -> bool:
-        """Whether `apply` holds a plan on the model at the moment."""
+        """Whether `apply` holds a plan on the model, for a run that is made now."""
         return held_on(self.module) is not None
 
     def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
-        """The plan that `apply` holds on the model at the moment, on these inputs, and its record; empty outside."""
-        applied = held_on(self.module)
-        return (Plan(), Audit()) if applied is None else applied.on(inputs)
+        """The plan that `apply` holds on the model, for a run on these inputs now, and its record; empty outside."""
+        plan, audit, _ = held(self, inputs)
+        return plan, audit
 
     def suspended(self) -> AbstractContextManager[None]:
-        """Take the hooks of all plans that are held off the model, and put them back."""
-        return suspend(self.module)
-
-    def unshareable(self) -> str:
-        """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
-        if any(module.training for module in self.module.modules()):
-            return "the model is in training mode"
-        for name, module in self.module.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"there are hooks of yours on {name or 'the model'}"
-            if "forward" in vars(module):
-                return f"the forward of {name or 'the model'} is one of yours"
-        devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
-        if len(devices) > 1:
-            return f"the model is spread over {', '.join(devices)}"
-        return ""
+        """Within it, calls in this thread are as if no plan were held."""
+        return gate_of(self.module).suspended()
 
 
 def wrap(
@@ -304,27 +259,13 @@ def wrap(
             is wrapped already, tokenizer and adapter replace what it has.
 
     Raises:
-        ModelError: nobody knows the model's parts.
+        ModelError: nobody knows the model's parts, two layers are one module, or the model was compiled.
     """
     if isinstance(model, Model):
         if tokenizer is None and adapter is None:
             return model
-        known = model.architecture if adapter is None else _described(model.module, adapter)
-        return Model(model.module, model.tokenizer if tokenizer is None else tokenizer, known)
+        known = model.tokenizer if tokenizer is None else tokenizer
+        return Model(model.module, known, model.adapter if adapter is None else adapter)
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, _described(model, adapter or describe))
-
-
-def _described(module: nn.Module, adapter: Callable[[nn.Module], Architecture]) -> Architecture:
-    found = adapter(module)
-    if not isinstance(found, Architecture):
-        raise ModelError(f"an adapter returns an Architecture, this one a {type(found).__name__}")
-    return found
-
-
-def _logits_of(output: Any) -> Tensor:
-    """The logits among what a model returns: alone, by name, or first in a tuple."""
-    if isinstance(output, tuple):
-        output = output[0]
-    return output if isinstance(output, Tensor) else output.logits
+    return Model(model, tokenizer, adapter or describe)

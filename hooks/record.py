@@ -1,31 +1,39 @@
-"""Running worlds: three executors that give the same values.
+"""The one way in which anything runs a model: it knows of what is held, of gradients, chunks, executors and kernels.
 
-``sequential`` runs one world at a time through the user's own model, under forward hooks: the oracle. ``batched``
-stacks worlds along the rows of one such run (`hooks.hooked`). ``shared`` computes each value once however many worlds
-have it (`hooks.shared`).
+Three executors give the same values. ``sequential`` runs one world at a time through the user's own model, under
+forward hooks: the oracle. ``batched`` stacks worlds along the rows of one such pass. ``shared`` computes each value
+once however many worlds have it, where the model's description can be believed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .backends.forward import exposed_layers
+from .audit import Audit
+from .backends.gate import gate_of
 from .backends.hooked import run_hooked
 from .backends.job import Job, Outcome, Skip
+from .backends.native import exposed_layers
 from .backends.packed.shared import run_shared
-from .backends.sources import all_reads
+from .backends.sources import all_reads, read_tapes
 from .budget import budget_of
+from .certificate import distrust
 from .errors import ModelError, PlanError, nearest
+from .hold import held_on
 from .meter import Meter
-from .plan.plan import World
+from .models.checks import check_inputs, check_plan, check_site
+from .models.network import Network
+from .plan.inputs import Inputs
+from .plan.plan import Plan, World
 from .plan.sites import Site, sites_of
-
-if TYPE_CHECKING:
-    from .model import Model
+from .plan.tape import Tape
+from .program import State, visit
+from .resolving import resolve
 
 EXECUTORS = ("auto", "sequential", "batched", "shared")
 
@@ -38,8 +46,8 @@ class Choice:
     reason: str = ""
 
 
-def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Choice:
-    """Decide how worlds are run.
+def choose(network: Network, worlds: Sequence[World], executor: str = "auto") -> Choice:
+    """Decide how worlds are run. The first time that a model is shared in some regime, this compares it with itself.
 
     Raises:
         ModelError: the executor's name is unknown.
@@ -50,21 +58,118 @@ def choose(model: Model, worlds: Sequence[World], executor: str = "auto") -> Cho
         )
     if executor in ("sequential", "batched"):
         return Choice(executor)
-    reason = model.unshareable()
+    network.refresh()
+    reason = network.unshareable()
     everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
     mixing = next((item for w in everything for item in w.plan if item.op.mixes), None)
     if not reason and mixing is not None:
         reason = f"{mixing} mixes {' and '.join(sorted(mixing.op.mixes))}"
+    seen: set[int] = set()
+    for world in worlds:
+        if reason:
+            break
+        if id(world.inputs) not in seen:
+            seen.add(id(world.inputs))
+            reason = distrust(network, world.inputs)
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
 
 
+def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
+    """The plan that is held on the model for a run that is made now, its record, and the seed of each intervention."""
+    holds = held_on(network.module)
+    return (Plan(), Audit(), ()) if holds is None else holds.on(inputs)
+
+
+def record(
+    network: Network,
+    worlds: Sequence[World],
+    reads: Sequence[Site],
+    *,
+    executor: str = "auto",
+    budget: float | None = None,
+    seed: int = 0,
+    skip: Skip | None = None,
+    meter: Meter | None = None,
+    grad: bool = False,
+    through_reads: bool = False,
+    rows: slice | None = None,
+    together: bool = False,
+    alongside: Sequence[World] = (),
+) -> Iterator[Outcome]:
+    """Run worlds and yield what is read of each, as chunks of worlds and rows are done.
+
+    What is held on the model comes first in every world.
+
+    Args:
+        network: the wrapped model.
+        worlds: the worlds; those with one `Inputs` object share its base.
+        reads: the sites wanted of every world.
+        executor: one of `EXECUTORS`.
+        budget: bytes that the activations of a chunk may take; what is read does not depend on it beyond rounding.
+        seed: seed of random interventions.
+        skip: says of a world (by index) and a range of rows that they need not be run.
+        meter: counts the work of the worlds (not of those that they read).
+        grad: keep what is read attached to the autograd graph, in passes of the model itself.
+        through_reads: let gradients flow into the worlds that plans read, too.
+        rows: run these rows only.
+        together: run all rows in one pass, whatever the budget.
+        alongside: worlds that these are compared with, whose attention kernels they are to share.
+
+    Raises:
+        PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
+    """
+    network.refresh()
+    for world in [*worlds, *alongside]:
+        check_inputs(network, world.inputs)
+        check_plan(network, world.plan)
+    for read in reads:
+        check_site(network, read)
+    limit = None if together else budget_of(network, budget)
+    if grad and limit is not None:
+        # The graph keeps every layer's activations, where an executor keeps one's.
+        limit = limit / network.n_layers
+    under = [held(network, world.inputs) for world in worlds]
+    mine = [World(w.inputs, plan + w.plan) if len(plan) else w for (plan, _, _), w in zip(under, worlds, strict=True)]
+    gate = gate_of(network.module)
+    with gate.suspended():
+        choice = (
+            Choice("sequential" if executor == "sequential" else "batched") if grad else choose(network, mine, executor)
+        )
+    job = Job(
+        network=network,
+        worlds=mine,
+        reads=reads,
+        limit=limit,
+        seeds=[(*seeds, *[seed] * len(w.plan)) for (_, _, seeds), w in zip(under, worlds, strict=True)],
+        seed=seed,
+        expose=exposed_layers([*mine, *alongside], reads),
+        skip=skip or (lambda index, rows: False),
+        meter=meter,
+        graph=grad,
+        through_reads=grad and through_reads,
+        rows=rows,
+    )
+    outcomes = run_shared(job) if choice.executor == "shared" else run_hooked(job, choice.executor == "batched")
+    while True:
+        # The caller's code runs between two chunks, on a model as the caller knows it.
+        with gate.lock, gate.suspended(), torch.set_grad_enabled(grad):
+            chunk = next(outcomes, None)
+        if chunk is None:
+            return
+        for outcome in chunk:
+            plan, into, _ = under[outcome.index]
+            if len(plan):
+                outcome = replace(outcome, audit=outcome.audit.split(len(plan), into))
+            yield outcome
+
+
 def run_worlds(
-    model: Model,
+    model: Network,
     worlds: Sequence[World],
     reads: Sequence[Site | str] | Site | str,
     *,
     executor: str = "auto",
-    budget: int | None = None,
+    budget: float | None = None,
     seed: int = 0,
     skip: Skip | None = None,
     meter: Meter | None = None,
@@ -75,7 +180,8 @@ def run_worlds(
         model: the wrapped model.
         worlds: the worlds; those with one `Inputs` object share its base.
         reads: the sites wanted of every world.
-        executor: one of `EXECUTORS`.
+        executor: "sequential" (one world at a time through the model itself: the oracle), "batched" (one row a world),
+            "shared" (what worlds have in common is computed once), or "auto", the last of these that is exact.
         budget: bytes that the activations of a chunk may take; what is read does not depend on it beyond rounding.
         seed: seed of random interventions.
         skip: says of a world (by index) and a range of rows that they need not be run.
@@ -89,28 +195,54 @@ def run_worlds(
     for world in worlds:
         if not isinstance(world, World):
             raise PlanError(f"run_worlds runs Worlds (inputs under a plan), not {type(world).__name__}")
-        model.check_inputs(world.inputs)
-        model.check(world.plan)
-    wanted = sites_of(reads)
-    for read in wanted:
-        model.require(read)
-    limit = budget_of(model, budget)
-    held = [model.held_on(world.inputs) for world in worlds] if model.holds else []
-    if held:
-        worlds = [World(world.inputs, plan + world.plan) for (plan, _), world in zip(held, worlds, strict=True)]
-    with model.suspended():
-        choice = choose(model, worlds, executor)
-    expose = exposed_layers(worlds, wanted)
-    job = Job(model, worlds, wanted, limit, seed, expose, skip or (lambda index, rows: False), meter)
-    outcomes = run_shared(job) if choice.executor == "shared" else run_hooked(job, choice.executor == "batched")
-    while True:
-        # The caller's code runs between two chunks, on a model as the caller knows it.
-        with model.suspended(), torch.no_grad():
-            chunk = next(outcomes, None)
-        if chunk is None:
-            return
-        for outcome in chunk:
-            if held:
-                plan, record = held[outcome.index]
-                outcome = replace(outcome, audit=outcome.audit.split(len(plan), record))
-            yield outcome
+    yield from record(
+        model, worlds, sites_of(reads), executor=executor, budget=budget, seed=seed, skip=skip, meter=meter
+    )
+
+
+class Edits:
+    """What the plans of worlds make of given values, without running the model on them.
+
+    Args:
+        network: the wrapped model.
+        worlds: the worlds, whose plans may read others, which are run once.
+        alongside: worlds and `reads` whose attention kernels those are to share.
+        seed, budget: as in `record`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        worlds: Sequence[World],
+        *,
+        alongside: Sequence[World] = (),
+        reads: Sequence[Site] = (),
+        seed: int = 0,
+        budget: float | None = None,
+    ) -> None:
+        network.refresh()
+        self.network, self.worlds, self.seed = network, worlds, seed
+        for world in worlds:
+            check_plan(network, world.plan)
+        expose = exposed_layers([*worlds, *alongside], reads)
+        gate = gate_of(network.module)
+        with gate.lock, gate.suspended(), torch.no_grad():
+            self.tapes: dict[Any, Tape] = read_tapes(network, worlds, seed, expose, budget_of(network, budget))
+
+    def at(self, world: int, rows: slice, values: Mapping[Site, Tensor]) -> tuple[dict[Site, Tensor], Audit]:
+        """The values [b, T, ...] of whole sites after a world's plan, and what it did.
+
+        Args:
+            world: which, by its place.
+            rows: the rows that the values are of.
+            values: what stands at the sites that the plan edits.
+        """
+        device = self.network.device
+        program = resolve(
+            self.worlds[world], self.network.sizes, self.tapes, device=device, seed=self.seed, window=rows
+        )
+        state, edited = State(), {}
+        for place, value in values.items():
+            if place.key in program.steps:
+                state, edited[place] = visit(program, state, place.key, value)
+        return edited, program.report(state)

@@ -8,14 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, World
-from hooks.backends.forward import exposed_layers, hooked_pass
-from hooks.backends.sources import read_tapes
-from hooks.budget import budget_of, rows_per_pass
+from hooks import Edits, Inputs, Model, Site, World, record
 from hooks.errors import MetricError, PlanError
 from hooks.plan.plan import Origin, Plan
 from hooks.plan.sites import execution_order
-from hooks.program import Edits
 from interp.evaluation import check_metrics
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
@@ -67,41 +63,35 @@ def attribution(
     model.check(everything.plan)
     _require_estimable(everything.plan)
     sites = _distinct(everything.plan, model.n_layers)
-    limit = budget_of(model, budget)
-    held, record = model.held_on(base_inputs)
+    held, _ = model.held_on(base_inputs)
     require_rows_apart(held)
-    unedited = World(base_inputs, held)
-    expose = exposed_layers([unedited, everything], bound.reads)
-    with model.suspended():
-        tapes = read_tapes(model, [unedited, everything], seed, expose, limit)
+    worlds = [World(base_inputs, plan) for plan in plans]
+    edits = Edits(model, worlds, alongside=[World(base_inputs, held)], reads=bound.reads, seed=seed, budget=budget)
     rows = len(base_inputs)
     values = np.full((1, len(cells) + 2, rows), np.nan)
     status = np.zeros((len(cells) + 2, rows), np.int8)
-    # The graph keeps every layer's activations, where an executor keeps one's.
-    step = rows_per_pass(model, base_inputs, limit // model.n_layers)
-    for start in range(0, rows, step):
-        window = slice(start, min(start + step, rows))
-        edits = Edits(unedited, model.sizes, tapes, seed, window)
-        captures = [*sites, *bound.reads]
+    captures = [*sites, *bound.reads]
+    for outcome in record(
+        model, [World(base_inputs)], captures, grad=True, seed=seed, budget=budget, alongside=[everything]
+    ):
+        window, kept = outcome.rows, outcome.values
         with model.suspended(), torch.enable_grad():
-            session, _ = hooked_pass(model, [edits], [captures], expose, graph=True)
-            kept = [session.kept[0][i] for i in range(len(captures))]
             measured = call(bound, metric.name, window, [*kept[len(sites) :], *(r[window] for r in reference)])
             gradients = _gradients(measured, kept[: len(sites)], metric.name)
-        edits.audit.split(len(held), record)
         base = measured.detach().to("cpu", torch.float64).numpy()
         values[0, :2, window] = base
-        with torch.no_grad():
-            at = {place.key: i for i, place in enumerate(sites)}
-            for c, plan in enumerate(plans):
-                world = Edits(World(base_inputs, plan), model.sizes, tapes, seed, window)
-                total = torch.zeros(len(base), dtype=torch.float64)
-                for key in world.by_key:
-                    x = kept[at[key]].detach()
-                    change = torch.where(gradients[at[key]] == 0, 0, world.visit(key, x) - x)
-                    total += (gradients[at[key]] * change).flatten(1).sum(1).to("cpu", torch.float64)
-                values[0, c + 2, window] = base + total.numpy()
-                status[c + 2, window] = 0 if any(e.change for e in world.audit) else 1
+        at = {place.key: i for i, place in enumerate(sites)}
+        for c, plan in enumerate(plans):
+            mine = {site: kept[at[site.key]].detach() for site in _distinct(plan, model.n_layers)}
+            with torch.no_grad():
+                edited, audit = edits.at(c, window, mine)
+            total = torch.zeros(len(base), dtype=torch.float64)
+            for site, new in edited.items():
+                gradient = gradients[at[site.key]]
+                change = torch.where(gradient == 0, 0, new - mine[site])
+                total += (gradient * change).flatten(1).sum(1).to("cpu", torch.float64)
+            values[0, c + 2, window] = base + total.numpy()
+            status[c + 2, window] = 0 if any(entry.change for entry in audit) else 1
     measured_source = None if source is None else source_metrics(model, [metric], source, [reference], budget, seed)
     result = assemble(values, status, axes, cells, [metric], False, measured_source, base_inputs, model)
     result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World, run_worlds
 from hooks.errors import MetricError
-from hooks.plan.region import listed, resolve
+from hooks.plan.region import listed
 from interp.metrics import Bound, Metric, call
 
 
@@ -71,7 +71,7 @@ def read_reference(
         )
     values = read_world(model, reference, measured.bind(model, reference.inputs).reads, seed=seed)
     for place, value in zip(bound.reads, values, strict=True):
-        shape = resolve(place, inputs, model.sizes[place.key]).shape
+        shape = model.region(place, inputs).shape
         if [shape[axis] for axis in place.axes] != list(value.shape):
             raise MetricError(
                 f"{measured.name}: the reference has {list(value.shape)} at {place}, the run {list(shape.values())}"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hooks import Inputs, Model, Plan, Site
 from hooks.errors import InputsError, MetricError, ModelError, PlanError
-from hooks.models.architecture import Block, linear_weight
+from hooks.models.blocks import Block
+from hooks.models.projections import linear_weight
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
 from interp.metrics import Metric, call
@@ -89,14 +90,12 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     bound = metric.bind(model, inputs)
     if metric.reference is not None or any(r.name != "logits" for r in bound.reads):
         raise MetricError(f"the logit lens measures metrics of the logits alone, and {metric.name!r} reads more")
-    from hooks.plan.region import resolve
-
     values = np.zeros((1, len(sites) + 2, len(inputs)))
     with torch.no_grad(), model.suspended():
         for i, place in enumerate(sites):
             final = run.tape[place] if arch.readout is None else run.tape[place][:, arch.readout, None]
             logits = arch.logits(arch.norm(final))
-            parts = [resolve(r, inputs, model.sizes[r.key]).get(logits) for r in bound.reads]
+            parts = [model.region(r, inputs).get(logits) for r in bound.reads]
             values[0, i + 2] = call(bound, metric.name, slice(0, len(inputs)), parts).to("cpu", torch.float64).numpy()
     return _as_result(values, Axis("layer", points), metric.name, inputs, model, "logit lens")
 
@@ -158,8 +157,8 @@ def direct_logit_attribution(
             out = tape[Site("attn_out", layer, pos=pos)][:, 0]
             if heads:
                 each, bias = head_outputs(block, tape[Site("z", layer, pos=pos)][:, 0])
-                names += [f"{layer}.h{h}" for h in range(block.q.heads)]
-                parts += [onto(each[:, h]) for h in range(block.q.heads)]
+                names += [f"{layer}.h{h}" for h in range(block.attention.q.heads)]
+                parts += [onto(each[:, h]) for h in range(block.attention.q.heads)]
                 if bias is not None:
                     names.append(f"{layer}.attn_bias")
                     parts.append(onto(bias.expand_as(out)))
@@ -214,11 +213,14 @@ def _columns(weight: Tensor, tokens: Tensor) -> Tensor:
 
 def head_outputs(block: Block, z: Tensor) -> tuple[Tensor, Tensor | None]:
     """What each head [B, H, M] and the biases together ([B, M] or [M], None without any) add to the residual."""
-    weight, bias = linear_weight(block.out)
-    each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.q.heads, block.q.width)))
-    if block.post1 is None:
+    weight, bias = linear_weight(block.attention.out)
+    each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.attention.q.heads, block.attention.q.width)))
+    if block.of_attention.post is None:
         return each, bias
-    frozen, own = frozen_norm(block.post1, block.out(z.flatten(1))[:, None]), getattr(block.post1, "bias", None)
+    frozen, own = (
+        frozen_norm(block.of_attention.post, block.attention.out(z.flatten(1))[:, None]),
+        getattr(block.of_attention.post, "bias", None),
+    )
     if bias is not None:
         bias = frozen(bias)[:, 0]
     return frozen(each), own if bias is None else bias if own is None else bias + own

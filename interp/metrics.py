@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
 from hooks.errors import MetricError
-from hooks.plan.region import resolve
 from hooks.plan.sites import Index, Span, sites_of
 from interp.answers import Tokens, token_ids
 
@@ -260,7 +259,7 @@ def _positions(pos: Index) -> Index:
 def _position_mean(model: Model, inputs: Inputs, pos: Index) -> Callable[[slice, Tensor], Tensor]:
     """The mean over the positions [b, n] that each row has: a row with fewer than the widest is filled up."""
     place = Site("logits", pos=_positions(pos))
-    valid = resolve(place, inputs, model.sizes[place.key]).valid
+    valid = model.region(place, inputs).valid
     if valid is None:
         return lambda rows, x: x.mean(1)
     real = valid[..., 0]

@@ -91,7 +91,7 @@ def sweep(
     # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.
     todo = stream.remaining()
     reads, spans = _all_reads(bound)
-    with model.suspended():  # as the worlds are run: hooks of a plan that is held are not the user's own
+    with model.suspended():
         choice = choose(model, [worlds[i] for i in todo], executor)
     bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
     with bar:

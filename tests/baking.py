@@ -9,7 +9,7 @@ import torch
 
 import interp as ip
 from hooks import Model
-from hooks.models.architecture import linear_weight
+from hooks.models.projections import linear_weight
 
 Scales = Mapping[tuple[str, int, int | None], float]
 """By site, layer and head (None for what has no heads) what it is multiplied by: q, k, v, z or mlp_out."""
@@ -33,14 +33,14 @@ def baked(model: Model, scales: Scales) -> Model:
         for (name, layer, head), by in scales.items():
             block = model.architecture.blocks[layer]
             if name == "z":
-                weight, _ = linear_weight(block.out)
-                weight.unflatten(1, (block.q.heads, -1))[:, head] *= by
+                weight, _ = linear_weight(block.attention.out)
+                weight.unflatten(1, (block.attention.q.heads, -1))[:, head] *= by
                 continue
             if name == "mlp_out":
                 assert block.mlp is not None
                 weight, bias = linear_weight(block.mlp.down)
             else:
-                weight, bias = (None if p is None else p[head] for p in getattr(block, name).parameters())
+                weight, bias = (None if p is None else p[head] for p in getattr(block.attention, name).parameters())
             for part in (weight, bias):
                 if part is not None:
                     part *= by

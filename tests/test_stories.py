@@ -32,7 +32,11 @@ def residual(model, pair) -> ip.Result:
 def test_the_model_is_the_one_described(model):
     arch = model.architecture
     assert (model.n_layers, arch.width, arch.vocabulary) == (5, 64, 512)
-    assert (arch.blocks[0].q.heads, arch.blocks[0].k.heads, arch.blocks[0].q.width) == (8, 4, 8)
+    assert (arch.blocks[0].attention.q.heads, arch.blocks[0].attention.k.heads, arch.blocks[0].attention.q.width) == (
+        8,
+        4,
+        8,
+    )
     assert model.dtype == torch.float32
 
 

@@ -42,13 +42,13 @@ def behaviour(model: ip.Model, clean: ip.Inputs) -> list[dict[str, Any]]:
     for layer, place in enumerate(sites):
         pattern = tape[place]
         block = model.architecture.blocks[layer]
-        for head in range(block.q.heads):
+        for head in range(block.attention.q.heads):
             mine = pattern[:, head]
             end, again = mine[:, -1], mine[:, PLACES["second giver"]]
-            columns = slice(head * block.q.width, (head + 1) * block.q.width)
+            columns = slice(head * block.attention.q.width, (head + 1) * block.attention.q.width)
             with torch.no_grad():
-                value = block.v(block.norm1(embed[names]))[:, head]
-                direct = value @ block.out.weight[:, columns].T @ unembed[names].T
+                value = block.attention.v(block.of_attention.pre(embed[names]))[:, head]
+                direct = value @ block.attention.out.weight[:, columns].T @ unembed[names].T
             own = direct.diagonal() - direct.mean(1)
             listed.append(
                 {

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+
+_FUNCTION = "_gradient_checkpointing_func"
+
+
+def _checkpointed(module: nn.Module) -> list[nn.Module]:
+    """The parts of a model that transformers checkpoints."""
+    return [m for m in module.modules() if getattr(m, "gradient_checkpointing", False) is True]
+
+
+@contextmanager
+def checkpointing(module: nn.Module, bind: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within it, the parts of a model are checkpointed by a function made of their own."""
+    changed = [(m, vars(m)[_FUNCTION]) for m in _checkpointed(module) if _FUNCTION in vars(m)]
+    for m, function in changed:
+        setattr(m, _FUNCTION, bind(function))
+    try:
+        yield
+    finally:
+        for m, function in changed:
+            setattr(m, _FUNCTION, function)
 
 
 @contextmanager
@@ -19,7 +40,7 @@ def uncheckpointed(module: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: from torch, on a checkpoint that the model makes by itself.
     """
-    flagged = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    flagged = _checkpointed(module)
     message = (
         "gradients flow through another world's forward pass, which cannot be checkpointed: read it with "
         "stop_gradient=True, or leave gradient checkpointing off"

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..budget import rows_per_pass
-from ..program import Edits
-from .forward import hooked_pass
+from ..resolving import resolve
 from .job import Job, Outcome
-from .session import INSIDE
+from .passes import run_pass
+from .placing import INSIDE
 from .sources import read_tapes
 
 
@@ -25,8 +25,8 @@ def run_hooked(job: Job, batch: bool) -> Iterator[list[Outcome]]:
     Raises:
         UnfiredError: an intervention never fired.
     """
-    model, worlds = job.model, job.worlds
-    tapes = read_tapes(model, worlds, job.seed, job.expose, job.limit)
+    network, worlds = job.network, job.worlds
+    tapes = read_tapes(network, worlds, job.seed, job.expose, job.limit, graph=job.through_reads)
     inside = {item.site.layer for w in worlds for item in w.plan if item.site.name in INSIDE}
     expose = job.expose | {layer for layer in inside if layer is not None}
     groups: dict[Any, list[int]] = {}
@@ -34,23 +34,25 @@ def run_hooked(job: Job, batch: bool) -> Iterator[list[Outcome]]:
         groups.setdefault((world.inputs.ids.shape if batch else index), []).append(index)
     for members in groups.values():
         first = worlds[members[0]].inputs
-        fit = rows_per_pass(model, first, job.limit)
+        fit = rows_per_pass(network, first, job.limit)
         if any(i.op.mixes for index in members for i in worlds[index].plan):
             fit = max(fit, len(first))
         step = min(fit, len(first))
         together = max(1, fit // step) if batch else 1
-        for start in range(0, len(first), step):
-            window = slice(start, min(start + step, len(first)))
+        for window in job.windows(len(first), step):
             left = [index for index in members if not job.skip(index, window)]
             for at in range(0, len(left), together):
                 chosen = left[at : at + together]
-                edits = [Edits(worlds[i], model.sizes, tapes, job.seed, window) for i in chosen]
-                session, _ = hooked_pass(model, edits, [job.reads] * len(chosen), expose)
+                programs = [
+                    resolve(worlds[i], network.sizes, tapes, device=network.device, seed=job.seeds[i], window=window)
+                    for i in chosen
+                ]
+                inputs = [worlds[i].inputs.rows(window) for i in chosen]
+                run, logits = run_pass(network, programs, inputs, [job.reads] * len(chosen), expose, job.graph)
                 if job.meter is not None:
                     job.meter.whole(len(chosen) * len(first.ids[window]), first.width)
-                for entry in edits:
-                    entry.audit.require_fired()
-                yield [
-                    Outcome(index, window, tuple(kept[i] for i in range(len(job.reads))), entry.audit)
-                    for index, kept, entry in zip(chosen, session.kept, edits, strict=True)
-                ]
+                audits = [p.report(state) for p, state in zip(programs, run.states, strict=True)]
+                for audit in audits:
+                    audit.require_fired()
+                outputs = logits.chunk(len(chosen))
+                yield [Outcome(index, window, run.values(w), audits[w], outputs[w]) for w, index in enumerate(chosen)]

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..budget import rows_per_pass
+from ..models.checks import check_site
+from ..models.network import Network
 from ..plan.plan import Origin, Plan, World
 from ..plan.sites import Site
 from ..plan.tape import Tape
-from ..program import Edits, source_id
-from .forward import hooked_pass
-
-if TYPE_CHECKING:
-    from ..model import Model
+from ..resolving import resolve, source_id
+from .passes import run_pass
 
 
 def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
     """The worlds that are read by the plans of others, each with the whole sites that are read there, by
-    `editing.source_id`.
+    `resolving.source_id`.
     """
     found: dict[Any, tuple[World, list[Site]]] = {}
     for world in worlds:
@@ -34,7 +33,7 @@ def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
                     source = World(world.inputs, source)
                 if not isinstance(source, World):
                     continue
-                _, sites = found.setdefault(source_id(read.source, world), (source, []))
+                _, sites = found.setdefault(source_id(read.source, world.inputs), (source, []))
                 place = (item.site if read.site is None else read.site).whole
                 if place not in sites:
                     sites.append(place)
@@ -42,7 +41,7 @@ def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
 
 
 def read_tapes(
-    model: Model,
+    network: Network,
     worlds: Sequence[World],
     seed: int,
     expose: frozenset[int],
@@ -50,10 +49,10 @@ def read_tapes(
     only: Container[Any] | None = None,
     graph: bool = False,
 ) -> dict[Any, Tape]:
-    """Run the worlds that plans read, and those that their plans read, each once, by `editing.source_id`.
+    """Run the worlds that plans read, and those that their plans read, each once, by `resolving.source_id`.
 
     Args:
-        model: the wrapped model.
+        network: the model.
         worlds: the worlds whose plans read.
         seed: seed of random interventions.
         expose: layers whose attention is computed with its inside exposed.
@@ -68,17 +67,17 @@ def read_tapes(
     tapes = {}
     for key, (source, sites) in wanted.items():
         for place in sites:
-            model.require(place)
-        deeper = read_tapes(model, [source], seed, expose, limit, graph=graph)
-        pieces: list[list[Tensor]] = []
+            check_site(network, place)
+        deeper = read_tapes(network, [source], seed, expose, limit, graph=graph)
+        pieces: list[tuple[Tensor, ...]] = []
         mixing = any(item.op.mixes for item in source.plan)
-        step = rows_per_pass(model, source.inputs, None if mixing else limit)
+        step = rows_per_pass(network, source.inputs, None if mixing else limit)
         for start in range(0, len(source.inputs), step):
             window = slice(start, min(start + step, len(source.inputs)))
-            edits = Edits(source, model.sizes, deeper, seed, window)
-            session, _ = hooked_pass(model, [edits], [sites], expose, graph)
-            edits.audit.require_fired()
-            pieces.append([session.kept[0][i] for i in range(len(sites))])
+            program = resolve(source, network.sizes, deeper, device=network.device, seed=seed, window=window)
+            run, _ = run_pass(network, [program], [source.inputs.rows(window)], [sites], expose, graph)
+            program.report(run.states[0]).require_fired()
+            pieces.append(run.values(0))
         values = tuple((site, torch.cat([p[i] for p in pieces])) for i, site in enumerate(sites))
-        tapes[key] = Tape(source.inputs, values, model.sizes)
+        tapes[key] = Tape(source.inputs, values, network.sizes)
     return tapes

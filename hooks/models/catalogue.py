@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..html import table
-from ..plan.sites import DIM, HEAD, KINDS, POS, Site
-from ..program import Key
+from ..plan.sites import DIM, HEAD, KINDS, POS, Key, Site
 from .architecture import Architecture
 
 
@@ -53,12 +52,13 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
     if arch.pos_embed is not None:
         sizes["pos_embed", -1, None] = width
     for layer, block in enumerate(arch.blocks):
-        q, k = ({HEAD: p.heads, DIM: p.width} for p in (block.q, block.k))
+        attention = block.attention
+        q, k = ({HEAD: p.heads, DIM: p.width} for p in (attention.q, attention.k))
+        heads, groups = {HEAD: attention.q.heads}, {HEAD: attention.k.heads}
         here: dict[str, dict[str, int]] = {name: width for name in ("resid_pre", "attn_in", "attn_out", "resid_post")}
-        here |= {"q_input": {HEAD: block.q.heads, **width}, "result": {HEAD: block.q.heads, **width}}
-        here |= {"k_input": {HEAD: block.k.heads, **width}, "v_input": {HEAD: block.k.heads, **width}}
-        here |= {"q": q, "k": k, "v": k, "z": q, "scores": {HEAD: block.q.heads}, "pattern": {HEAD: block.q.heads}}
-        if arch.rotary is not None:
+        here |= {"q_input": heads | width, "k_input": groups | width, "v_input": groups | width}
+        here |= {"q": q, "k": k, "v": k, "z": q, "result": heads | width, "scores": heads, "pattern": heads}
+        if attention.rotary is not None:
             here |= {"rot_q": q, "rot_k": k}
         if block.mlp is not None:
             here |= {name: width for name in ("mlp_in", "mlp_out")}

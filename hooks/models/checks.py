@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ..errors import CycleError, InputsError, PlanError, ShapeError, SiteError
@@ -13,12 +11,11 @@ from ..plan.plan import Intervention, Origin, Plan, World
 from ..plan.prompts import require_vocabulary
 from ..plan.sites import DIM, HEAD, Index, Site, Span, execution_order
 from .architecture import Architecture
+from .catalogue import site_table
+from .network import Network
 
-if TYPE_CHECKING:
-    from ..model import Model
 
-
-def check_site(model: Model, where: Site) -> None:
+def check_site(model: Network, where: Site) -> None:
     """Check that the model has a site, and the heads and dimensions that it names.
 
     Raises:
@@ -30,7 +27,7 @@ def check_site(model: Model, where: Site) -> None:
         raise SiteError(f"{where}: the model has layers 0 .. {model.n_layers - 1}")
     size = model.sizes.get(where.key)
     if size is None:
-        names = [s.name for s in model.sites()]
+        names = [s.name for s in site_table(model.sizes, model.n_layers)]
         raise SiteError(f"{where}: this model has no site {where.name!r}; it has {', '.join(names)}")
     for axis in (HEAD, DIM):
         index: Index = getattr(where, axis)
@@ -40,7 +37,7 @@ def check_site(model: Model, where: Site) -> None:
                 raise SiteError(_no_such(where, axis, i, size[axis], model.architecture))
 
 
-def check_plan(model: Model, plan: Plan) -> None:
+def check_plan(model: Network, plan: Plan) -> None:
     """Check that a plan fits the model: its sites, heads and dimensions, what it reads, and the widths of its values.
 
     Raises:
@@ -63,7 +60,7 @@ def check_plan(model: Model, plan: Plan) -> None:
         _check_values(model, item)
 
 
-def check_inputs(model: Model, inputs: Inputs) -> None:
+def check_inputs(model: Network, inputs: Inputs) -> None:
     """Check that inputs are of the kind that the model takes: images of its size, or token ids of its vocabulary.
 
     Raises:
@@ -94,7 +91,7 @@ def _check_order(item: Intervention, where: Site | None, n_layers: int) -> None:
         )
 
 
-def _check_values(model: Model, item: Intervention) -> None:
+def _check_values(model: Network, item: Intervention) -> None:
     """Refuse values whose sizes along heads or the last axis are not the site's."""
     where, size = item.site, model.sizes[item.site.key]
     for read in item.reads:
@@ -129,7 +126,8 @@ def _distinct(index: Tensor) -> bool:
 def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) -> str:
     if axis == DIM:
         return f"{where}: the last axis has {size} entries, {index} is not among them"
-    heads, groups = arch.blocks[0].q.heads, arch.blocks[0].k.heads
+    attention = arch.blocks[0].attention
+    heads, groups = attention.q.heads, attention.k.heads
     text = f"{where}: there is no head {index}, the site has {size} (0 .. {size - 1})"
     if size == groups < heads and index < heads:
         text += (

@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import ModelError
 from ..models import llama
-from .architecture import Architecture, softcap
+from .architecture import Architecture
+from .attention import softcap
+from .blocks import Block, Sublayer
 
 
 def describe(model: Any) -> Architecture:
@@ -28,12 +30,18 @@ def describe(model: Any) -> Architecture:
             "this version of transformers scales Gemma's embeddings outside their module, where no site is; upgrade it"
         )
     blocks = tuple(
-        replace(
-            block,
-            softcap=block.attention.attn_logit_softcapping,
-            norm2=layer.pre_feedforward_layernorm,
-            post1=layer.post_attention_layernorm,
-            post2=layer.post_feedforward_layernorm,
+        Block(
+            layer,
+            (
+                Sublayer(
+                    layer.input_layernorm,
+                    replace(block.attention, softcap=layer.self_attn.attn_logit_softcapping),
+                    post=layer.post_attention_layernorm,
+                ),
+                Sublayer(
+                    layer.pre_feedforward_layernorm, llama.gated(layer.mlp), post=layer.post_feedforward_layernorm
+                ),
+            ),
         )
         for block, layer in zip(arch.blocks, model.model.layers, strict=True)
     )

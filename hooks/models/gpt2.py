@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .architecture import Architecture, Block, Mlp, Projection
+from .architecture import Architecture
+from .blocks import Attention, Block, Mlp, Sublayer
 from .huggingface import swap_attention, unembedding
+from .projections import Projection
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-2 with a language-model head."""
     head = unembedding(model)
     body = model.transformer
-    blocks = []
-    for block in body.h:
-        attention, mlp = block.attn, block.mlp
-        part = partial(Projection, attention.c_attn, attention.num_heads, attention.head_dim)
-        blocks.append(
-            Block(
-                module=block,
-                norm1=block.ln_1,
-                attention=attention,
-                q=part(0),
-                k=part(attention.embed_dim),
-                v=part(2 * attention.embed_dim),
-                out=attention.c_proj,
-                scaling=attention.scaling,
-                norm2=block.ln_2,
-                mlp=Mlp(mlp, mlp.c_fc, mlp.c_proj, _fused(mlp.act), width=mlp.c_fc.nf),
-            )
-        )
     return Architecture(
         family="gpt2",
         embed=body.wte,
         pos_embed=body.wpe,
-        blocks=tuple(blocks),
+        blocks=tuple(_block(block) for block in body.h),
         norm=body.ln_f,
         unembed=head,
         width=model.config.hidden_size,
-        vocabulary=model.config.vocab_size,
+        vocabulary=head.weight.shape[0],
         swap_attention=swap_attention,
     )
 
 
-def _fused(act: nn.Module):
-    # The same function in one kernel instead of six passes over memory.
-    if type(act).__name__ == "NewGELUActivation":
-        return partial(nn.functional.gelu, approximate="tanh")
-    return act
+def _block(block: Any) -> Block:
+    attention, mlp = block.attn, block.mlp
+    part = partial(Projection, attention.c_attn, attention.num_heads, attention.head_dim)
+    attend = Attention(
+        module=attention,
+        q=part(0),
+        k=part(attention.embed_dim),
+        v=part(2 * attention.embed_dim),
+        out=attention.c_proj,
+        scaling=attention.scaling,
+    )
+    feed = Mlp(mlp, mlp.c_fc, mlp.c_proj, mlp.act, width=mlp.c_fc.nf, whole=_fused(mlp))
+    return Block(block, (Sublayer(block.ln_1, attend), Sublayer(block.ln_2, feed)))
+
+
+def _fused(mlp: Any) -> Callable[[Tensor], Tensor] | None:
+    """The layer with its activation in one kernel instead of six passes over memory."""
+    if type(mlp).__name__ != "GPT2MLP" or type(mlp.act).__name__ != "NewGELUActivation":
+        return None
+    return lambda x: mlp.c_proj(nn.functional.gelu(mlp.c_fc(x), approximate="tanh"))

@@ -1,19 +1,23 @@
-"""What Hugging Face models have in common: their head, their rotary embedding, how an attention module is swapped."""
+"""What Hugging Face models have in common: their head, and how an attention module is made to call another function."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from .architecture import AttentionFunction
 
 _NAME = "interp_exposed"
+_FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary()
+"""The function that each attention module calls at the moment. Here and not on the config, which users save and copy."""
 
 
 def unembedding(model: Any) -> nn.Module:
@@ -29,20 +33,17 @@ def unembedding(model: Any) -> nn.Module:
     return head
 
 
-def rotary(module: nn.Module) -> Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]:
-    """What `Architecture.rotary` asks for, from the module that computes all layers' angles."""
+def own_attention(module: Any, implementation: str) -> AttentionFunction:
+    """The attention function that a module calls by itself, given the name of its implementation."""
+    from transformers import AttentionInterface
 
-    def angles(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        like = torch.empty((), dtype=dtype, device=positions.device)
-        cos, sin = module(like, positions.reshape(1, -1))
-        shape = (*positions.shape, cos.shape[-1])
-        return cos.reshape(shape), sin.reshape(shape)
-
-    return angles
+    # An eager function is not registered: each family has one beside its modules.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return AttentionInterface().get_interface(implementation, eager)
 
 
-def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
-    return module.config.interp_attention(module, query, key, value, mask, **kwargs)
+def _dispatch(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _FUNCTIONS[module](module, *args, **kwargs)
 
 
 @contextmanager
@@ -55,12 +56,17 @@ def swap_attention(attention: Any, function: AttentionFunction) -> Iterator[None
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _dispatch)
-    original = attention.config
+    original, before = attention.config, _FUNCTIONS.get(attention)
     changed = copy.copy(original)
     changed._attn_implementation_internal = _NAME
-    changed.interp_attention = function
+    own = own_attention(attention, original._attn_implementation)
+    _FUNCTIONS[attention] = partial(function, own=own)
     attention.config = changed
     try:
         yield
     finally:
         attention.config = original
+        if before is None:
+            del _FUNCTIONS[attention]
+        else:
+            _FUNCTIONS[attention] = before

@@ -4,48 +4,61 @@ from __future__ import annotations
 
 from typing import Any
 
-from .architecture import Architecture, Block, Mlp, Projection
-from .huggingface import rotary, swap_attention, unembedding
+from .architecture import Architecture
+from .blocks import Attention, Block, Mlp, Sublayer
+from .huggingface import swap_attention, unembedding
+from .positions import Rotary
+from .projections import Projection
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a decoder of the Llama family with a language-model head."""
     head = unembedding(model)
     body, config = model.model, model.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    blocks = []
-    for layer in body.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        width = attention.head_dim
-        blocks.append(
-            Block(
-                module=layer,
-                norm1=layer.input_layernorm,
-                attention=attention,
-                q=Projection(attention.q_proj, heads, width),
-                k=Projection(attention.k_proj, groups, width),
-                v=Projection(attention.v_proj, groups, width),
-                out=attention.o_proj,
-                scaling=attention.scaling,
-                q_norm=getattr(attention, "q_norm", None),
-                k_norm=getattr(attention, "k_norm", None),
-                window=_window(attention, config),
-                norm2=layer.post_attention_layernorm,
-                mlp=Mlp(mlp, mlp.gate_proj, mlp.down_proj, mlp.act_fn, up=mlp.up_proj, width=config.intermediate_size),
-            )
-        )
+    rotary = Rotary.of(body.rotary_emb)
     return Architecture(
         family=config.model_type,
         embed=body.embed_tokens,
         pos_embed=None,
-        blocks=tuple(blocks),
+        blocks=tuple(
+            Block(
+                layer,
+                (
+                    Sublayer(layer.input_layernorm, attention(layer.self_attn, config, rotary)),
+                    Sublayer(layer.post_attention_layernorm, gated(layer.mlp)),
+                ),
+            )
+            for layer in body.layers
+        ),
         norm=body.norm,
         unembed=head,
         width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        rotary=rotary(body.rotary_emb),
+        vocabulary=head.weight.shape[0],
         swap_attention=swap_attention,
     )
+
+
+def attention(module: Any, config: Any, rotary: Rotary) -> Attention:
+    """Attention with three projections, of grouped-query heads where the config has fewer of keys than of queries."""
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, module.head_dim
+    return Attention(
+        module=module,
+        q=Projection(module.q_proj, heads, width),
+        k=Projection(module.k_proj, groups, width),
+        v=Projection(module.v_proj, groups, width),
+        out=module.o_proj,
+        scaling=module.scaling,
+        q_norm=getattr(module, "q_norm", None),
+        k_norm=getattr(module, "k_norm", None),
+        rotary=rotary,
+        window=_window(module, config),
+    )
+
+
+def gated(module: Any) -> Mlp:
+    """An MLP whose hidden values are act(gate) * up."""
+    width = getattr(module, "intermediate_size", module.config.intermediate_size)
+    return Mlp(module, module.gate_proj, module.down_proj, module.act_fn, up=module.up_proj, width=width)
 
 
 def _window(attention: Any, config: Any) -> int | None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from .architecture import Architecture, AttentionFunction, Block, Mlp, Projection
+from .architecture import Architecture, AttentionFunction
+from .blocks import Attention, Block, Mlp, Sublayer
+from .positions import Rotary
+from .projections import Projection
 
 
 @contextmanager
 def swap_attention(attention: Any, function: AttentionFunction) -> Iterator[None]:
     """Shadow the class's attention function on one module, and what stood on the module itself."""
     own = vars(attention).get("attend")
-    attention.attend = function
+    attention.attend = partial(function, own=attention.attend)
     try:
         yield
     finally:
@@ -25,38 +29,38 @@ def swap_attention(attention: Any, function: AttentionFunction) -> Iterator[None
 
 def describe(model: Any) -> Architecture:
     """Find the parts of an `interp.models.Transformer`."""
-    blocks = []
-    for block in model.blocks:
-        attention, mlp = block.attn, block.mlp
-        blocks.append(
-            Block(
-                module=block,
-                norm1=block.ln1,
-                attention=attention,
-                q=Projection(attention.q_proj, attention.num_heads, attention.head_dim),
-                k=Projection(attention.k_proj, attention.num_kv_heads, attention.head_dim),
-                v=Projection(attention.v_proj, attention.num_kv_heads, attention.head_dim),
-                out=attention.o_proj,
-                scaling=attention.scaling,
-                q_norm=attention.q_norm,
-                k_norm=attention.k_norm,
-                norm2=block.ln2,
-                mlp=None
-                if mlp is None
-                else Mlp(mlp, mlp.up if mlp.gate is None else mlp.gate, mlp.down, mlp.act,
-                         up=None if mlp.gate is None else mlp.up, width=mlp.up.out_features),
-            )
-        )  # fmt: skip
     config = model.config
+    rotary = Rotary(model.rotary) if config.positions == "rotary" else None
     return Architecture(
         family="small",
         embed=model.embed,
         pos_embed=model.pos_embed,
-        blocks=tuple(blocks),
+        blocks=tuple(_block(block, rotary) for block in model.blocks),
         norm=model.ln_final,
         unembed=model.unembed,
         width=config.d_model,
-        vocabulary=config.vocab_size,
-        rotary=model.rotary if config.positions == "rotary" else None,
+        vocabulary=model.unembed.weight.shape[0],
         swap_attention=swap_attention,
     )
+
+
+def _block(block: Any, rotary: Rotary | None) -> Block:
+    attention, mlp = block.attn, block.mlp
+    attend = Attention(
+        module=attention,
+        q=Projection(attention.q_proj, attention.num_heads, attention.head_dim),
+        k=Projection(attention.k_proj, attention.num_kv_heads, attention.head_dim),
+        v=Projection(attention.v_proj, attention.num_kv_heads, attention.head_dim),
+        out=attention.o_proj,
+        scaling=attention.scaling,
+        q_norm=attention.q_norm,
+        k_norm=attention.k_norm,
+        rotary=rotary,
+    )
+    sublayers = (Sublayer(block.ln1, attend),)
+    if mlp is not None:
+        gate = mlp.gate is not None
+        up = mlp.up if gate else None
+        feed = Mlp(mlp, mlp.gate if gate else mlp.up, mlp.down, mlp.act, up=up, width=mlp.up.out_features)
+        sublayers = (*sublayers, Sublayer(block.ln2, feed))
+    return Block(block, sublayers)

@@ -11,8 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from .architecture import Architecture, Block, ImageFormat, Mlp, Projection
+from ..plan.images import ImageFormat
+from .architecture import Architecture
+from .blocks import Attention, Block, Mlp, Sublayer
 from .huggingface import swap_attention
+from .projections import Projection
 
 
 def describe(model: Any) -> Architecture:
@@ -24,38 +27,37 @@ def describe(model: Any) -> Architecture:
     body, config = model.vit, model.config
     if not hasattr(body, "layers"):
         raise ModelError("this version of transformers keeps the layers of a ViT elsewhere; 5.23 is known to fit")
-    blocks = []
-    for layer in body.layers:
-        attention, mlp = layer.attention, layer.mlp
-        heads, width = attention.num_attention_heads, attention.head_dim
-        blocks.append(
-            Block(
-                module=layer,
-                norm1=layer.layernorm_before,
-                attention=attention,
-                q=Projection(attention.q_proj, heads, width),
-                k=Projection(attention.k_proj, heads, width),
-                v=Projection(attention.v_proj, heads, width),
-                out=attention.o_proj,
-                scaling=attention.scaling,
-                norm2=layer.layernorm_after,
-                mlp=Mlp(mlp, mlp.fc1, mlp.fc2, mlp.activation_fn, width=config.intermediate_size),
-                drop1=layer.dropout,
-                drop2=layer.dropout,
-            )
-        )
     patches = body.embeddings.patch_embeddings
     return Architecture(
         family=config.model_type,
         embed=body.embeddings,
         pos_embed=None,
-        blocks=tuple(blocks),
+        blocks=tuple(_block(layer, config) for layer in body.layers),
         norm=body.layernorm,
         unembed=model.classifier,
         width=config.hidden_size,
         vocabulary=model.classifier.out_features,
         swap_attention=swap_attention,
-        causal=False,
         readout=0,
         images=ImageFormat(patches.num_channels, *patches.image_size, patch=tuple(patches.patch_size)),
     )
+
+
+def _block(layer: Any, config: Any) -> Block:
+    attention, mlp = layer.attention, layer.mlp
+    heads, width = attention.num_attention_heads, attention.head_dim
+    attend = Attention(
+        module=attention,
+        q=Projection(attention.q_proj, heads, width),
+        k=Projection(attention.k_proj, heads, width),
+        v=Projection(attention.v_proj, heads, width),
+        out=attention.o_proj,
+        scaling=attention.scaling,
+        causal=False,
+    )
+    feed = Mlp(mlp, mlp.fc1, mlp.fc2, mlp.activation_fn, width=config.intermediate_size)
+    sublayers = (
+        Sublayer(layer.layernorm_before, attend, drop=layer.dropout),
+        Sublayer(layer.layernorm_after, feed, drop=layer.dropout),
+    )
+    return Block(layer, sublayers)

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .inputs import Inputs
-from .region import Region
 from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, Site
 
 
@@ -93,33 +91,6 @@ class Context:
                 shape[0] = index.shape[0]
             out.append(index.reshape(shape))
         return out
-
-
-def context(region: Region, inputs: Inputs, seed: int, window: slice, device: torch.device) -> Context:
-    """Describe a region (resolved on `inputs`, restricted to the rows of `window`) to a function."""
-    site = region.site
-    steps = dict(region.steps)
-    entries: dict[str, Tensor] = {}
-    for axis in (HEAD, DIM):
-        if axis in site.axes:
-            index = steps.get(site.axes.index(axis))
-            entries[axis] = torch.arange(region.shape[axis]) if index is None else index
-    positions = inputs.positions[window]
-    key_pos = None if region.key_cols is None else positions.gather(1, region.key_cols).to(device)
-    return Context(
-        site=site.name,
-        layer=site.layer,
-        axes=site.axes,
-        single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
-        row=inputs.row_ids[window].to(device),
-        pos=positions.gather(1, region.cols).to(device),
-        key_pos=key_pos,
-        head=tuple(entries[HEAD].tolist()) if HEAD in entries else None,
-        dim=entries[DIM].to(device) if DIM in entries else None,
-        seed=seed,
-        window=window,
-        total=len(inputs),
-    )
 
 
 def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputsError
 
-if TYPE_CHECKING:
-    from ..models.architecture import ImageFormat
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """The images that a model takes, which it cuts into patches from left to right and from top to bottom.
+
+    Attributes:
+        channels, height, width: of an image, in numbers and pixels.
+        patch: height and width of a patch, in pixels; what is left over on the right and below belongs to none.
+    """
+
+    channels: int
+    height: int
+    width: int
+    patch: tuple[int, int]
 
 
 def patch_grid(pixels: Tensor, patch: tuple[int, int]) -> tuple[int, int]:

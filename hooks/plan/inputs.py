@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputsError
+from .columns import Columns
 from .encoding import Put, Record
 from .images import patch_grid, patch_labels, patch_pixels
 
@@ -111,6 +112,11 @@ class Inputs:
     def positions(self) -> Tensor:
         """int64 [B, T]: the number of real tokens before each column in its row (0 at padding before the first)."""
         return (self.mask.long().cumsum(1) - 1).clamp_min(0)
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The tokens as an axis of activations."""
+        return Columns(self.positions, self.mask, self.lengths)
 
     @cached_property
     def lengths(self) -> Tensor:

@@ -145,6 +145,11 @@ class Intervention:
     weight: float | Tensor = 1.0
     only: Tensor | None = None
 
+    @property
+    def own_reads(self) -> tuple[Read, ...]:
+        """What it reads of this world as it is edited."""
+        return tuple(read for read in self.reads if read.source is Origin.HERE)
+
     def encoded(self, put: Put) -> dict[str, Any]:
         """The intervention as data."""
         return INTERVENTION.encoded(self, put)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, SiteError
-from .inputs import Inputs
+from .columns import Columns
 from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
+
+_EVER = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,12 @@ class Region:
         shape = tuple(self.shape[axis] for axis in self.site.axes)
         return torch.ones(shape, dtype=torch.bool) if self.valid is None else self.valid.expand(shape)
 
+    def to(self, device: torch.device) -> Region:
+        """The same region with what `get` and `put` index by on a device; columns stay where they are."""
+        steps = tuple((axis, index.to(device)) for axis, index in self.steps)
+        valid = None if self.valid is None else self.valid.to(device)
+        return Region(self.site, self.shape, steps, valid, self.cols, self.key_cols)
+
     def rows(self, window: slice) -> Region:
         """The region restricted to a range of rows."""
         if window.start == 0 and window.stop >= self.shape[ROW]:
@@ -85,36 +93,41 @@ def _spread(index: Tensor, axis: int, like: Tensor) -> Tensor:
     return index.reshape(shape).expand(size)
 
 
-def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | None = None) -> Region:
+def resolve(
+    site: Site, queries: Columns, sizes: dict[str, int], where: Tensor | None = None, keys: Columns | None = None
+) -> Region:
     """Resolve a site on a batch.
 
     Args:
         site: what is meant.
-        inputs: the batch whose rows and positions it is resolved on.
+        queries: the tokens that the activation has.
         sizes: sizes of the activation's `head` and `dim` axes, and of `pos` where that is not the number of tokens.
         where: bool [B] or [B, T], rows or columns to which the region is restricted besides.
+        keys: the tokens that may be attended to, where they are not the same.
 
     Raises:
         SiteError: a head, position or dimension that is not there.
         ShapeError: a mask or index whose shape does not fit the batch.
     """
-    axes, inputs = site.axes, _as_wide(inputs, sizes)
-    cols, valid = _columns(POS, site.pos, inputs, where, site)
-    shape = {ROW: len(inputs), POS: cols.shape[1]}
-    steps = _position_steps(axes.index(POS), cols, inputs.width)
+    axes, queries = site.axes, _as_wide(queries, sizes)
+    keys = queries if keys is None else keys
+    rows = len(queries.real)
+    cols, valid = _columns(POS, site.pos, queries, where, site)
+    shape = {ROW: rows, POS: cols.shape[1]}
+    steps = _position_steps(axes.index(POS), cols, queries.width)
     flags = [] if valid is None else [_on_axes(valid, POS, axes)]
     key_cols = None
     if HEAD in axes:
         shape[HEAD], step = _entries(HEAD, site, sizes[HEAD], axes)
         steps += step
     if KEY in axes:
-        key_cols, key_valid = _columns(KEY, site.key_pos, inputs, None, site)
+        key_cols, key_valid = _columns(KEY, site.key_pos, keys, None, site)
         shape[KEY] = key_cols.shape[1]
-        steps += _position_steps(axes.index(KEY), key_cols, inputs.width)
+        steps += _position_steps(axes.index(KEY), key_cols, keys.width)
         if key_valid is not None:
             flags.append(_on_axes(key_valid, KEY, axes))
     if DIM in axes:
-        shape[DIM], step = _entries(DIM, site, sizes[DIM], axes, len(inputs))
+        shape[DIM], step = _entries(DIM, site, sizes[DIM], axes, rows)
         steps += step
     merged = None
     for flag in flags:
@@ -122,8 +135,8 @@ def resolve(site: Site, inputs: Inputs, sizes: dict[str, int], where: Tensor | N
     return Region(site, shape, tuple(steps), merged, cols, key_cols)
 
 
-def corresponding(region: Region, inputs: Inputs, source: Inputs, sizes: dict[str, int]) -> Region:
-    """The region of a source's activation that belongs to a region resolved on other inputs, position by position.
+def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[str, int]) -> Region:
+    """The region of a source's activation that belongs to a region resolved on other tokens, position by position.
 
     Positions that the site lists are looked up in the source's own rows (so -1 is the source's last token); those that
     it takes by a slice or a mask, or all of them, are the same positions p in both.
@@ -131,37 +144,37 @@ def corresponding(region: Region, inputs: Inputs, source: Inputs, sizes: dict[st
     Raises:
         ShapeError: the source has other lengths, or lacks such a position.
     """
-    if source is inputs or (source.mask.shape == inputs.mask.shape and bool((source.mask == inputs.mask).all())):
+    if source.laid_like(mine):
         return region
     site, axes = region.site, region.site.axes
-    inputs, source = _as_wide(inputs, sizes), _as_wide(source, sizes)
+    mine, source = _as_wide(mine, sizes), _as_wide(source, sizes)
     found: dict[str, Tensor] = {}
     steps: list[tuple[int, Tensor]] = []
     for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
         if cols is None:
             continue
         index: Index = getattr(site, axis)
-        if index is None and bool((inputs.lengths != source.lengths).any()):
-            row = int((inputs.lengths != source.lengths).nonzero()[0])
+        if index is None and bool((mine.lengths != source.lengths).any()):
+            row = int((mine.lengths != source.lengths).nonzero()[0])
             raise ShapeError(
                 f"{site}: row {row} has {int(source.lengths[row])} tokens in the source, "
-                f"{int(inputs.lengths[row])} here; clean and corrupt of different lengths do not correspond"
+                f"{int(mine.lengths[row])} here; clean and corrupt of different lengths do not correspond"
             )
         if listed(index):
             found[axis], _ = _columns(axis, index, source, None, site)
         else:
-            positions = inputs.positions.gather(1, cols)
-            real = inputs.mask.gather(1, cols)
+            wanted = mine.index.gather(1, cols)
+            real = mine.real.gather(1, cols)
             if region.valid is not None:
                 real = real & _along(region.full_valid(), axes.index(axis))
-            lacking = ((positions >= source.lengths[:, None]) & real).any(1).nonzero().flatten().tolist()
+            found[axis], there = source.find(wanted)
+            lacking = (~there & real).any(1).nonzero().flatten().tolist()
             if lacking:
                 row = lacking[0]
                 raise ShapeError(
                     f"{site}: row {row} of the source has {int(source.lengths[row])} tokens, and position "
-                    f"{int(positions[row][real[row]].max())} is wanted"
+                    f"{int(wanted[row][real[row]].max())} is wanted"
                 )
-            found[axis] = source.order.gather(1, positions.clamp(max=source.width - 1))
         steps += _position_steps(axes.index(axis), found[axis], source.width)
     steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
     return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
@@ -178,18 +191,20 @@ def _along(valid: Tensor, axis: int) -> Tensor:
     return valid.amax(dim=others) if others else valid
 
 
-def entire(site: Site, inputs: Inputs, sizes: dict[str, int]) -> Region:
+def entire(site: Site, queries: Columns, sizes: dict[str, int], keys: Columns | None = None) -> Region:
     """The region of a whole activation, in the columns of the batch, padding included."""
-    rows, width = _as_wide(inputs, sizes).mask.shape
+    rows, width = _as_wide(queries, sizes).real.shape
+    breadth = width if keys is None else keys.width
     cols = torch.arange(width).expand(rows, -1)
-    shape = {axis: {ROW: rows, POS: width, KEY: width}.get(axis, sizes.get(axis, 0)) for axis in site.axes}
-    return Region(site, shape, (), None, cols, cols if KEY in site.axes else None)
+    key_cols = torch.arange(breadth).expand(rows, -1) if KEY in site.axes else None
+    shape = {axis: {ROW: rows, POS: width, KEY: breadth}.get(axis, sizes.get(axis, 0)) for axis in site.axes}
+    return Region(site, shape, (), None, cols, key_cols)
 
 
-def _as_wide(inputs: Inputs, sizes: dict[str, int]) -> Inputs:
-    """The batch as a site has it: with as many positions as the site, where it has fewer than there are tokens."""
+def _as_wide(columns: Columns, sizes: dict[str, int]) -> Columns:
+    """The tokens as a site has them: as many as its positions, where it has fewer than there are tokens."""
     width = sizes.get(POS)
-    return inputs if width is None else Inputs(inputs.ids[:, :width], inputs.mask[:, :width], inputs.row_ids)
+    return columns if width is None else columns.cut(width)
 
 
 def _on_axes(valid: Tensor, axis: str, axes: tuple[str, ...]) -> Tensor:
@@ -235,26 +250,28 @@ def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int 
     return len(chosen), [(axes.index(axis), torch.tensor(chosen))]
 
 
-def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+def _columns(
+    axis: str, index: Index, tokens: Columns, where: Tensor | None, site: Site
+) -> tuple[Tensor, Tensor | None]:
     """Columns [B, n] of the positions meant, and which of them count (None: all)."""
-    rows, width = inputs.mask.shape
-    lengths = inputs.lengths[:, None]
+    rows, width = tokens.real.shape
+    lengths = tokens.lengths[:, None]
     if isinstance(index, Tensor) and index.shape[0] != rows:
         raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
     if index is None or isinstance(index, Span) or (isinstance(index, Tensor) and index.dtype == torch.bool):
         if isinstance(index, Tensor):
-            if index.shape != inputs.mask.shape:
-                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(inputs.mask.shape)}")
+            if index.shape != tokens.real.shape:
+                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(tokens.real.shape)}")
             chosen = index.cpu()
-            if bool((chosen & ~inputs.mask).any()):
+            if bool((chosen & ~tokens.real).any()):
                 raise ShapeError(f"{site}: the mask selects padding; intersect it with inputs.mask")
         else:
             start, stop = (index.start, index.stop) if isinstance(index, Span) else (None, None)
             low = _bound(start, 0, lengths)
-            high = _bound(stop, width, lengths)
-            chosen = inputs.mask & (inputs.positions >= low) & (inputs.positions < high)
+            high = _bound(stop, _EVER, lengths)
+            chosen = tokens.real & (tokens.index >= low) & (tokens.index < high)
         if where is not None:
-            chosen = chosen & _where_columns(where, inputs, site)
+            chosen = chosen & _where_columns(where, tokens, site)
         count = chosen.sum(1)
         widest = int(count.max())
         if widest == 0:
@@ -268,7 +285,8 @@ def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site
     else:
         pos = torch.tensor(index if isinstance(index, tuple) else (index,)).expand(rows, -1)
     resolved = torch.where(pos < 0, pos + lengths, pos)
-    outside = ((resolved < 0) | (resolved >= lengths)).any(1).nonzero().flatten().tolist()
+    cols, there = tokens.find(resolved)
+    outside = (~there).any(1).nonzero().flatten().tolist()
     if outside:
         row = outside[0]
         raise SiteError(
@@ -280,8 +298,7 @@ def _columns(axis: str, index: Index, inputs: Inputs, where: Tensor | None, site
     ordered = resolved.sort(1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise SiteError(f"{site}: {axis}={index} names one position of a row twice")
-    cols = inputs.order.gather(1, resolved)
-    valid = None if where is None else _where_columns(where, inputs, site).gather(1, cols)
+    valid = None if where is None else _where_columns(where, tokens, site).gather(1, cols)
     return cols, valid
 
 
@@ -291,11 +308,11 @@ def _bound(value: int | None, default: int, lengths: Tensor) -> Tensor:
     return lengths + value if value < 0 else torch.full_like(lengths, value)
 
 
-def _where_columns(where: Tensor, inputs: Inputs, site: Site) -> Tensor:
+def _where_columns(where: Tensor, tokens: Columns, site: Site) -> Tensor:
     where = where.cpu()
-    if where.dtype != torch.bool or where.shape not in (inputs.mask.shape, inputs.mask.shape[:1]):
+    if where.dtype != torch.bool or where.shape not in (tokens.real.shape, tokens.real.shape[:1]):
         raise ShapeError(
-            f"{site}: where() takes a bool mask of shape {list(inputs.mask.shape[:1])} or {list(inputs.mask.shape)}, "
+            f"{site}: where() takes a bool mask of shape {list(tokens.real.shape[:1])} or {list(tokens.real.shape)}, "
             f"got {where.dtype} of shape {list(where.shape)}"
         )
-    return (where if where.ndim == 2 else where[:, None]) & inputs.mask
+    return (where if where.ndim == 2 else where[:, None]) & tokens.real

@@ -66,6 +66,9 @@ KINDS: dict[str, Kind] = {
 }
 """Every kind of site, in the order in which a block computes them, be its attention and MLP sequential or parallel."""
 
+Key = tuple[str, int, str | None]
+"""What identifies a whole activation: its name, its layer (-1 outside the blocks) and its stack."""
+
 _ORDER = {name: index for index, name in enumerate(KINDS)}
 _BY_HOOK = {kind.hook: kind.name for kind in KINDS.values()} | {"hook_unembed": "logits"}
 
@@ -147,7 +150,7 @@ class Site:
         return self.kind.axes
 
     @property
-    def key(self) -> tuple[str, int, str | None]:
+    def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
         if self.name == "resid_pre" and self.layer:
             return ("resid_post", self.layer - 1, self.stack)
@@ -266,7 +269,7 @@ def _parse_hook(name: str) -> tuple[str, int | None] | None:
     return None
 
 
-def execution_order(key: tuple[str, int, str | None], n_layers: int) -> tuple[int, int]:
+def execution_order(key: Key, n_layers: int) -> tuple[int, int]:
     """Sort key of a `Site.key` by when a forward pass computes it."""
     name, layer, _ = key
     if KINDS[name].per_layer:

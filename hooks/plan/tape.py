@@ -13,7 +13,7 @@ from ..errors import SiteError, nearest
 from .encoding import Put, Record
 from .inputs import Inputs
 from .region import resolve
-from .sites import Site, same, site
+from .sites import Key, Site, same, site
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Tape:
 
     inputs: Inputs
     values: tuple[tuple[Site, Tensor], ...]
-    sizes: Mapping[tuple[str, int, str | None], dict[str, int]]
+    sizes: Mapping[Key, dict[str, int]]
     window: slice | None = None
 
     def __getitem__(self, where: Site | str) -> Tensor:
@@ -42,7 +42,7 @@ class Tape:
                 return value
         whole = self.whole(wanted)
         if whole is not None:
-            return resolve(wanted, self.inputs, self.sizes[wanted.key]).get(whole)
+            return resolve(wanted, self.inputs.columns, self.sizes[wanted.key]).get(whole)
         kept = [str(s) for s, _ in self.values]
         raise SiteError(
             f"{wanted} was not kept{nearest(str(wanted), kept)}; the tape has {', '.join(kept) or 'nothing'}"

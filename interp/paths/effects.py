@@ -177,7 +177,7 @@ def _site_head(model: Model, reader: Reader) -> int | None:
         return reader.head
     block = model.architecture.blocks[reader.layer]
     assert reader.head is not None
-    return reader.head // (block.q.heads // block.k.heads)
+    return reader.head // (block.attention.q.heads // block.attention.k.heads)
 
 
 def _node_change(measure: Measure, reader: Reader, plan: Plan) -> Tensor:

@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hooks import Site, World, patch
-from hooks.backends.forward import exposed_layers, hooked_pass
-from hooks.backends.sources import read_tapes
+from hooks import Site, World, patch, record
 from hooks.errors import MetricError, PathError
-from hooks.program import Edits
 from interp.attribution import require_rows_apart
 from interp.metrics import call
 from interp.paths.measuring import Measure
@@ -60,29 +57,24 @@ class Gradients:
             sites += [Site(name, layer) for name in ("attn_in", *QKV)]
             sites += [Site(name, layer) for name in ("mlp_in", "mlp_out")] if block.mlp is not None else []
         sites += [*base.per_head, Site("resid_post", model.n_layers - 1)]
-        held, record = model.held_on(inputs)
-        require_rows_apart(held)
-        plan = held
+        require_rows_apart(model.held_on(inputs)[0])
+        world = World(inputs)
         if embedded is not None:
             whole = embedded.new_zeros((len(inputs), *embedded.shape[1:]))
             whole[window] = embedded
-            plan = held + patch(Site("resid_pre", 0), whole)
-        world = World(inputs, plan)
+            world = World(inputs, patch(Site("resid_pre", 0), whole))
         captures = [*sites, *measure.bound.reads]
-        expose = exposed_layers([world], measure.bound.reads)
+        (outcome,) = record(
+            model, [world], captures, grad=True, seed=measure.seed, budget=measure.budget, rows=window, together=True
+        )
+        kept = outcome.values
         with model.suspended(), torch.enable_grad():
-            with torch.no_grad():
-                tapes = read_tapes(model, [world], measure.seed, expose, measure.budget)
-            under = Edits(world, model.sizes, tapes, measure.seed, window)
-            session, _ = hooked_pass(model, [under], [captures], expose, graph=True)
-            kept = [session.kept[0][i] for i in range(len(captures))]
             values = [*kept[len(sites) :], *(other[window] for other in measure.others)]
             measured = call(measure.bound, measure.metric.name, window, values)
             if not measured.requires_grad:
                 raise MetricError(f"metric {measure.metric.name!r} has no gradient: score edges with method='exact'")
             # A site that the metric does not depend on (an MLP after the position that it reads, say) has none.
             found = torch.autograd.grad(measured.sum(), kept[: len(sites)], allow_unused=True)
-        under.audit.split(len(held), record)
         real = inputs.mask[window].to(measured.device)
         self.values = {site.key: value.detach() for site, value in zip(sites, kept, strict=False)}
         self.gradients = {
@@ -138,10 +130,10 @@ class Gradients:
             # At `attn_in` every head reads the same, so its q, k and v are what those of each head's readers would be.
             return {n: responses(self.base, n, layer, change)[n] for n in (QKV if kind == "attn" else (kind,))}
         assert block.mlp is not None
-        assert block.norm2 is not None
+        assert block.of_mlp.pre is not None
         with self.base.model.suspended():
-            out = block.mlp.module(block.norm2(self.base.read_by(kind, layer) + change))
-            return {"mlp_out": out if block.post2 is None else block.post2(out)}
+            out = block.mlp.module(block.of_mlp.pre(self.base.read_by(kind, layer) + change))
+            return {"mlp_out": out if block.of_mlp.post is None else block.of_mlp.post(out)}
 
     def _of_input(self, kind: str, layer: int) -> Tensor:
         """The gradient at what each reader of a kind reads, [b, T, R, M]."""
@@ -153,10 +145,10 @@ class Gradients:
         if alone in self.base.per_head:
             return self.gradients[alone.key]
         # The heads share one tensor that they read, so each head's part is taken through a copy of its own.
-        projection, read = getattr(self.blocks[layer], kind), self.values[Site("attn_in", layer).key]
+        projection, read = getattr(self.blocks[layer].attention, kind), self.values[Site("attn_in", layer).key]
         with self.base.model.suspended(), torch.enable_grad():
             copies = read.unsqueeze(2).expand(-1, -1, projection.heads, -1).detach().requires_grad_()
-            out = projection.per_head(self.blocks[layer].norm1(copies))
+            out = projection.per_head(self.blocks[layer].of_attention.pre(copies))
             return torch.autograd.grad(out, copies, self.gradients[Site(kind, layer).key])[0]
 
 

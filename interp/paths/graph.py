@@ -78,8 +78,8 @@ class Graph:
             raise PathError(f"granularity is {' or '.join(map(repr, GRANULARITIES))}, not {granularity!r}{hint}")
         blocks = model.architecture.blocks
         return cls(
-            heads=tuple(block.q.heads for block in blocks),
-            groups=tuple(block.q.heads // block.k.heads for block in blocks),
+            heads=tuple(block.attention.q.heads for block in blocks),
+            groups=tuple(block.attention.q.heads // block.attention.k.heads for block in blocks),
             mlps=tuple(block.mlp is not None for block in blocks),
             parallel=any(block.parallel for block in blocks),
             width=model.architecture.width,

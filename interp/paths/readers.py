@@ -61,18 +61,18 @@ def _responses(base: Streams, kind: str, layer: int, change: Tensor, norms: str)
     block = arch.blocks[layer]
     if kind == "mlp":
         assert block.mlp is not None
-        assert block.norm2 is not None
+        assert block.of_mlp.pre is not None
         if norms == "recompute":
             return {"mlp_in": read + change}
-        out = block.mlp.module(block.norm2(read) + frozen_norm(block.norm2, read)(change))
-        return {"mlp_out": out if block.post2 is None else block.post2(out)}
+        out = block.mlp.module(block.of_mlp.pre(read) + frozen_norm(block.of_mlp.pre, read)(change))
+        return {"mlp_out": out if block.of_mlp.post is None else block.of_mlp.post(out)}
     if norms == "recompute":
         if kind == "attn":
             return {"attn_in": read + change}
-        normed = block.norm1(read + change)
+        normed = block.of_attention.pre(read + change)
     else:
-        normed = block.norm1(read) + frozen_norm(block.norm1, read)(change)
-    return {name: getattr(block, name)(normed) for name in (("q", "k", "v") if kind == "attn" else (kind,))}
+        normed = block.of_attention.pre(read) + frozen_norm(block.of_attention.pre, read)(change)
+    return {name: getattr(block.attention, name)(normed) for name in (("q", "k", "v") if kind == "attn" else (kind,))}
 
 
 def forced(
@@ -101,7 +101,7 @@ def key_value_head(model: Model, reader: Reader, query_heads: bool) -> int | Non
     if reader.kind in ("k", "v") and query_heads:
         block = model.architecture.blocks[reader.layer]
         assert reader.head is not None
-        return reader.head // (block.q.heads // block.k.heads)
+        return reader.head // (block.attention.q.heads // block.attention.k.heads)
     return reader.head
 
 

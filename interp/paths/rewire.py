@@ -16,7 +16,6 @@ from torch import Tensor
 from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
 from hooks.errors import PathError
 from hooks.plan.plan import Read
-from hooks.plan.region import resolve
 from interp.paths.graph import Graph
 from interp.paths.nodes import QKV, Reader, Writer
 from interp.paths.sources import Source
@@ -90,7 +89,7 @@ def span_tokens(graph: Graph, span: str | None, inputs: Inputs, model: Any) -> T
     if span is None:
         return None
     place = Site("resid_pre", 0, pos=graph.span(span, inputs)[0])
-    region = resolve(place, inputs, model.sizes[place.key])
+    region = model.region(place, inputs)
     marks = torch.ones_like(region.cols, dtype=torch.bool)
     if region.valid is not None:
         marks = region.full_valid()[..., 0]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hooks import Inputs, Model, Plan, Site, World
 from hooks.errors import ModelError, PathError
-from hooks.models.architecture import Block, linear_weight
+from hooks.models.blocks import Block
+from hooks.models.projections import linear_weight
 from hooks.record import run_worlds
 from interp.paths.nodes import QKV, Writer
 from interp.sweeps import check_model
@@ -96,8 +97,8 @@ class Streams:
     def head(self, layer: int, head: int) -> Tensor:
         """What one head adds, [B, T, M]."""
         block = self.model.architecture.blocks[layer]
-        weight, _ = linear_weight(block.out)
-        part = weight[:, head * block.q.width : (head + 1) * block.q.width]
+        weight, _ = linear_weight(block.attention.out)
+        part = weight[:, head * block.attention.q.width : (head + 1) * block.attention.q.width]
         return self._post(layer)(self.z[layer][..., head, :] @ part.T)
 
     def writer(self, writer: Writer) -> Tensor:
@@ -141,16 +142,18 @@ def edits(held: Plan, kind: str, layer: int) -> bool:
 
 def head_outputs(block: Block, z: Tensor, post: Callable[[Tensor], Tensor]) -> Tensor:
     """What each head adds to the residual stream, [..., H, M], of z [..., H, D]."""
-    weight, _ = linear_weight(block.out)
-    return post(torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (block.q.heads, block.q.width))))
+    weight, _ = linear_weight(block.attention.out)
+    return post(
+        torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (block.attention.q.heads, block.attention.q.width)))
+    )
 
 
 def post_norm(block: Block, z: Tensor) -> Callable[[Tensor], Tensor]:
     """How the norm on a layer's attention output, where there is one, scales a head's part [..., H, M] or [..., M]."""
-    norm = block.post1
+    norm = block.of_attention.post
     if norm is None:
         return lambda part: part
-    scaled = frozen_norm(norm, block.out.forward(z.flatten(-2)))
+    scaled = frozen_norm(norm, block.attention.out.forward(z.flatten(-2)))
 
     def each(part: Tensor) -> Tensor:
         # Over heads, the scale is that of their sum.
@@ -238,10 +241,12 @@ def require_additive(run: Streams, tolerance: float | None = None) -> float:
 
     for layer, block in enumerate(arch.blocks):
         compare(run.attn_in[layer], f"attention of layer {layer}")
-        _, bias = linear_weight(block.out)
+        _, bias = linear_weight(block.attention.out)
         attended = run.heads(layer).sum(2)
         if bias is not None:
-            attended = attended + (bias if block.post1 is None else run._post(layer)(bias.expand_as(attended)))
+            attended = attended + (
+                bias if block.of_attention.post is None else run._post(layer)(bias.expand_as(attended))
+            )
         before = total
         total = total + attended
         if block.mlp is None:

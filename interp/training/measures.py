@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World, site
 from hooks.errors import MetricError
-from hooks.models.architecture import linear_weight
+from hooks.models.projections import linear_weight
 from hooks.plan.plan import as_plan
 from interp.evaluation import evaluate
 from interp.lens import check_readout, frozen_norm, head_outputs

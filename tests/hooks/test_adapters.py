@@ -12,8 +12,10 @@ import hooks as hk
 from hooks import Model, World, site
 from hooks.errors import ModelError
 from hooks.models import describe
-from hooks.models.architecture import Projection, linear_weight, rotate, softcap
-from hooks.models.attention import read_mask
+from hooks.models.attention import softcap
+from hooks.models.masks import read_mask
+from hooks.models.positions import rotate
+from hooks.models.projections import Projection, linear_weight
 from tests import oracle, zoo
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}

@@ -9,7 +9,8 @@ from torch import Tensor
 import hooks
 from hooks import Context, Inputs, Site, Span, World, run_worlds, site
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
-from hooks.plan.context import context, fit
+from hooks.layout import Layout
+from hooks.plan.context import fit
 from hooks.plan.operation import Op
 from hooks.plan.operations.values import Noise
 from hooks.plan.plan import as_plan
@@ -36,8 +37,8 @@ def at_z(**restrictions) -> tuple[Tensor, Context]:
     """A part of z [B=2, T=3, H=4, D=5], and its context."""
     place = site("z", 0, **restrictions)
     inputs = Inputs.of(torch.ones(2, 3, dtype=torch.long))
-    region = resolve(place, inputs, sizes_of(place))
-    return region.get(normals(2, 3, 4, 5)), context(region, inputs, 0, slice(0, 2), torch.device("cpu"))
+    region = resolve(place, inputs.columns, sizes_of(place))
+    return region.get(normals(2, 3, 4, 5)), Layout.of(inputs).context(region, 0, slice(0, 2), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,8 @@ def test_values_of_another_dtype_or_device_are_refused():
 def test_a_value_for_all_rows_is_cut_to_those_that_run():
     place = site("resid_pre", 0)
     inputs = Inputs.of(torch.ones(5, 3, dtype=torch.long))
-    region = resolve(place, inputs, {"dim": 4}).rows(slice(2, 4))
-    ctx = context(region, inputs, 0, slice(2, 4), torch.device("cpu"))
+    region = resolve(place, inputs.columns, {"dim": 4}).rows(slice(2, 4))
+    ctx = Layout.of(inputs).context(region, 0, slice(2, 4), torch.device("cpu"))
     value, x = normals(5, 3, 4), normals(2, 3, 4)
     assert torch.equal(fit(value, x, ctx), value[2:4])
     with pytest.raises(ShapeError):

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hooks as hk
 from hooks import Inputs, Intervention, site
 from hooks.errors import ShapeError, SiteError
-from hooks.plan.context import Context, context
+from hooks.layout import Layout
+from hooks.plan.context import Context
 from hooks.plan.operation import Op
 from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
 from hooks.plan.operations.moving import CopyScores, FromPositions
@@ -29,10 +30,10 @@ def case(op: Op, place: hk.Site, dtype: torch.dtype, *reads: tuple[int, ...]) ->
     inputs = Inputs.of(torch.ones_like(mask), mask)
     sizes = {axis: SIZES[axis] for axis in ("head", "dim") if axis in place.axes}
     whole = {"row": 2, "pos": 5, "key_pos": 5, **sizes}
-    region = resolve(place, inputs, sizes)
+    region = resolve(place, inputs.columns, sizes)
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(s, generator=generator) for s in ([whole[a] for a in place.axes], *reads)]
-    ctx = context(region, inputs, 0, slice(0, 2), torch.device("cpu"))
+    ctx = Layout.of(inputs).context(region, 0, slice(0, 2), torch.device("cpu"))
     return region.get(draw[0].to(dtype)), [r.to(dtype) for r in draw[1:]], ctx
 
 

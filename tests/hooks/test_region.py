@@ -155,7 +155,7 @@ def test_get_and_put_against_a_loop(case, seed):
     shape = shape_of(place, mask)
     expected = chosen(place, mask, shape, only)
     assume(bool(expected.any()))
-    region = resolve(place, inputs_of(mask), sizes(place), only)
+    region = resolve(place, inputs_of(mask).columns, sizes(place), only)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
     before = x.detach().clone()
@@ -187,7 +187,7 @@ def test_a_range_of_the_rows_is_resolved_as_the_whole_batch_is(case, data):
     assume(bool(chosen(place, mask, shape, only).any()))
     start = data.draw(st.integers(0, len(mask) - 1))
     window = slice(start, data.draw(st.integers(start + 1, len(mask))))
-    region = resolve(place, inputs_of(mask), sizes(place), only)
+    region = resolve(place, inputs_of(mask).columns, sizes(place), only)
     cut = region.rows(window)
     assert torch.equal(cut.cols, region.cols[window])
     x = torch.randn(shape)
@@ -207,7 +207,7 @@ def test_a_span_takes_of_each_row_what_a_slice_takes(axis, start):
         if not expected.any():
             assert "no token" in refused(place, mask)
             continue
-        region = resolve(place, inputs_of(mask), sizes(place))
+        region = resolve(place, inputs_of(mask).columns, sizes(place))
         x = torch.zeros(shape_of(place, mask))
         assert torch.equal(region.put(x, torch.ones_like(region.get(x))).bool(), expected)
 
@@ -216,7 +216,7 @@ def test_entire_is_every_column():
     mask = padded([2, 4], "left")
     for place in (site("resid_pre", 0), site("z", 0), site("scores", 0), site("logits")):
         x = torch.randn(shape_of(place, mask))
-        region = entire(place, inputs_of(mask), sizes(place))
+        region = entire(place, inputs_of(mask).columns, sizes(place))
         assert torch.equal(region.get(x), x)
         assert torch.equal(region.put(x, x + 1), x + 1)
         assert [region.shape[axis] for axis in place.axes] == list(x.shape)
@@ -228,7 +228,7 @@ def test_a_bool_mask_leaves_the_columns_of_other_rows_alone():
     pos = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
     place = site("z", 0, pos=pos, head=(2, 0))
     x = torch.zeros(shape_of(place, mask))
-    region = resolve(place, inputs_of(mask), sizes(place))
+    region = resolve(place, inputs_of(mask).columns, sizes(place))
     out = region.put(x, torch.ones_like(region.get(x)))
     assert torch.equal(out.bool()[..., 0], pos[:, :, None] & torch.tensor([True, False, True]))
 
@@ -238,7 +238,7 @@ def test_a_bool_mask_leaves_the_columns_of_other_rows_alone():
 
 def refused(place: Site, mask: Tensor, only: Tensor | None = None) -> str:
     with pytest.raises((SiteError, ShapeError)) as caught:
-        resolve(place, inputs_of(mask), sizes(place), only)
+        resolve(place, inputs_of(mask).columns, sizes(place), only)
     return str(caught.value)
 
 

@@ -247,8 +247,8 @@ def test_after_an_exception_in_the_users_model(family, monkeypatch):
     expected = model.run(x, plan).logits
     state = State(model.module)
     block = model.architecture.blocks[-1]
-    parts = [block.norm1, block.out, model.architecture.norm]
-    parts += [block.norm2, block.mlp.down] if block.mlp is not None else []
+    parts = [block.of_attention.pre, block.attention.out, model.architecture.norm]
+    parts += [block.of_mlp.pre, block.mlp.down] if block.mlp is not None else []
     for part in parts:
         with monkeypatch.context() as patched:
             patched.setattr(type(part), "forward", lambda *args, **kwargs: 1 / 0)
@@ -398,7 +398,12 @@ def test_the_users_own_hooks_stay_where_they_were(family):
     x = example(model)
     seen: list[str] = []
     block = model.architecture.blocks[0]
-    for name, part in {"block": block.module, "norm": block.norm1, "out": block.out, "model": model.module}.items():
+    for name, part in {
+        "block": block.module,
+        "norm": block.of_attention.pre,
+        "out": block.attention.out,
+        "model": model.module,
+    }.items():
         part.register_forward_hook(lambda m, a, o, name=name: seen.append(name))
         part.register_forward_pre_hook(lambda m, a, name=name: seen.append(name))
     state = State(model.module)
@@ -420,7 +425,7 @@ def test_an_attention_function_of_the_users_own_stays():
     """Set on one layer of a small transformer, which is where the engine puts its own."""
     model = fresh("small_ln_learned")
     x = example(model)
-    attention = model.architecture.blocks[0].attention
+    attention = model.architecture.blocks[0].attention.module
     attention.attend = type(attention).attend
     state = State(model.module)
     model.run(x, hk.zero(site("pattern", 0, pos=1)))
@@ -433,7 +438,7 @@ def test_an_attention_function_of_the_users_own_stays():
 def test_a_config_of_one_layers_own_stays():
     model = fresh("llama")
     x = example(model)
-    attention = model.architecture.blocks[0].attention
+    attention = model.architecture.blocks[0].attention.module
     attention.config = copy.copy(attention.config)
     state = State(model.module)
     model.run(x, hk.zero(site("pattern", 0, pos=1)) + hk.zero(site("pattern", 1, pos=1)))
@@ -446,11 +451,11 @@ def test_the_state_would_show_a_change(family):
     model = fresh(family)
     block = model.architecture.blocks[0]
     changes: list[Callable[[], Any]] = [
-        lambda: block.norm1.register_forward_hook(lambda m, a, o: None),
+        lambda: block.of_attention.pre.register_forward_hook(lambda m, a, o: None),
         lambda: block.module.register_forward_pre_hook(lambda m, a: None),
         lambda: block.module.train(),
-        lambda: setattr(block.attention, "config", SimpleNamespace()),
-        lambda: setattr(block.attention, "attend", None),
+        lambda: setattr(block.attention.module, "config", SimpleNamespace()),
+        lambda: setattr(block.attention.module, "attend", None),
         lambda: next(model.module.parameters()).data.add_(1e-9),
         lambda: next(model.module.parameters()).requires_grad_(False),
         lambda: torch.rand(1),

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import hooks
 from hooks import Inputs, Site, Span, site
-from hooks.plan.context import Context, Reference, context
+from hooks.layout import Layout
+from hooks.plan.context import Context, Reference
 from hooks.plan.operation import Op
 from hooks.plan.operations.attention import Knockout
 from hooks.plan.operations.custom import Custom
@@ -59,10 +60,10 @@ def cases(place: Site, dtype: torch.dtype) -> dict[str, Case]:
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     inputs = Inputs.of(torch.ones_like(mask), mask, torch.tensor([7, 3]))
     sizes = {axis: size for axis, size in (("head", HEADS), ("dim", DIM)) if axis in place.axes}
-    region = resolve(place, inputs, sizes)
+    region = resolve(place, inputs.columns, sizes)
     whole = {"row": ROWS, "pos": WIDTH, "key_pos": WIDTH, **sizes}
     x = region.get(random(*(whole[axis] for axis in place.axes)))
-    ctx = context(region, inputs, 11, slice(0, ROWS), torch.device("cpu"))
+    ctx = Layout.of(inputs).context(region, 11, slice(0, ROWS), torch.device("cpu"))
     last, tail = x.shape[-1], x.shape[2:]
     # A reference set has every position, but where the site lists some.
     loose = tuple(i for i, axis in enumerate(place.axes) if axis in ("pos", "key_pos") and place.pos != -1)
@@ -277,8 +278,8 @@ def test_a_plan_is_compiled_as_a_function_of_a_direction(compiler):
     """What a user writes, through the region that a site means: taken out, steered, put back."""
     place = site("z", 0, head=1, pos=Span(1, None))
     inputs = Inputs.of(torch.ones(ROWS, WIDTH, dtype=torch.int64))
-    region = resolve(place, inputs, {"head": HEADS, "dim": DIM})
-    ctx = context(region, inputs, 0, slice(0, ROWS), torch.device("cpu"))
+    region = resolve(place, inputs.columns, {"head": HEADS, "dim": DIM})
+    ctx = Layout.of(inputs).context(region, 0, slice(0, ROWS), torch.device("cpu"))
 
     def step(x: Tensor, vector: Tensor) -> Tensor:
         return region.put(x, hooks.steer(place, vector).op(region.get(x), ctx=ctx))

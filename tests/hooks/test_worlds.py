@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import hooks as hk
 from hooks import Model, World, patch, site
-from hooks.record import choose
+from hooks.record import Choice, choose
 from tests.hooks.executing import Ran, agree, inputs, several_families
 from tests.zoo import fresh, wrapped
 
@@ -42,7 +42,13 @@ def test_hooks_of_the_users_own_are_respected(family):
     model = fresh(family)
     x, other = inputs(model, "left", 1), inputs(model, "left", 2)
     block = model.architecture.blocks[1]
-    for part in (block.module, block.norm1, block.attention, block.out, model.architecture.embed):
+    for part in (
+        block.module,
+        block.of_attention.pre,
+        block.attention.module,
+        block.attention.out,
+        model.architecture.embed,
+    ):
         name = next(n for n, m in model.module.named_modules() if m is part)
 
         def bump(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> Tensor | tuple:
@@ -84,7 +90,7 @@ def test_executors_by_name():
     model = wrapped("gpt2")
     x = inputs(model, "flat", 1)
     for name in ("sequential", "batched"):
-        assert choose(model, [World(x)], name) == hk.worlds.Choice(name)
+        assert choose(model, [World(x)], name) == Choice(name)
     assert choose(model, [], "auto").executor == "shared"
     assert list(hk.run_worlds(model, [], [site("logits")])) == []
 
@@ -93,10 +99,25 @@ def test_executors_by_name():
 
 
 def without_its_last_block(family: str) -> Model:
-    """A model that no longer computes its last block, though it was wrapped with it."""
+    """A model that has its last block, and does not compute what is in it."""
     model = fresh(family)
-    model.module.blocks = model.module.blocks[:-1]
+    model.module.blocks[-1].forward = lambda x, *rest: x
     return model
+
+
+def test_blocks_that_were_taken_away_after_wrapping():
+    model = fresh("small_ln_learned")
+    x = inputs(model, "flat", 1)
+    before = model.run(x).logits
+    model.module.blocks = model.module.blocks[:-1]
+    after = model.run(x).logits
+    assert float((after - before).abs().max()) > 1e-3
+    assert model.n_layers == 1 and max(s.layers for s in model.sites()) == 1
+    for run in (lambda plan: model.run(x, plan), lambda plan: model.apply(plan).__enter__()):
+        with pytest.raises(hk.errors.SiteError, match=r"z\.1: the model has layers 0 \.\. 0"):
+            run(hk.zero(site("z", 1)))
+    (shared,) = hk.run_worlds(model, [World(x)], [site("logits")], executor="shared")
+    torch.testing.assert_close(shared.values[0], after, rtol=0, atol=1e-10)
 
 
 def test_what_never_fires_raises():

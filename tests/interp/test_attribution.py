@@ -98,7 +98,7 @@ def test_exact_in_the_last_layer_for_a_linear_readout(family, padding):
             ip.grid("v", layer=last, head="all", pos="all"),
             ip.grid("pattern", layer=last, head="all", key_pos="all"),
         ]
-    if not attention_only and block.post2 is None:
+    if not attention_only and block.of_mlp.post is None:
         grids += [ip.grid("mlp_post", layer=[last], dim=list(range(0, 40, 7)))]
     for grid in grids:
         estimate, exact = pair.both(grid, metric=metric)
@@ -144,7 +144,7 @@ def test_the_gradient_times_the_change(family, padding):
         sites += ["mlp_in", "mlp_pre", "mlp_post", "mlp_out"]
     if family not in ("neox", "small_attn_only"):
         sites += ["resid_mid"]
-    if pair.model.architecture.rotary is not None:
+    if pair.model.architecture.blocks[0].attention.rotary is not None:
         sites += ["rot_q", "rot_k"]
     result = run(grid=ip.grid(sites, layer=[0, 1], pos="all"))
     expected = np.full((len(sites), 2, 6, 3), np.nan)

@@ -7,31 +7,31 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ...models.architecture import Block
+from ...layout import Layout
 from ...models.attention import exposed_attention
-from ...plan.inputs import Inputs
+from ...models.blocks import Attention
 from .tokens import Packed
 
 
-def allowed_keys(inputs: Inputs, rows: Tensor, cols: Tensor, window: int | None, causal: bool) -> Tensor:
+def allowed_keys(layout: Layout, rows: Tensor, cols: Tensor, attention: Attention) -> Tensor:
     """Which keys queries may attend to.
 
     Args:
-        inputs: the base's inputs.
+        layout: of the base's rows.
         rows: int64 [g], the base row of each group of queries.
         cols: int64 [g, n], the columns of the queries.
-        window: width of a sliding window, in tokens, or None; only where attention is causal.
-        causal: whether a query sees the keys up to its own, or all.
+        attention: the layer, for its window and whether it is causal.
 
     Returns:
         bool [g, 1, n, T] on the CPU (n is 1 where all queries see the same).
     """
-    if not causal:
-        return inputs.mask[rows][:, None, None, :]
-    keys = torch.arange(inputs.width)
-    allowed = (keys <= cols[..., None]) & inputs.mask[rows][:, None, :]
-    if window is not None:
-        allowed &= keys > cols[..., None] - window
+    real = layout.keys.real[rows]
+    if not attention.causal:
+        return real[:, None, None, :]
+    keys, own = torch.arange(layout.keys.width), cols[..., None] + layout.offset
+    allowed = (keys <= own) & real[:, None, :]
+    if attention.window is not None:
+        allowed &= keys > own - attention.window
     return allowed[:, None]
 
 
@@ -53,24 +53,22 @@ def seen_by(asking: Tensor, causal: bool) -> Tensor:
 
 
 def packed_attention(
-    block: Block,
-    inputs: Inputs,
+    attention: Attention,
+    layout: Layout,
     out: Tensor,
     qkv: tuple[Packed, Packed, Packed],
     bases: tuple[Tensor | None, Tensor | None, Tensor | None],
     exposed: bool,
-    causal: bool,
 ) -> Packed:
     """Attention at given tokens, each against its own world's keys and values.
 
     Args:
-        block: the block, for its heads, scaling and window.
-        inputs: the base's inputs.
+        attention: the layer, for its heads, scaling, cap and window.
+        layout: of the base's rows.
         out: bool [members, T], the tokens at which z is wanted.
         qkv: the changed queries, keys and values.
         bases: the base's, [b, T, heads, D]; None while the base itself is computed, when every token is changed.
         exposed: use the kernel that the worlds which look inside attention use.
-        causal: whether a query sees the keys up to its own, or all.
 
     Returns:
         z at `out`, values [N, H, D].
@@ -92,7 +90,7 @@ def packed_attention(
         )
         most = int(counts[group].max())
         cols = torch.argsort((~out[group]).byte(), dim=1, stable=True)[:, :most]
-        allowed = allowed_keys(inputs, rows, cols, block.window, causal).to(device)
+        allowed = allowed_keys(layout, rows, cols, attention).to(device)
         real = torch.arange(most) < counts[group][:, None]
         slots = None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device)
         queries = q.values[asked]
@@ -100,16 +98,18 @@ def packed_attention(
             queries = queries.new_zeros((real.numel(), *queries.shape[1:])).index_copy_(0, slots, queries)
         queries = queries.unflatten(0, (len(group), most)).transpose(1, 2)
         # No fused kernel of torch's caps its scores.
-        if exposed or block.softcap is not None:
-            mixed = exposed_attention(queries, keys, values, allowed, block.scaling, _unseen, cap=block.softcap)
+        if exposed or attention.softcap is not None:
+            mixed, _ = exposed_attention(
+                queries, keys, values, allowed, attention.scaling, _unseen, cap=attention.softcap
+            )
         else:
             mixed = torch.nn.functional.scaled_dot_product_attention(
                 queries,
                 keys,
                 values,
                 attn_mask=allowed,
-                scale=block.scaling,
-                enable_gqa=block.k.heads < block.q.heads,
+                scale=attention.scaling,
+                enable_gqa=attention.k.heads < attention.q.heads,
             ).transpose(1, 2)
         mixed = mixed.flatten(0, 1)
         z[asked] = mixed if slots is None else mixed.index_select(0, slots)

@@ -96,6 +96,9 @@ class Packed:
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
     """Apply a function of each token to [N, ...], `tile` tokens at a time: what lies in between stays in cache."""
+    if not len(x):
+        # One token, of which nothing is kept: what a model's own modules make of none is theirs to say.
+        return function(x.new_zeros((1, *x.shape[1:])))[:0]
     if len(x) <= tile:
         return function(x)
     first = function(x[:tile])

@@ -1,0 +1,116 @@
+"""The one way into a model while something of ours is on it: whose call is this?"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..models.hook import Hook
+from . import frames
+
+Start = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Callable[[], None]]]
+"""From a call of the user's to the pass that it is, and what ends it."""
+
+
+class Gate:
+    """Hooks on a model itself, which learn of every call as it begins and ends.
+
+    A call that is made for a pass of ours is that pass; one within another call of the model (from a function of the
+    user's, say) or in a thread that has suspended what is held is nobody's; any other is what is held on the model.
+
+    Attributes:
+        lock: held by whoever runs the model under hooks: one forward pass at a time.
+        start: begins a pass for a call of the user's; None while nothing is held.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.start: Start | None = None
+        self._expected: dict[int, Any] = {}
+        self._suspended: Counter[int] = Counter()
+        self._handles: list[Any] = []
+        self._users = 0
+
+    def open(self, module: nn.Module) -> None:
+        """Place the hooks, for one more user."""
+        with self.lock:
+            if not self._users:
+                # First of all, so that the user's own hooks are within the call.
+                before = module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True, prepend=True)
+                self._handles.append(before)
+                try:
+                    self._handles.append(module.register_forward_hook(Hook(_end), always_call=True))
+                except BaseException:
+                    self._remove()
+                    raise
+            self._users += 1
+
+    def close(self) -> None:
+        """Take the hooks away, with the last user."""
+        with self.lock:
+            self._users -= 1
+            if not self._users:
+                self._remove()
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def expecting(self, module: nn.Module, run: Any) -> Iterator[None]:
+        """Within it, the next call of the model in this thread is a pass."""
+        me = threading.get_ident()
+        with self.lock:
+            self.open(module)
+            self._expected[me] = run
+            try:
+                yield
+            finally:
+                self._expected.pop(me, None)
+                self.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it, calls in this thread are nobody's."""
+        me = threading.get_ident()
+        self._suspended[me] += 1
+        try:
+            yield
+        finally:
+            self._suspended[me] -= 1
+            if not self._suspended[me]:
+                del self._suspended[me]
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether calls in this thread are nobody's."""
+        return threading.get_ident() in self._suspended
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nested = frames.inside(module)
+        call = frames.Call(module, sys._getframe(2))
+        frames.push(call)
+        run = self._expected.pop(threading.get_ident(), None)
+        if run is not None:
+            call.run = run
+        elif not nested and not self.is_suspended and self.start is not None:
+            call.run, call.close = self.start(module, args, kwargs)
+
+
+def _end(module: nn.Module, *_: Any) -> None:
+    frames.pop(module)
+
+
+_GATES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()
+
+
+def gate_of(module: nn.Module) -> Gate:
+    """The gate of a model, whichever of its wrappers asks."""
+    return _GATES.setdefault(module, Gate())

@@ -1,0 +1,286 @@
+"""Passes of the user's own model: what a program sees there, and the hooks that show it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError, SiteError
+from ..models.network import Network
+from ..plan.plan import World
+from ..plan.sites import Key, Site
+from ..program import Guard, Program, State, visit
+from . import frames
+from .gate import Gate, gate_of
+from .placing import place_hooks, swap_functions
+
+
+class Placement:
+    """Hooks on the parts of a model at some sites. Each shows its value to the pass that is under way in its thread.
+
+    Attributes:
+        network: the model.
+        keys: the sites.
+        expose: layers whose attention is computed with its inside exposed though nothing is visited there, so that the
+            worlds of one comparison use one kernel.
+        held: whether the hooks stay between calls, so that a part that is called by itself is noticed.
+    """
+
+    def __init__(self, network: Network, keys: Iterable[Key], expose: Iterable[int] = (), held: bool = False) -> None:
+        self.network, self.keys, self.expose, self.held = network, frozenset(keys), frozenset(expose), held
+        self.gate: Gate = gate_of(network.module)
+        self.by_hand: list[Pass] = []
+        self._stack: ExitStack | None = None
+
+    def place(self) -> None:
+        """Place the hooks."""
+        with ExitStack() as stack:
+            place_hooks(self.network.architecture, self.keys, self.running, stack, self.held)
+            self._stack = stack.pop_all()
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+    @property
+    def placed(self) -> bool:
+        """Whether the hooks are on the model."""
+        return self._stack is not None
+
+    def swap(self, stack: ExitStack) -> None:
+        """Put in place what is there only while the model is called: attention functions, the cap of the logits."""
+        swap_functions(self.network.architecture, self.keys, self.expose, self.running, stack)
+
+    def running(self) -> Pass | None:
+        """The pass that this thread is in, if the hooks were placed for it.
+
+        Raises:
+            PlanError: a part of the model is called by itself, or computed again for a call that nobody knows.
+        """
+        call = frames.innermost()
+        if call is not None and call.module is self.network.module:
+            run = call.run
+            return run if run is not None and run.placement is self else None
+        if not self.held or self.gate.is_suspended:
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            # A part that is checkpointed by hand, computed again in the backward pass.
+            pending = [run for run in self.by_hand if not run.computed_again]
+            last = self.by_hand[-1] if self.by_hand else None
+            if last is not None and (pending == [last] or not pending):
+                self.by_hand = [last]
+                return last.again_by_hand()
+            raise PlanError(
+                "a part of the model is computed again in a backward pass, and nobody knows for which of several calls: "
+                "checkpoint with the model's own gradient_checkpointing_enable()"
+            )
+        raise PlanError("a part of the model is called by itself, so rows and positions are unknown: call the model")
+
+
+class Pass:
+    """One forward pass of the model: its programs, and what they have seen so far.
+
+    Attributes:
+        placement: the hooks that show it what it sees.
+        programs: the worlds in the batch, one after another along the rows; each has as many rows.
+        captures: for each world, the sites to keep.
+        graph: keep values attached to the autograd graph (made to start at the first of them, if need be).
+        states: of the programs.
+        kept: for each world, the value of each of its captures.
+        scratch: values that wait from one hook to the next.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        programs: Sequence[Program],
+        captures: Sequence[Sequence[Site]],
+        graph: bool = False,
+        here: Sequence[State] | None = None,
+    ) -> None:
+        self.placement, self.programs, self.captures, self.graph = placement, programs, captures, graph
+        self.states = [State() for _ in programs] if here is None else [State(state.here) for state in here]
+        self.kept: list[dict[int, Tensor]] = [{} for _ in programs]
+        self.scratch: dict[Any, Any] = {}
+        self.tracking = torch.is_grad_enabled()
+        self.packing = _packing()
+        self.in_bound = 0
+        self.checkpointed_by_hand = False
+        self._again: Pass | None = None
+        self._captured: dict[Key, list[tuple[int, int]]] = {}
+        for world, sites in enumerate(captures):
+            for index, place in enumerate(sites):
+                self._captured.setdefault(place.key, []).append((world, index))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole batch."""
+        return sum(len(p.layout.rows[p.window]) for p in self.programs)
+
+    @property
+    def computed_again(self) -> bool:
+        """Whether a part that is checkpointed by hand was computed again for it."""
+        return self._again is not None
+
+    def again(self) -> Pass:
+        """The pass for a part that is computed again: as this one, with the values that it has read so far."""
+        return Pass(self.placement, self.programs, [()] * len(self.programs), here=self.states)
+
+    def again_by_hand(self) -> Pass:
+        """The one pass for all parts that are computed again by somebody who does not say for which call."""
+        if self._again is None:
+            self._again = self.again()
+        return self._again
+
+    def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
+        """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
+        edited = [key in program.touched for program in self.programs]
+        if self.tracking and any(edited):
+            self._require_known(key)
+        count = len(self.programs)
+        parts = list(x.chunk(count)) if count > 1 else [x]
+        guards = [None] * count if guard is None else [(g, guard[1]) for g in guard[0].chunk(count)]
+        for w, program in enumerate(self.programs):
+            if edited[w]:
+                self.states[w], parts[w] = visit(program, self.states[w], key, parts[w], guards[w])
+        if any(edited):
+            x = torch.cat(parts) if count > 1 else parts[0]
+            if self.checkpointed_by_hand and x.requires_grad:
+                x.register_hook(self._require_in_force)
+        for world, index in self._captured.get(key, ()):
+            place, program = self.captures[world][index], self.programs[world]
+            size = self.placement.network.sizes[key]
+            region = program.layout.resolve(place, size).rows(program.window) if place.restricted else None
+            part = parts[world] if region is None else region.get(parts[world])
+            if self.graph:
+                # Downstream must use the very tensor that is kept, or no gradient reaches it. Cloned, because some
+                # models go on to change their residual in place.
+                part = part.clone() if part.requires_grad else part.detach().clone().requires_grad_()
+                parts[world] = part if region is None else region.put(parts[world], part)
+                x = torch.cat(parts) if count > 1 else parts[0]
+                self.kept[world][index] = part
+            else:
+                self.kept[world][index] = part.detach().clone()
+        return x
+
+    def values(self, world: int) -> tuple[Tensor, ...]:
+        """What was kept of a world, in the order in which it was asked for.
+
+        Raises:
+            SiteError: the model did not compute a site.
+        """
+        for index, place in enumerate(self.captures[world]):
+            if index not in self.kept[world]:
+                raise SiteError(f"{place} was never computed: the model did not go through it in this call")
+        return tuple(self.kept[world][i] for i in range(len(self.captures[world])))
+
+    # Gradient checkpointing
+
+    def bind(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """A checkpointing function whose parts, when they are computed again, find this pass."""
+
+        def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            first = [True]
+
+            def part(*inner: Any, **named: Any) -> Any:
+                if first:
+                    first.clear()
+                    self.in_bound += 1
+                    try:
+                        return function(*inner, **named)
+                    finally:
+                        self.in_bound -= 1
+                return self._recompute(function, inner, named)
+
+            return checkpoint(part, *args, **kwargs)
+
+        return bound
+
+    def _recompute(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        placement = self.placement
+        module = placement.network.module
+        with placement.gate.lock, ExitStack() as stack:
+            if not placement.placed:
+                # The plan is no longer held, and its hooks are gone.
+                stack.callback(placement.remove)
+                placement.place()
+            placement.swap(stack)
+            frames.push(frames.Call(module, sys._getframe(0), self.again()))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                frames.pop(module)
+
+    def _require_known(self, key: Key) -> None:
+        """Notice where parts will be computed again, and refuse what would then go wrong in silence.
+
+        Raises:
+            PlanError: reentrant checkpointing, where it would lose a gradient or is done by hand.
+        """
+        if not torch.is_grad_enabled():
+            if any(key in program.held_back for program in self.programs):
+                raise PlanError(
+                    f"{key[0]} is read further on, and reentrant gradient checkpointing would let no gradient reach it: "
+                    "set use_reentrant=False"
+                )
+            if not self.in_bound and _in_reentrant_checkpoint():
+                raise PlanError(
+                    "a part of the model is checkpointed by hand, and reentrantly, so nobody knows for which call it is "
+                    "computed again: set use_reentrant=False"
+                )
+        elif not self.in_bound and not self.checkpointed_by_hand and _packing() != self.packing:
+            self.checkpointed_by_hand = True
+            self.placement.by_hand.append(self)
+
+    def _require_in_force(self, _gradient: Tensor) -> None:
+        if not self.placement.placed and not self.computed_again:
+            raise PlanError(
+                "a part of the model is checkpointed by hand, and the plan that it was computed under is no longer held: "
+                "make the backward pass within apply()"
+            )
+
+
+def _packing() -> Any:
+    """What autograd packs saved tensors with at the moment: something else within a checkpoint than around it."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    except RuntimeError:  # where packing is disabled, nothing is checkpointed
+        return None
+
+
+def _in_reentrant_checkpoint() -> bool:
+    from torch.utils.checkpoint import CheckpointFunction
+
+    here: FrameType | None = sys._getframe(1)
+    while here is not None:
+        if here.f_code is CheckpointFunction.forward.__code__:
+            return True
+        here = here.f_back
+    return False
+
+
+def touched(worlds: Iterable[World]) -> set[Key]:
+    """The sites at which some worlds edit something, or read what they compute themselves."""
+    keys = set()
+    for world in worlds:
+        for item in world.plan:
+            keys.add(item.site.key)
+            keys |= {read.site.key for read in item.own_reads if read.site is not None}
+    return keys
+
+
+def exposed_layers(worlds: Iterable[World], reads: Sequence[Site]) -> frozenset[int]:
+    """Layers whose attention shows its inside for some world, and so for all, because they are to share a kernel."""
+    sites = [*reads]
+    for world in worlds:
+        for item in world.plan:
+            sites += [item.site, *(read.site for read in item.reads if read.site is not None)]
+    return frozenset(s.layer for s in sites if s.name in ("scores", "pattern") and s.layer is not None)

@@ -1,0 +1,121 @@
+"""What worlds on one input share: the run without any plan, as far as they need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ...meter import Meter
+from ...models.network import Network
+from ...models.positions import Rotary
+from ...plan.inputs import Inputs
+from ...plan.region import Region
+from ...plan.sites import Key, Site, execution_order
+from .attention import seen_by
+
+COMPANIONS = {
+    "q_input": ("attn_in", "q"),
+    "k_input": ("attn_in", "k"),
+    "v_input": ("attn_in", "v"),
+    "scores": ("z",),
+    "pattern": ("z",),
+    "result": ("z",),
+    "mlp_pre": ("mlp_in",),
+    "mlp_post": ("mlp_in",),
+}
+"""Sites whose base value an edit at another one needs besides its own."""
+
+
+def record_keys(keys: Iterable[Key]) -> frozenset[Key]:
+    """The sites of which the base's value is needed where worlds edit or keep `keys`."""
+    keys = set(keys)
+    more = {(name, layer, stack) for at, layer, stack in keys for name in COMPANIONS.get(at, ())}
+    return frozenset(keys | more)
+
+
+@dataclass(eq=False)
+class Base:
+    """One batch of rows, its run without a plan, and what is read of the worlds that are run against it.
+
+    Attributes:
+        network: the model.
+        whole: the inputs.
+        window: the rows of them that are run.
+        reads: the sites whose values are wanted of every world.
+        exposed: layers whose attention is computed with its inside exposed, for every world alike.
+        recorded: sites of which the base's value will be needed, besides those that every run needs.
+        trim: whether tokens that no read depends on may be dropped.
+        values: the base's value [b, T, ...] of the sites that are recorded, by key.
+        meter: counts the work.
+    """
+
+    network: Network
+    whole: Inputs
+    window: slice
+    reads: Sequence[Site]
+    exposed: frozenset[int]
+    recorded: frozenset[Key]
+    trim: bool = True
+    values: dict[Key, Tensor] = field(default_factory=dict)
+    meter: Meter | None = None
+    logits: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arch, self.sizes, self.device = self.network.architecture, self.network.sizes, self.network.device
+        depth = len(self.arch.blocks)
+        self.inputs = self.whole.rows(self.window)
+        self.whole_layout = Layout.of(self.whole)
+        self.layout = self.whole_layout.window(self.window)
+        self.stop = max((execution_order(r.key, depth)[0] for r in self.reads), default=-1)
+        # The base goes on to whatever worlds may need of it, also where no read depends on that.
+        self.last = max([self.stop, *(execution_order(key, depth)[0] for key in self.recorded)])
+        self._angles: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        real = self.layout.queries.real
+        self.needed = [real] * depth
+        if self.trim and all(r.name == "logits" for r in self.reads) and self.reads:
+            read = torch.zeros_like(real)
+            for r in self.reads:
+                region = self.region(r)
+                marks = torch.ones_like(region.cols, dtype=torch.bool)
+                if region.valid is not None:
+                    marks = region.full_valid()[..., 0]
+                read |= torch.zeros_like(real).scatter(1, self.unembedded(region), marks)
+            # What is read depends on the tokens that attention sees from there, at every layer but the last.
+            self.needed = [real & seen_by(read, self.causal)] * (depth - 1) + [read & real]
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see those before them alone, in every layer."""
+        return all(block.attention.causal for block in self.arch.blocks)
+
+    def region(self, site: Site) -> Region:
+        """A read resolved on these rows, as wide as on all of them."""
+        make = self.whole_layout.resolve if site.restricted else self.whole_layout.entire
+        return make(site, self.sizes[site.key]).rows(self.window)
+
+    def unembedded(self, region: Region) -> Tensor:
+        """int64 [b, n]: the columns of the final states that a part of the logits is made of."""
+        return region.cols if self.arch.readout is None else torch.full_like(region.cols, self.arch.readout)
+
+    def embedded(self, inputs: Inputs, chosen: Tensor) -> Tensor:
+        """Embeddings [N, M] of the tokens of a batch that are chosen, bool [b, T]."""
+        if inputs.pixels is None:
+            return self.arch.embed(inputs.ids[chosen].to(self.device))
+        rows = chosen.any(1)
+        like = next(self.arch.embed.parameters())
+        whole = self.arch.embed(inputs.pixels[rows].to(self.device, like.dtype))
+        return whole.flatten(0, 1).index_select(0, chosen[rows].flatten().nonzero().squeeze(1).to(self.device))
+
+    def angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [b * T, R] of all tokens of the layout, whichever of them a world computes again."""
+        memo = (id(rotary), dtype)
+        if memo not in self._angles:
+            found = rotary(self.layout.queries.turned.to(self.device), dtype)
+            shape = self.layout.queries.real.shape
+            cos, sin = (x.expand(*shape, x.shape[-1]).flatten(0, 1) for x in found)
+            self._angles[memo] = (cos, sin)
+        return self._angles[memo]

@@ -1,0 +1,56 @@
+"""One forward pass of the user's own model, with the interventions of one or several worlds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from ..models.network import Network
+from ..plan.inputs import Inputs
+from ..plan.sites import Site
+from ..program import Program
+from .checkpointing import uncheckpointed
+from .native import Pass, Placement
+
+
+def run_pass(
+    network: Network,
+    programs: Sequence[Program],
+    inputs: Sequence[Inputs],
+    captures: Sequence[Sequence[Site]],
+    expose: frozenset[int],
+    graph: bool = False,
+) -> tuple[Pass, Tensor]:
+    """Run worlds of equally many rows and columns along the batch of one forward pass, under hooks that then are gone.
+
+    Args:
+        network: the model.
+        programs: the worlds; `inputs` are those of each, on the rows that are run.
+        captures: for each world, the sites to keep.
+        expose: layers whose attention is computed with its inside exposed; see `exposed_layers`.
+        graph: keep what is captured attached to the autograd graph.
+
+    Returns:
+        The pass, which holds what was captured, and the logits of the whole batch.
+    """
+    keys = {place.key for sites in captures for place in sites}.union(*(program.touched for program in programs))
+    placement = Placement(network, keys, expose)
+    run = Pass(placement, programs, captures, graph)
+    with placement.gate.lock, ExitStack() as stack:
+        if graph and keys:
+            stack.enter_context(uncheckpointed(network.module))
+        stack.callback(placement.remove)
+        placement.place()
+        placement.swap(stack)
+        stack.enter_context(placement.gate.expecting(network.module, run))
+        pixels = [i.pixels for i in inputs if i.pixels is not None]
+        logits = network.forward(
+            torch.cat([i.ids for i in inputs]),
+            torch.cat([i.mask for i in inputs]),
+            torch.cat([i.positions for i in inputs]),
+            torch.cat(pixels) if pixels else None,
+        )
+    return run, logits

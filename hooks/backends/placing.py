@@ -1,0 +1,339 @@
+"""Where the sites of a model are: forward hooks on its parts, and attention functions that show their inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Set
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..models.architecture import Architecture
+from ..models.attention import exposed_attention
+from ..models.blocks import Attention, Block, Sublayer
+from ..models.hook import Hook
+from ..models.masks import read_mask
+from ..models.projections import linear_weight
+from ..plan.sites import Key
+from ..program import Guard
+
+INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
+"""Sites inside attention, for which a layer's attention function is swapped."""
+
+HARMLESS = frozenset(
+    "position_ids use_cache cache_position output_attentions output_hidden_states output_router_logits return_dict "
+    "logits_to_keep is_causal sliding_window encoder_hidden_states encoder_attention_mask num_items_in_batch labels "
+    "token_type_ids mm_token_type_ids past_key_values head_mask deterministic".split()
+)
+"""Keyword arguments of attention functions that do not change what they compute, given their mask."""
+
+
+class Running(Protocol):
+    """The pass that a hook shows its value to."""
+
+    scratch: dict[Any, Any]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole batch."""
+        ...
+
+    def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
+        """Edit and keep a value."""
+        ...
+
+
+Find = Callable[[], Running | None]
+"""The pass that this thread is in, or None where a value is nobody's."""
+Edit = Callable[[Running, Tensor], Tensor]
+
+
+class Hooks:
+    """Places hooks that show a module's input or output to the pass that is under way.
+
+    Args:
+        find: which pass that is.
+        stack: where the removal of every hook is registered, at the moment at which it is placed.
+    """
+
+    def __init__(self, find: Find, stack: ExitStack) -> None:
+        self.find, self.stack = find, stack
+
+    def on_output(self, module: nn.Module, edit: Edit) -> None:
+        """Edit what a module returns, or the first of several values."""
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            run = self.find()
+            if run is None:
+                return None
+            if isinstance(output, tuple):
+                return (edit(run, output[0]), *output[1:])
+            return edit(run, output)
+
+        self.stack.callback(module.register_forward_hook(Hook(hook)).remove)
+
+    def on_input(self, module: nn.Module, edit: Edit) -> None:
+        """Edit what a module is called with: its first argument, or its hidden states."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self.find()
+            if run is None:
+                return None
+            if args:
+                return (edit(run, args[0]), *args[1:]), kwargs
+            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            return args, {**kwargs, name: edit(run, kwargs[name])}
+
+        self.stack.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
+
+    def watch(self, module: nn.Module) -> None:
+        """Notice a call of a module by itself."""
+
+        def hook(_module: nn.Module, _args: Any) -> None:
+            self.find()
+
+        self.stack.callback(module.register_forward_pre_hook(Hook(hook)).remove)
+
+
+def place_hooks(arch: Architecture, keys: Set[Key], find: Find, stack: ExitStack, watched: bool) -> None:
+    """Place on a model the hooks of some sites.
+
+    Args:
+        arch: the model's parts.
+        keys: the sites.
+        find: the pass that is under way.
+        stack: takes the hooks away again.
+        watched: notice blocks that are called by themselves.
+    """
+    hooks = Hooks(find, stack)
+
+    def show(name: str) -> Edit:
+        return lambda run, x: run.visit((name, -1, None), x)
+
+    names = {name for name, layer, _ in keys if layer == -1}
+    if "embed" in names:
+        hooks.on_output(arch.embed, show("embed"))
+    if "pos_embed" in names:
+        assert arch.pos_embed is not None
+        # Positions that all rows share come as one row, which an edit could not tell apart.
+        each = show("pos_embed")
+        hooks.on_output(arch.pos_embed, lambda run, x: each(run, x.expand(run.rows, *x.shape[1:])))
+    for layer, block in enumerate(arch.blocks):
+        if watched:
+            hooks.watch(block.module)
+        inside = {name for name, at, _ in keys if at == layer}
+        if layer == 0 and "resid_pre" in inside:
+            hooks.on_input(block.module, lambda run, x: run.visit(("resid_pre", 0, None), x))
+        if inside:
+            _BlockHooks(hooks, block, layer, inside).place()
+    if "ln_final" in names:
+        hooks.on_output(arch.norm, show("ln_final"))
+    if "logits" in names:
+        # A classifier unembeds one position of each row, which its output has no axis for.
+        one = show("logits")
+        seen = one if arch.readout is None else (lambda run, x: one(run, x.unsqueeze(1)).squeeze(1))
+        hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)))
+
+
+def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
+    """Put in place what is there only while the model is called: attention that shows its inside, logits uncapped."""
+    if ("logits", -1, None) in keys:
+        stack.enter_context(arch.lift_cap())
+    layers = {layer for name, layer, _ in keys if name in INSIDE} | set(expose)
+    for layer in sorted(layers):
+        attention = arch.blocks[layer].attention
+        names = {name for name, at, _ in keys if at == layer}
+        stack.enter_context(arch.swap_attention(attention.module, _exposed(attention, layer, names, find)))
+
+
+class _BlockHooks:
+    """The hooks of one block. Values wait in the pass's scratch from one hook to the next."""
+
+    def __init__(self, hooks: Hooks, block: Block, layer: int, names: set[str]) -> None:
+        self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
+
+    def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
+        return run.visit((name, self.layer, None), x) if name in self.names else x
+
+    def shown(self, name: str) -> Edit:
+        return lambda run, x: self.visit(run, name, x)
+
+    def wait(self, run: Running, name: str, x: Any) -> None:
+        run.scratch[self.layer, name] = x
+
+    def take(self, run: Running, name: str) -> Any:
+        return run.scratch.pop((self.layer, name), None)
+
+    def place(self) -> None:
+        self.around_attention()
+        self.projections()
+        self.heads()
+        if self.block.of_mlp is not None:
+            self.around_mlp(self.block.of_mlp)
+        if self.names & {"resid_post", "resid_mid"}:
+            self.hooks.on_output(self.block.module, self.resid_post)
+
+    def ended(self, sublayer: Sublayer, edit: Edit) -> None:
+        """Edit what a sublayer adds. One module may drop of several: which has ended is known by the last norm called."""
+        if self.drops_twice:
+            mine = self.block.sublayers.index(sublayer)
+            self.hooks.on_output(
+                sublayer.end, lambda run, x: edit(run, x) if run.scratch.get((self.layer, "entered")) == mine else x
+            )
+        else:
+            self.hooks.on_output(sublayer.end, edit)
+
+    @property
+    def drops_twice(self) -> bool:
+        drops = [s.drop for s in self.block.sublayers if s.drop is not None]
+        return len(drops) > len(set(drops))
+
+    def around_attention(self) -> None:
+        sublayer, names = self.block.of_attention, self.names
+        if self.drops_twice and names & {"attn_out", "mlp_out", "resid_mid"}:
+            for number, each in enumerate(self.block.sublayers):
+                self.hooks.on_input(each.pre, partial(self.entered, number))
+        if names & {"attn_in", "q_input", "k_input", "v_input"}:
+            self.hooks.on_input(sublayer.pre, self.attn_in)
+        if "attn_out" in names:
+            self.ended(sublayer, self.shown("attn_out"))
+
+    def entered(self, number: int, run: Running, x: Tensor) -> Tensor:
+        run.scratch[self.layer, "entered"] = number
+        return x
+
+    def attn_in(self, run: Running, x: Tensor) -> Tensor:
+        x = self.visit(run, "attn_in", x)
+        for name in ("q_input", "k_input", "v_input"):
+            if name in self.names:
+                projection = getattr(self.block.attention, name[0])
+                copies = x.unsqueeze(2).expand(-1, -1, projection.heads, -1)
+                edited = self.visit(run, name, copies)
+                if edited is not copies:
+                    self.wait(run, name, edited)
+        return x
+
+    def projections(self) -> None:
+        attention = self.block.attention
+        shared: dict[nn.Module, list[str]] = {}
+        for name in ("q", "k", "v"):
+            if self.names & {name, f"{name}_input"}:
+                shared.setdefault(getattr(attention, name).module, []).append(name)
+        for module, parts in shared.items():
+            self.hooks.on_output(module, partial(self.project, parts))
+
+    def project(self, parts: list[str], run: Running, out: Tensor) -> Tensor:
+        for name in parts:
+            projection = getattr(self.block.attention, name)
+            part, copies = projection.read(out), self.take(run, f"{name}_input")
+            if copies is not None:
+                # forward() rather than a call, which would run the hooks of the norm once more.
+                part = projection.per_head(self.block.of_attention.pre.forward(copies))
+            out = projection.write(out, self.visit(run, name, part))
+        return out
+
+    def heads(self) -> None:
+        out = self.block.attention.out
+        if self.names & {"z", "result"}:
+            self.hooks.on_input(out, self.z)
+        if "result" in self.names:
+            self.hooks.on_output(out, self.result)
+
+    def z(self, run: Running, x: Tensor) -> Tensor:
+        q = self.block.attention.q
+        heads = self.visit(run, "z", x.unflatten(-1, (q.heads, q.width)))
+        if "result" in self.names:
+            self.wait(run, "z", heads)
+        return heads.flatten(-2)
+
+    def result(self, run: Running, out: Tensor) -> Tensor:
+        edit = partial(self.visit, run, "result")
+        return out + head_results_change(self.block.attention, self.take(run, "z"), edit)
+
+    def around_mlp(self, sublayer: Sublayer) -> None:
+        mlp, names = self.block.mlp, self.names
+        assert mlp is not None
+        if names & {"resid_mid", "mlp_in"}:
+            self.hooks.on_input(sublayer.pre, self.mlp_in)
+        if "mlp_pre" in names:
+            self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
+        if "mlp_post" in names:
+            self.hooks.on_input(mlp.down, self.shown("mlp_post"))
+        if names & {"mlp_out", "resid_mid"}:
+            self.ended(sublayer, self.mlp_out)
+
+    def mlp_in(self, run: Running, x: Tensor) -> Tensor:
+        x = self.visit(run, "resid_mid", x)
+        if "resid_mid" in self.names:
+            self.wait(run, "resid_mid", x)
+        return self.visit(run, "mlp_in", x)
+
+    def mlp_out(self, run: Running, x: Tensor) -> Tensor:
+        x = self.visit(run, "mlp_out", x)
+        if "resid_mid" in self.names:
+            self.wait(run, "mlp_out", x)
+        return x
+
+    def resid_post(self, run: Running, x: Tensor) -> Tensor:
+        # The block keeps its own copy of the residual from before the norm, where no hook reaches it.
+        if "resid_mid" in self.names:
+            x = self.take(run, "resid_mid") + self.take(run, "mlp_out")
+        return self.visit(run, "resid_post", x)
+
+
+def head_results_change(attention: Attention, z: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """The change of the attention output that an edit of the heads' results [..., H, M] makes."""
+    weight, _ = linear_weight(attention.out)
+    result = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (attention.q.heads, attention.q.width)))
+    edited = edit(result)
+    return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)
+
+
+def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
+    """An attention function that shows its inside, in the form that models call theirs."""
+
+    def attend(
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        *,
+        own: Callable[..., Any],
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | more
+        run = find()
+        if run is None:  # another thread, or a call that is nobody's
+            return own(module, q, k, v, mask, **{name: value for name, value in given.items() if value is not None})
+        odd = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
+        if odd:
+            raise ModelError(
+                f"attention of layer {layer} is called with {', '.join(odd)}, which may change what it computes, and "
+                "whose inside is not understood: leave out sites and edits of its scores, patterns, rot_q and rot_k"
+            )
+
+        def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
+            return run.visit((name, layer, None), x, guard) if name in names else x
+
+        for name in ("rot_q", "rot_k"):
+            if name in names:
+                x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
+                q, k = (x, k) if name == "rot_q" else (q, x)
+        causal, window = layer_attention.causal, layer_attention.window
+        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, window, causal)
+        z, pattern = exposed_attention(
+            q, k, v, allowed, layer_attention.scaling if scaling is None else scaling, visit, bias, dropout,
+            layer_attention.softcap if softcap is None else softcap, s_aux,
+        )  # fmt: skip
+        # Only eager attention has weights to show, to a caller who asks for them.
+        return z, pattern if getattr(own, "__name__", "") == "eager_attention_forward" else None
+
+    return attend

@@ -1,0 +1,28 @@
+"""The hooks that the engine places on modules, told from the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+class Hook:
+    """A hook of the engine's. In a copy of the model, which has the copy of the hook on it, it does nothing."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any] = _nothing) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()

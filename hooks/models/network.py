@@ -1,0 +1,166 @@
+"""The user's model and its description, which is looked up anew whenever the model's parts have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from ..errors import ModelError
+from ..plan.sites import Key
+from .architecture import Architecture
+from .blocks import Block
+from .catalogue import site_sizes
+from .fingerprint import Fingerprint
+from .hook import Hook
+
+Adapter = Callable[[Any], Architecture]
+
+
+class Network:
+    """A transformer, wrapped but never changed: hooks stand on it only while a plan is applied.
+
+    Attributes:
+        module: the user's model.
+        adapter: from the model to its description.
+        trusted: what certificates said of the description, by regime: why it cannot be believed, or nothing; forgotten
+            when the model's parts change.
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        self.module, self.adapter = module, adapter
+        self.trusted: dict[Any, str] = {}
+        self._fingerprint: Fingerprint | None = None
+        self._described: Architecture | None = None
+        self._sizes: dict[Key, dict[str, int]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Describe the model anew if its parts have changed since it was described last.
+
+        Raises:
+            ModelError: nobody can describe it any more.
+        """
+        now = Fingerprint(self.module)
+        if now == self._fingerprint:
+            return
+        found = described(self.module, self.adapter)
+        self._fingerprint, self._described, self._sizes, self.trusted = now, found, site_sizes(found), {}
+
+    @property
+    def architecture(self) -> Architecture:
+        """Where the model keeps its parts, as they were when it was last used (see `refresh`)."""
+        assert self._described is not None
+        return self._described
+
+    @property
+    def sizes(self) -> dict[Key, dict[str, int]]:
+        """Sizes of the head and last axes of every site, by key."""
+        return self._sizes
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks L."""
+        return len(self.architecture.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and with it everything else (models spread over devices are not supported)."""
+        return next(self.architecture.embed.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        return next(self.architecture.embed.parameters()).dtype
+
+    @property
+    def angles_by_length(self) -> bool:
+        """Whether rotary angles depend on the longest position in a batch."""
+        rotary = [block.attention.rotary for block in self.architecture.blocks]
+        return any(one is not None and one.by_length for one in rotary)
+
+    def __repr__(self) -> str:
+        arch, attention = self.architecture, self.architecture.blocks[0].attention
+        heads, groups = attention.q.heads, attention.k.heads
+        told = f"{heads} heads" + (f" ({groups} key/value)" if groups != heads else "")
+        out = f"vocabulary {arch.vocabulary}" if arch.readout is None else f"{arch.vocabulary} classes"
+        return f"Model({arch.family}: {self.n_layers} layers, {told}, width {arch.width}, {out})"
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
+        if pixels is not None:
+            # In the model's dtype, as it would bring them into by itself.
+            logits = _logits_of(self.module(pixel_values=pixels.to(self.device, self.dtype)))
+            return logits if self.architecture.readout is None else logits.unsqueeze(1)
+        arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if not bool(mask.all()):
+            arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
+        if hasattr(getattr(self.module, "config", None), "use_cache"):
+            arguments["use_cache"] = False
+        return _logits_of(self.module(**arguments))
+
+    def unshareable(self) -> str:
+        """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
+        if any(module.training for module in self.module.modules()):
+            return "the model is in training mode"
+        if _users(torch_modules._global_forward_hooks) or _users(torch_modules._global_forward_pre_hooks):
+            return "there are hooks of yours on all modules"
+        for name, module in self.module.named_modules():
+            if _users(module._forward_hooks) or _users(module._forward_pre_hooks):
+                return f"there are hooks of yours on {name or 'the model'}"
+            if "forward" in vars(module):
+                return f"the forward of {name or 'the model'} is one of yours"
+        devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
+        if len(devices) > 1:
+            return f"the model is spread over {', '.join(devices)}"
+        return ""
+
+
+def described(module: nn.Module, adapter: Adapter) -> Architecture:
+    """The description that an adapter gives of a model.
+
+    Raises:
+        ModelError: it gives something else, the model was compiled, or two layers are one module.
+    """
+    for name, part in module.named_modules():
+        if hasattr(part, "_orig_mod") or vars(part).get("_compiled_call_impl") is not None:
+            raise ModelError(
+                f"{name or 'the model'} was compiled, and hooks that are placed later would be ignored in silence: wrap "
+                "the model before it is compiled (model._orig_mod of what torch.compile returned)"
+            )
+    found = adapter(module)
+    if not isinstance(found, Architecture):
+        raise ModelError(f"an adapter returns an Architecture, this one a {type(found).__name__}")
+    _require_distinct(found.blocks)
+    return found
+
+
+def _require_distinct(blocks: tuple[Block, ...]) -> None:
+    """Raise ModelError where one module stands in two layers, so that an edit of one would be an edit of both."""
+    known: dict[nn.Module, tuple[int, str]] = {}
+    for layer, block in enumerate(blocks):
+        parts = {"block": block.module, "attention": block.attention.module, "output projection": block.attention.out}
+        parts |= {f"projection to {name}": getattr(block.attention, name).module for name in "qkv"}
+        if block.mlp is not None:
+            parts["MLP"] = block.mlp.module
+        for name, part in parts.items():
+            other, role = known.setdefault(part, (layer, name))
+            if other != layer:
+                raise ModelError(
+                    f"layers {other} and {layer} are one module (the {role} of one is the {name} of the other), so an "
+                    "edit of one would edit both: give each layer modules of its own (copy.deepcopy)"
+                )
+
+
+def _users(hooks: dict[int, Any]) -> bool:
+    return any(not isinstance(hook, Hook) for hook in hooks.values())
+
+
+def _logits_of(output: Any) -> Tensor:
+    """The logits among what a model returns: alone, by name, or first in a tuple."""
+    if isinstance(output, tuple):
+        output = output[0]
+    return output if isinstance(output, Tensor) else output.logits

@@ -1,0 +1,76 @@
+"""An axis of tokens: which of its columns are real, and the number of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_NOWHERE = 1 << 62
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns of an activation along queries or keys, on the CPU.
+
+    Attributes:
+        index: int64 [B, T], the number of each real token in its row: what positions of sites and random draws mean. It
+            never moves, whatever is cached or evicted.
+        real: bool [B, T], False at padding.
+        lengths: int64 [B], the tokens of each row's prompt, from which negative positions count back.
+        rotary: int64 [B, T] or [3, B, T], the positions by which queries and keys are turned; None where it is `index`.
+    """
+
+    index: Tensor
+    real: Tensor
+    lengths: Tensor
+    rotary: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of columns T, padding included."""
+        return self.real.shape[1]
+
+    @property
+    def turned(self) -> Tensor:
+        """The positions by which queries and keys are turned."""
+        return self.index if self.rotary is None else self.rotary
+
+    def find(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens are.
+
+        Args:
+            index: int64 [B, n], their numbers.
+
+        Returns:
+            Their columns int64 [B, n], and which of them are there, bool [B, n].
+        """
+        numbers, columns = self._sorted
+        at = torch.searchsorted(numbers, index.contiguous()).clamp_max(self.width - 1)
+        return columns.gather(1, at), numbers.gather(1, at) == index
+
+    def rows(self, window: slice) -> Columns:
+        """The same for a range of rows."""
+        rotary = None if self.rotary is None else self.rotary[..., window, :]
+        return Columns(self.index[window], self.real[window], self.lengths[window], rotary)
+
+    def cut(self, width: int) -> Columns:
+        """The first columns alone."""
+        rotary = None if self.rotary is None else self.rotary[..., :width]
+        return Columns(self.index[:, :width], self.real[:, :width], self.real[:, :width].sum(1), rotary)
+
+    def laid_like(self, other: Columns) -> bool:
+        """Whether the same tokens stand in the same columns."""
+        if self is other:
+            return True
+        if self.real.shape != other.real.shape or not torch.equal(self.real, other.real):
+            return False
+        return torch.equal(self.index, other.index)
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """Numbers [B, T] in order, those of padding beyond all, and the columns that they stand in."""
+        numbers, columns = torch.where(self.real, self.index, _NOWHERE).sort(dim=1, stable=True)
+        return numbers, columns

@@ -1,0 +1,206 @@
+"""From a plan to a program: every check made once, every index, mask and read placed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+from .layout import Layout
+from .plan.context import Reference, with_references
+from .plan.inputs import Inputs
+from .plan.plan import Intervention, Origin, Plan, Read, World
+from .plan.region import Region, corresponding, listed
+from .plan.region import resolve as resolve_site
+from .plan.sites import KEY, POS, ROW, Key, Site
+from .plan.tape import Tape
+from .program import Here, Program, Step, Whole
+
+Sizes = Mapping[Key, dict[str, int]]
+
+
+def source_id(source: World | Plan | Origin | Any, inputs: Inputs) -> Any:
+    """What identifies a world that is read: the object, or the plan under which these inputs are run instead."""
+    if source is Origin.UNEDITED:
+        return ("unedited", id(inputs))
+    if isinstance(source, Plan):
+        return ("plan", id(inputs), id(source))
+    return ("world", id(source))
+
+
+def resolve(
+    world: World,
+    sizes: Sizes,
+    sources: Mapping[Any, Tape],
+    *,
+    device: torch.device,
+    seed: int | Sequence[int] = 0,
+    window: slice | None = None,
+    layout: Layout | None = None,
+) -> Program:
+    """Resolve the plan of a world.
+
+    Args:
+        world: the inputs and the plan.
+        sizes: sizes of the head and last axes of every site of the model.
+        sources: tapes of the worlds that the plan reads, by `source_id`.
+        device: the model's.
+        seed: of random interventions, one for all or one for each.
+        window: the rows that are run; None for all.
+        layout: of all rows; default that of the inputs, without a past.
+
+    Raises:
+        SiteError, ShapeError: something does not fit the rows and positions, or what is read does not.
+    """
+    layout = Layout.of(world.inputs) if layout is None else layout
+    window = slice(0, len(layout)) if window is None else window
+    seeds = [seed] * len(world.plan) if isinstance(seed, int) else seed
+    maker = _Resolver(world, sizes, sources, layout, device, window)
+    steps: dict[Key, list[Step]] = {}
+    held_back = set()
+    for number, item in enumerate(world.plan):
+        steps.setdefault(item.site.key, []).append(maker.step(number, item, seeds[number]))
+        held_back |= {r.site.key for r in item.reads if r.source is Origin.HERE and r.site is not None}
+    return Program(
+        world.plan, {key: tuple(found) for key, found in steps.items()}, frozenset(held_back), layout, window
+    )
+
+
+class _Resolver:
+    """What resolving the steps of one program shares."""
+
+    def __init__(
+        self,
+        world: World,
+        sizes: Sizes,
+        sources: Mapping[Any, Tape],
+        layout: Layout,
+        device: torch.device,
+        window: slice,
+    ) -> None:
+        self.world, self.sizes, self.sources, self.layout = world, sizes, sources, layout
+        self.device, self.window = device, window
+        self.known: dict[tuple[int, int], tuple[Region, Region]] = {}
+
+    def region(self, site: Site, only: Tensor | None = None) -> tuple[Region, Region]:
+        """A site on all rows, and on those that are run."""
+        memo = (id(site), id(only))
+        if memo not in self.known:
+            full = self.layout.resolve(site, self.sizes[site.key], only)
+            self.known[memo] = (full, full.rows(self.window))
+        return self.known[memo]
+
+    def step(self, number: int, item: Intervention, seed: int) -> Step:
+        _, region = self.region(item.site, item.only)
+        ctx = self.layout.context(region, seed, self.window, self.device)
+        found = [self.read(read, item, region) for read in item.reads]
+        ctx = with_references(ctx, tuple(layout for _, layout in found))
+        rows, positions = _touched(region)
+        return Step(number, item, region.to(self.device), ctx, tuple(value for value, _ in found), rows, positions)
+
+    def read(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor | Here | Whole, Reference | None]:
+        """The value read, shaped for the function, and how it is laid out if it is a reference set."""
+        place = item.site if read.site is None else read.site
+        source = read.source
+        if source is Origin.HERE:
+            return Here(place.key, self.region(place, item.only)[1].to(self.device)), None
+        if isinstance(source, Tensor) and read.aligned:
+            return self.tensor(source, item, region), None
+        if isinstance(source, Tensor):
+            tape = _tensor_tape(source, place, item, self.sizes)
+        elif isinstance(source, Tape):
+            tape = source
+        else:
+            tape = self.sources[source_id(source, self.world.inputs)]
+        if read.aligned:
+            return self.taped(tape, read, item, region), None
+        value, layout = self.reference(tape, place, item, region)
+        valid = None if layout.valid is None else layout.valid.to(value.device)
+        return value, Reference(valid, layout.by_position)
+
+    def tensor(self, source: Tensor, item: Intervention, region: Region) -> Tensor | Whole:
+        """A tensor with every axis of the activation is taken at the region; one of the region's is fitted to it."""
+        size, site = self.sizes[item.site.key], item.site
+        widths = {ROW: len(self.layout), POS: self.layout.queries.width, KEY: self.layout.keys.width} | size
+        if tuple(source.shape) == tuple(widths[axis] for axis in site.axes):
+            return region.get(source[self.window])
+        return Whole(source)
+
+    def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> Tensor:
+        """What a tape holds for the rows of the window, with its positions laid where ours are."""
+        place = item.site if read.site is None else read.site
+        rows, there = len(self.layout), tape.inputs.columns
+        if len(tape.inputs) != rows:
+            raise ShapeError(f"{item}: the source has {len(tape.inputs)} rows, these inputs {rows}; a row is a pair")
+        whole = tape.whole(place)
+        if whole is None:
+            return _checked(tape[place], item, region, rows)[self.window]
+        if read.site is None:
+            full, _ = self.region(item.site, item.only)
+            found = corresponding(full, self.layout.queries, there, self.sizes[place.key])
+        else:
+            found = resolve_site(place, there, self.sizes[place.key])
+            for axis in (POS, KEY) if place.axes == item.site.axes else ():
+                if found.shape.get(axis) != region.shape.get(axis):
+                    raise ShapeError(
+                        f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}"
+                    )
+        if tape.window is None:
+            return found.get(whole)[self.window]
+        # A part of a larger batch, which is run against this world row by row.
+        assert tape.window == self.window
+        return found.rows(self.window).get(whole)
+
+    def reference(self, tape: Tape, place: Site, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
+        """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
+        whole = tape.whole(place)
+        if whole is None:
+            return tape[place], Reference(None, ())
+        given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
+        loose = {axis: None for axis, index in given.items() if not listed(index)}
+        there = resolve_site(place.at(**loose), tape.inputs.columns, self.sizes[place.key])
+        wanted = {POS: (self.layout.queries, region.cols), KEY: (self.layout.keys, region.key_cols)}
+        for axis in loose:
+            columns, cols = wanted[axis]
+            assert cols is not None
+            last = int(columns.index[self.window].gather(1, cols).max())
+            lengths = tape.inputs.lengths
+            every = item.op.needs_full_rows
+            if last >= int(lengths.min() if every else lengths.max()):
+                rows = "a row" if every else "every row"
+                raise ShapeError(f"{item}: position {last} is wanted, and {rows} of the reference set ends before it")
+        return there.get(whole), Reference(there.valid, tuple(sorted(place.axes.index(axis) for axis in loose)))
+
+
+def _touched(region: Region) -> tuple[int, int]:
+    """How many rows a region has, and how many (row, position) pairs."""
+    if region.valid is None:
+        return region.shape[ROW], region.shape[ROW] * region.shape[POS]
+    axes = [i for i, axis in enumerate(region.site.axes) if axis not in (ROW, POS)]
+    marks = region.full_valid()
+    marks = marks.amax(dim=axes) if axes else marks
+    return int(marks.any(1).sum()), int(marks.sum())
+
+
+def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:
+    shape = [rows, *(region.shape[axis] for axis in region.site.axes[1:])]
+    if list(value.shape) != shape:
+        raise ShapeError(f"{item}: the tape holds {list(value.shape)}, the site needs {shape}")
+    return value
+
+
+def _tensor_tape(source: Tensor, place: Site, item: Intervention, sizes: Sizes) -> Tape:
+    """A reference set given as a tensor [R, T, ...], as a tape of rows without padding."""
+    size = sizes[place.key]
+    width = source.shape[place.axes.index(POS)] if source.ndim == len(place.axes) else 0
+    wanted = [n if axis in (ROW, POS, KEY) else size[axis] for axis, n in zip(place.axes, source.shape, strict=False)]
+    if source.ndim != len(place.axes) or list(source.shape) != wanted or not width:
+        text = ", ".join(
+            {ROW: "rows", POS: "tokens", KEY: "tokens"}.get(axis, str(size.get(axis))) for axis in place.axes
+        )
+        raise ShapeError(f"{item}: a reference set for {place.whole} is [{text}], got {list(source.shape)}")
+    inputs = Inputs.of(torch.zeros(source.shape[0], width, dtype=torch.int64))
+    return Tape(inputs, ((place.whole, source),), sizes)
