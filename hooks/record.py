@@ -195,9 +195,7 @@ def run_worlds(
     for world in worlds:
         if not isinstance(world, World):
             raise PlanError(f"run_worlds runs Worlds (inputs under a plan), not {type(world).__name__}")
-    yield from record(
-        model, worlds, sites_of(reads), executor=executor, budget=budget, seed=seed, skip=skip, meter=meter
-    )
+    return record(model, worlds, sites_of(reads), executor=executor, budget=budget, seed=seed, skip=skip, meter=meter)
 
 
 class Edits:

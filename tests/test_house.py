@@ -118,7 +118,7 @@ def test_imports_go_one_way():
         ("hooks/a.py", "import interp", "hooks imports interp"),
         ("hooks/a.py", "def f():\n    from interp.metrics import logit_diff", "hooks imports interp"),
         ("hooks/a.py", "import importlib\nimportlib.import_module('figures.gallery')", "hooks imports figures"),
-        ("hooks/adapters/a.py", "from ...interp import sweeps", "hooks imports interp"),
+        ("hooks/models/a.py", "from ...interp import sweeps", "hooks imports interp"),
         ("interp/kv/a.py", "import torch, experiments.ioi.run", "interp imports experiments"),
         (
             "interp/a.py",
@@ -146,7 +146,7 @@ def test_the_layering_check_flags(tmp_path, path, source, message):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("hooks/adapters/a.py", "from . import b\nfrom ..sites import Site\nimport torch, hooks.errors"),
+        ("hooks/models/a.py", "from . import b\nfrom ..sites import Site\nimport torch, hooks.errors"),
         ("hooks/a.py", "def f():\n    import transformers\n    from interpreter import x"),
         (
             "interp/a.py",
@@ -171,6 +171,113 @@ def flagged(root: Path, path: str, source: str) -> int:
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text(source)
     return len(violations(root, Path(path)))
+
+
+# Cycles, and the order within the engine
+
+
+def graph_of(root: Path, paths: list[Path]) -> dict[str, set[str]]:
+    """Which module imports which, function-level and type-checking imports included."""
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    graph = {}
+    for name, path in names.items():
+        tree = ast.parse((root / path).read_text(encoding="utf-8"))
+        found: set[str] = set()
+        for node in ast.walk(tree):
+            # The deepest of what an import names: `from a import b` is of a.b, where that is a module.
+            got = [one for one in imported(node, path) if one in names]
+            if isinstance(node, ast.ImportFrom):
+                deeper = {one for one in got[1:] if one.startswith(got[0] + ".")} if got else set()
+                plain = len(deeper) < len(node.names) or not deeper
+                found |= deeper | ({got[0]} if got and plain else set())
+            else:
+                found |= set(got)
+        graph[name] = found - {name}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import one another."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += graph[name]
+        reached[start] = seen
+    groups = {tuple(sorted(b for b in reached[a] if a in reached[b])) for a in graph if a in reached[a]}
+    return sorted(map(list, groups))
+
+
+def python_files(*packages: str) -> list[Path]:
+    return [path for path in repository_files() if path.suffix == ".py" and path.parts[0] in packages]
+
+
+def test_no_cycles():
+    assert cycles(graph_of(ROOT, python_files("hooks", "interp"))) == []
+
+
+def test_the_cycle_check_can_fail(tmp_path):
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks/a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B")
+    (tmp_path / "hooks/b.py").write_text("def f():\n    from hooks import c")
+    (tmp_path / "hooks/c.py").write_text("import hooks.a")
+    (tmp_path / "hooks/__init__.py").write_text("from . import a")
+    files = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*.py"))]
+    assert cycles(graph_of(tmp_path, files)) == [["hooks.a", "hooks.b", "hooks.c"]]
+    (tmp_path / "hooks/b.py").write_text("")
+    assert cycles(graph_of(tmp_path, files)) == []
+
+
+# Each may import from its own line and those before it.
+ORDER = (
+    {"errors", "digest", "files", "html", "random"},
+    {"plan"},
+    {"models"},
+    {"layout"},
+    {"audit", "program", "resolving", "budget", "meter"},
+    {"backends"},
+    {"hold", "certificate"},
+    {"record"},
+    {"model"},
+)
+
+
+def backwards(graph: dict[str, set[str]]) -> list[str]:
+    rank = {name: number for number, names in enumerate(ORDER) for name in names}
+    part = lambda module: module.split(".")[1]  # noqa: E731
+    return [
+        f"{module} imports {other}"
+        for module, others in sorted(graph.items())
+        for other in sorted(others)
+        if module != "hooks" and (other == "hooks" or rank[part(module)] < rank[part(other)])
+    ]
+
+
+def test_the_engine_knows_its_order():
+    graph = graph_of(ROOT, python_files("hooks"))
+    assert backwards(graph) == []
+    assert backwards({"hooks.plan.sites": {"hooks.layout"}}) == ["hooks.plan.sites imports hooks.layout"]
+
+
+def test_methods_use_what_the_engine_exports():
+    """What is above the engine takes everything from `hooks` itself, so that what it exports is all that they share."""
+    sources = python_files("interp", "experiments", "figures")
+    inner = [f"{path}: {name}" for path in sources for name in deep_imports(ROOT / path, path)]
+    assert inner == []
+
+
+def deep_imports(file: Path, path: Path) -> list[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return [
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names[:1]
+        if (node.module if isinstance(node, ast.ImportFrom) else alias.name or "").startswith("hooks.")
+    ]
 
 
 # Import

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import PlanError, SiteError
 from ..models.network import Network
@@ -79,8 +79,8 @@ class Placement:
                 self.by_hand = [last]
                 return last.again_by_hand()
             raise PlanError(
-                "a part of the model is computed again in a backward pass, and nobody knows for which of several calls: "
-                "checkpoint with the model's own gradient_checkpointing_enable()"
+                "a part of the model is computed again in a backward pass, and nobody knows for which of several "
+                "calls: checkpoint with the model's own gradient_checkpointing_enable()"
             )
         raise PlanError("a part of the model is called by itself, so rows and positions are unknown: call the model")
 
@@ -228,13 +228,13 @@ class Pass:
         if not torch.is_grad_enabled():
             if any(key in program.held_back for program in self.programs):
                 raise PlanError(
-                    f"{key[0]} is read further on, and reentrant gradient checkpointing would let no gradient reach it: "
-                    "set use_reentrant=False"
+                    f"{key[0]} is read further on, and reentrant gradient checkpointing would let no gradient reach "
+                    "it: set use_reentrant=False"
                 )
             if not self.in_bound and _in_reentrant_checkpoint():
                 raise PlanError(
-                    "a part of the model is checkpointed by hand, and reentrantly, so nobody knows for which call it is "
-                    "computed again: set use_reentrant=False"
+                    "a part of the model is checkpointed by hand, and reentrantly, so nobody knows for which call it "
+                    "is computed again: set use_reentrant=False"
                 )
         elif not self.in_bound and not self.checkpointed_by_hand and _packing() != self.packing:
             self.checkpointed_by_hand = True
@@ -243,8 +243,8 @@ class Pass:
     def _require_in_force(self, _gradient: Tensor) -> None:
         if not self.placement.placed and not self.computed_again:
             raise PlanError(
-                "a part of the model is checkpointed by hand, and the plan that it was computed under is no longer held: "
-                "make the backward pass within apply()"
+                "a part of the model is checkpointed by hand, and the plan that it was computed under is no longer "
+                "held: make the backward pass within apply()"
             )
 
 

@@ -24,9 +24,11 @@ INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
 """Sites inside attention, for which a layer's attention function is swapped."""
 
 HARMLESS = frozenset(
-    "position_ids use_cache cache_position output_attentions output_hidden_states output_router_logits return_dict "
-    "logits_to_keep is_causal sliding_window encoder_hidden_states encoder_attention_mask num_items_in_batch labels "
-    "token_type_ids mm_token_type_ids past_key_values head_mask deterministic".split()
+    {
+        *("position_ids", "cache_position", "past_key_values", "use_cache", "is_causal", "sliding_window"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+        *("labels", "num_items_in_batch", "token_type_ids", "mm_token_type_ids", "deterministic"),
+    }
 )
 """Keyword arguments of attention functions that do not change what they compute, given their mask."""
 
@@ -177,7 +179,7 @@ class _BlockHooks:
             self.hooks.on_output(self.block.module, self.resid_post)
 
     def ended(self, sublayer: Sublayer, edit: Edit) -> None:
-        """Edit what a sublayer adds. One module may drop of several: which has ended is known by the last norm called."""
+        """Edit what a sublayer adds. One module may drop of several: the last norm called tells which."""
         if self.drops_twice:
             mine = self.block.sublayers.index(sublayer)
             self.hooks.on_output(

@@ -17,7 +17,7 @@ from .architecture import AttentionFunction
 
 _NAME = "interp_exposed"
 _FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary()
-"""The function that each attention module calls at the moment. Here and not on the config, which users save and copy."""
+"""The function that each attention module calls at the moment: not on the config, which users save and copy."""
 
 
 def unembedding(model: Any) -> nn.Module:

@@ -16,8 +16,8 @@ def read_mask(
     """Split a mask in whatever form a model hands to its attention into what is allowed and what is added.
 
     Args:
-        mask: bool 4-D, additive float 4-D, 2-D [B, S] of real keys, None, where all keys are real, or the `BlockMask` of
-            flex attention.
+        mask: bool 4-D, additive float 4-D, 2-D [B, S] of real keys, None, where all keys are real, or the `BlockMask`
+            of flex attention.
         window: width of the layer's sliding window, which a mask that is 2-D or None does not tell.
         causal: whether the attention is, which such a mask does not tell either.
 

@@ -128,8 +128,8 @@ def described(module: nn.Module, adapter: Adapter) -> Architecture:
     for name, part in module.named_modules():
         if hasattr(part, "_orig_mod") or vars(part).get("_compiled_call_impl") is not None:
             raise ModelError(
-                f"{name or 'the model'} was compiled, and hooks that are placed later would be ignored in silence: wrap "
-                "the model before it is compiled (model._orig_mod of what torch.compile returned)"
+                f"{name or 'the model'} was compiled, and hooks that are placed later would be ignored in silence: "
+                "wrap the model before it is compiled (model._orig_mod of what torch.compile returned)"
             )
     found = adapter(module)
     if not isinstance(found, Architecture):

@@ -1,4 +1,4 @@
-"""The interventions that users write: each names a site, a function of its value (`hooks.plan.operations`), and what that reads."""
+"""The interventions that users write: a site, a function of its value (`hooks.plan.operations`), what that reads."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Chunk:
         results, masks = [], []
         for w in edited:
             old = x.world(w, base, offsets[w], offsets[w + 1])
-            new = self.apply(w, key, old)
+            self.states[w], new = visit(self.programs[w], self.states[w], key, old)
             results.append(new)
             masks.append((new != old).flatten(2).any(2))
         changes = torch.stack(masks).cpu()
@@ -203,7 +203,7 @@ class Chunk:
         return self.visit(("attn_out", layer, None), out, needed)
 
     def feed(self, layer: int, sublayer: Sublayer, x: Packed) -> Packed:
-        """From the residual that the MLP reads to what it adds; the MLP is taken apart only where a world looks inside."""
+        """From the residual that the MLP reads to what it adds; it is taken apart only where a world looks inside."""
         mlp, norm, needed = sublayer.fn, sublayer.pre, self.needed[layer]
         assert isinstance(mlp, Mlp)
         x = self.visit(("mlp_in", layer, None), x, needed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,8 +68,7 @@ def run_shared(job: Job) -> Iterator[list[Outcome]]:
     groups: dict[int, list[int]] = {}
     for index, world in enumerate(job.worlds):
         groups.setdefault(id(world.inputs), []).append(index)
-    for members in groups.values():
-        yield from _run_group(job, members)
+    return chain.from_iterable(_run_group(job, members) for members in groups.values())
 
 
 def _run_group(job: Job, members: Sequence[int]) -> Iterator[list[Outcome]]:
