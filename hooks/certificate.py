@@ -65,13 +65,13 @@ def short_row(network: Network, inputs: Inputs) -> tuple[Inputs, Any]:
 def _compare(network: Network, row: Inputs) -> str:
     module = network.module
     with gate_of(module).lock, gate_of(module).suspended(), _noise_for_zeros(module):
-        own, output = _native(network, World(row), [_LOGITS, *(Site("resid_pre", at) for at in _layers(network))])
-        if not _close(own[0], output, row, network.dtype):
+        streams, output = _native(network, World(row), [Site("resid_pre", at) for at in _layers(network)])
+        worlds = [World(row), *_edits(row, network, streams)]
+        truth = [_native(network, world, [_LOGITS])[0][0] for world in worlds]
+        if not _close(truth[0], output, row, network.dtype):
             return "the logits that the model returns are not what its unembedding gives"
-        edits = _edits(row, network, own[1:])
-        truth = [own[0], *(_native(network, world, [_LOGITS])[0][0] for world in edits)]
         try:
-            found = _packed(network, row, edits)
+            found = _packed(network, row, worlds[1:])
             inside = _taken_apart(network, row)
         except Exception as error:  # a description may be wrong in any way
             return f"the model's description does not run: {type(error).__name__}: {error}"

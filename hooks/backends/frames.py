@@ -48,6 +48,11 @@ def inside(module: nn.Module) -> bool:
     return any(call.module is module for call in _CALLS.stack)
 
 
+def runs(module: nn.Module) -> list[Any]:
+    """The passes of a model that this thread is within, the outermost first."""
+    return [call.run for call in _CALLS.stack if call.module is module]
+
+
 def push(call: Call) -> None:
     """Begin a call."""
     drop_ended()

@@ -41,7 +41,7 @@ class Placement:
     def place(self) -> None:
         """Place the hooks."""
         with ExitStack() as stack:
-            place_hooks(self.network.architecture, self.keys, self.running, stack, self.held)
+            place_hooks(self.network.architecture, self.keys, self.running, self.around, stack, self.held)
             self._stack = stack.pop_all()
 
     def remove(self) -> None:
@@ -83,6 +83,10 @@ class Placement:
                 "calls: checkpoint with the model's own gradient_checkpointing_enable()"
             )
         raise PlanError("a part of the model is called by itself, so rows and positions are unknown: call the model")
+
+    def around(self) -> bool:
+        """Whether this thread is within a pass that the hooks were placed for, however far out."""
+        return any(getattr(run, "placement", None) is self for run in frames.runs(self.network.module))
 
 
 class Pass:
@@ -132,7 +136,9 @@ class Pass:
 
     def again(self) -> Pass:
         """The pass for a part that is computed again: as this one, with the values that it has read so far."""
-        return Pass(self.placement, self.programs, [()] * len(self.programs), here=self.states)
+        again = Pass(self.placement, self.programs, [()] * len(self.programs), here=self.states)
+        again.tracking = False
+        return again
 
     def again_by_hand(self) -> Pass:
         """The one pass for all parts that are computed again by somebody who does not say for which call."""

@@ -31,6 +31,8 @@ HARMLESS = frozenset(
     }
 )
 """Keyword arguments of attention functions that do not change what they compute, given their mask."""
+UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
+"""Those that do, and are taken into account."""
 
 
 class Running(Protocol):
@@ -58,19 +60,24 @@ class Hooks:
 
     Args:
         find: which pass that is.
+        within: whether this thread is in a call that is nobody's, within one that these hooks were placed for.
         stack: where the removal of every hook is registered, at the moment at which it is placed.
     """
 
-    def __init__(self, find: Find, stack: ExitStack) -> None:
-        self.find, self.stack = find, stack
+    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack) -> None:
+        self.find, self.within, self.stack = find, within, stack
 
-    def on_output(self, module: nn.Module, edit: Edit) -> None:
-        """Edit what a module returns, or the first of several values."""
+    def on_output(self, module: nn.Module, edit: Edit, within: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Edit what a module returns, or the first of several values.
+
+        Args:
+            within: what it is to a call that is nobody's, within one of ours, which shares what is swapped for it.
+        """
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             run = self.find()
             if run is None:
-                return None
+                return within(output) if within is not None and self.within() else None
             if isinstance(output, tuple):
                 return (edit(run, output[0]), *output[1:])
             return edit(run, output)
@@ -100,17 +107,20 @@ class Hooks:
         self.stack.callback(module.register_forward_pre_hook(Hook(hook)).remove)
 
 
-def place_hooks(arch: Architecture, keys: Set[Key], find: Find, stack: ExitStack, watched: bool) -> None:
+def place_hooks(
+    arch: Architecture, keys: Set[Key], find: Find, within: Callable[[], bool], stack: ExitStack, watched: bool
+) -> None:
     """Place on a model the hooks of some sites.
 
     Args:
         arch: the model's parts.
         keys: the sites.
         find: the pass that is under way.
+        within: whether this thread is in a call that is nobody's, within one that these hooks are placed for.
         stack: takes the hooks away again.
         watched: notice blocks that are called by themselves.
     """
-    hooks = Hooks(find, stack)
+    hooks = Hooks(find, within, stack)
 
     def show(name: str) -> Edit:
         return lambda run, x: run.visit((name, -1, None), x)
@@ -137,7 +147,7 @@ def place_hooks(arch: Architecture, keys: Set[Key], find: Find, stack: ExitStack
         # A classifier unembeds one position of each row, which its output has no axis for.
         one = show("logits")
         seen = one if arch.readout is None else (lambda run, x: one(run, x.unsqueeze(1)).squeeze(1))
-        hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)))
+        hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
 
 
 def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
@@ -305,17 +315,12 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
         mask: Any,
         *,
         own: Callable[..., Any],
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **more: Any,
+        **given: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        given = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | more
         run = find()
         if run is None:  # another thread, or a call that is nobody's
-            return own(module, q, k, v, mask, **{name: value for name, value in given.items() if value is not None})
-        odd = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
+            return own(module, q, k, v, mask, **given)
+        odd = sorted(name for name, value in given.items() if value is not None and name not in HARMLESS | UNDERSTOOD)
         if odd:
             raise ModelError(
                 f"attention of layer {layer} is called with {', '.join(odd)}, which may change what it computes, and "
@@ -331,10 +336,19 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
                 q, k = (x, k) if name == "rot_q" else (q, x)
         causal, window = layer_attention.causal, layer_attention.window
         allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, window, causal)
+        scaling, cap = given.get("scaling"), given.get("softcap")
         z, pattern = exposed_attention(
-            q, k, v, allowed, layer_attention.scaling if scaling is None else scaling, visit, bias, dropout,
-            layer_attention.softcap if softcap is None else softcap, s_aux,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            allowed,
+            layer_attention.scaling if scaling is None else scaling,
+            visit,
+            bias,
+            dropout=given.get("dropout", 0.0),
+            cap=layer_attention.softcap if cap is None else cap,
+            sinks=given.get("s_aux"),
+        )
         # Only eager attention has weights to show, to a caller who asks for them.
         return z, pattern if getattr(own, "__name__", "") == "eager_attention_forward" else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,10 +54,15 @@ def describe(model: Any) -> Architecture:
 
 @contextmanager
 def _lift_cap(model: Any) -> Iterator[None]:
-    """The cap is a line of the model's forward that its config switches off; the body keeps the config that it has."""
-    original = model.config
+    """The cap is a line of the model's forward that its config switches off; the body keeps the config that it has.
+
+    What the config holds stays the same, so that it is saved as it is, and other threads read the cap as before.
+    """
+    original, me = model.config, threading.get_ident()
+    kind = type(original)
+    cap = property(lambda config: None if threading.get_ident() == me else vars(config)["final_logit_softcapping"])
     changed = copy.copy(original)
-    changed.final_logit_softcapping = None
+    changed.__class__ = type(kind.__name__, (kind,), {"final_logit_softcapping": cap})
     model.config = changed
     try:
         yield
