@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from experiments.benchmarks import machine
 from experiments.benchmarks.probing import Training, callbacks_table, measure_callbacks
-from experiments.benchmarks.report import table
+from experiments.benchmarks.report import table, written
 from experiments.benchmarks.timing import interleaved, ratio, timed
 from interp.training.ensemble import Ensemble
 from interp.training.induction import Member, initial_params, program
@@ -195,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write-readme", action="store_true", help="measure nothing; put the table in README.md")
     args = parser.parse_args(argv)
     if args.write_readme:
-        _write_readme(args.out, Path(__file__).parent / "README.md")
+        written(args.out, Path(__file__).parent / "README.md", tables)
         return
     setting = Setting(device=args.device, threads=args.threads)
     if args.members:
@@ -207,12 +206,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _write_readme(path: Path, readme: Path) -> None:
-    begin, end = f"<!-- begin {path.name} -->", f"<!-- end {path.name} -->"
-    block = f"{begin}\n\n{tables(json.loads(path.read_text()))}\n\n{end}"
-    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: block, readme.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ import numpy as np
 HERE = Path(__file__).parent
 ORDER = ("full", "short", "quick")
 Record = dict[str, Any]
+
+
+def committed() -> dict[str, Record]:
+    """The results that there are, by the name of their setting."""
+    paths = {name: HERE / "results" / f"{name}.json" for name in ORDER}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def measured(record: Record) -> dict[str, str]:
@@ -63,22 +69,22 @@ def measured(record: Record) -> dict[str, str]:
     return found
 
 
-def spread(steps: Iterable[int | None]) -> str:
+def spread(steps: Sequence[int | None]) -> str:
     """Median and range of steps; how many did not get there."""
     reached = [step for step in steps if step is not None]
     if not reached:
         return "none"
-    missing = len(list(steps)) - len(reached)
+    missing = len(steps) - len(reached)
     return f"{_middle(steps)} ({min(reached):,} to {max(reached):,})" + (f", {missing} not" if missing else "")
 
 
-def extent(values: Iterable[float]) -> str:
+def extent(values: Sequence[float]) -> str:
     """Smallest and largest, or the one that all are."""
     low, high = f"{min(values):.3f}", f"{max(values):.3f}"
     return low if low == high else f"{low} to {high}"
 
 
-def _middle(steps: Iterable[int | None]) -> str:
+def _middle(steps: Sequence[int | None]) -> str:
     return f"{np.median([np.inf if step is None else step for step in steps]):,.0f}"
 
 
@@ -122,14 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
     args = parser.parse_args(argv)
-    paths = {name: HERE / "results" / f"{name}.json" for name in ORDER}
-    text = table({name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()})
+    text = table(committed())
     print(text)
     if args.write_readme:
         readme = HERE / "README.md"
         begin, end = "<!-- begin results -->", "<!-- end results -->"
-        put: Callable[[re.Match[str]], str] = lambda _: f"{begin}\n\n{text}\n\n{end}"  # noqa: E731
-        readme.write_text(re.sub(f"{begin}.*?{end}", put, readme.read_text(), flags=re.DOTALL))
+        block = f"{begin}\n\n{text}\n\n{end}"
+        readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: block, readme.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":

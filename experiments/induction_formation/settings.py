@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from interp.training.induction import Member
 from interp.training.induction_clamps import Clamp, only_head
@@ -68,16 +68,7 @@ SHORT = Settings(
     reduced=True,
 )
 """The paper's rate, batch and sizes, for as many steps as every member needs to get past its phase change."""
-QUICK = Settings(
-    name="quick",
-    rate=1e-4,
-    steps=8000,
-    alone_seeds=2,
-    every=40,
-    evaluated=128,
-    checkpoint=400,
-    reduced=True,
-)
+QUICK = replace(SHORT, name="quick", rate=1e-4, steps=8000, every=40, checkpoint=400)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments.induction_formation import run, toy
-from experiments.induction_formation.settings import CLAMPS, SIZES, Settings, roster
+from experiments.induction_formation import report, run, toy
+from experiments.induction_formation.settings import CLAMPS, QUICK, SHORT, SIZES, Settings, roster
 from hooks.errors import InputsError
 from interp.training.induction_task import Task, exemplars
 
@@ -83,3 +84,22 @@ def test_what_is_refused(tmp_path, capsys):
     save_file({"features": TABLE}, tmp_path / "wrong.safetensors")
     with pytest.raises(InputsError, match="expected 'exemplars'"):
         run.features(tmp_path / "wrong.safetensors")
+
+
+def test_the_readme_has_the_numbers_of_the_committed_runs():
+    records = report.committed()
+    assert set(records) == {"short", "quick"}
+    for setting in (SHORT, QUICK):
+        assert records[setting.name]["setting"] == asdict(setting)
+    assert report.table(records) in (report.HERE / "README.md").read_text()
+
+
+def test_numbers_of_the_report_by_hand():
+    assert report.spread([300, 100, None, 200]) == "250 (100 to 300), 1 not"
+    assert report.spread([None, None]) == "none"
+    assert report.extent([0.5, 0.25]) == "0.250 to 0.500" and report.extent([1, 1]) == "1.000"
+    record = {"steps_at": [10, 20, 30, 40]}
+    losses = [[1.0, 0.8, 0.6, 0.2], [1.0, 1.0, 0.6, 0.2]]
+    assert report._between(record, losses, 0.9, 0.5) == "20"
+    assert report._between(record, losses, 0.9, 0.1) == "not reached"
+    assert report._tenth({"every": 10}, [[2.0, 1.0, 0.2, 0.1]]) == "20"
