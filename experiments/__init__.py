@@ -1,1 +1,1 @@
-"""Studies and benchmarks: one folder each, run with one command, nothing shared but the library."""
+"""Studies and benchmarks: one folder each, run with one command; beside them, how to time, describe and tabulate."""

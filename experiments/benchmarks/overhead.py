@@ -12,7 +12,7 @@ import torch
 
 import interp as ip
 from experiments.benchmarks.setting import Setting
-from experiments.benchmarks.timing import ratio, timed
+from experiments.timing import ratio, timed
 
 Entered = Callable[[], AbstractContextManager[Callable[[], Any]]]
 

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 import interp as ip
-from experiments.benchmarks import machine, report, sides
+from experiments import machine
+from experiments.benchmarks import report, sides
 from experiments.benchmarks.memory import SIDES, peak_memory
 from experiments.benchmarks.overhead import forward_overhead
 from experiments.benchmarks.setting import Setting, Task
-from experiments.benchmarks.timing import block_products, interleaved, ratio, timed
 from experiments.benchmarks.work import forward_operations, sweep_operations
+from experiments.timing import block_products, interleaved, ratio, timed
 
 MATMUL_ROWS = {"cpu": 512, "cuda": 4096}
 """Tokens that go through a block's products at a time, about as many as the library lets through."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.report import table, times, written
 from experiments.benchmarks.setting import SIZES, Setting
 from experiments.benchmarks.work import edges_operations, prompt_operations
+from experiments.tables import table, times, written
 
 TARGETS = {("GPT-2 small", 0): 8, ("GPT-2 small", 8): 16}
 """How many times faster than the loop the sweep is to be, by model and tokens shared."""

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 import interp as ip
-from experiments.benchmarks import machine, path_report
+from experiments import machine
+from experiments.benchmarks import path_report
 from experiments.benchmarks.memory import forget_peak, held, peak
 from experiments.benchmarks.path_sides import difference, eap_by_hooks, edge_loop
 from experiments.benchmarks.setting import ANSWER, EDGE_TOKENS, FOIL, SIZES, Setting, Task
-from experiments.benchmarks.timing import interleaved, ratio, timed
+from experiments.timing import interleaved, ratio, timed
 from interp import paths
 
 STEPS = 5

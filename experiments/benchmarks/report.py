@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.tables import table, times, written
 
 TARGETS = {
     ("resid_pre", 16, 0): 12,
@@ -62,18 +61,6 @@ def tables(record: dict[str, Any]) -> str:
 def write_readme(path: Path, readme: Path) -> None:
     """Put the tables of a record between the README's markers for its file, at the end where there are none yet."""
     written(path, readme, tables)
-
-
-def written(path: Path, readme: Path, of: Callable[[dict[str, Any]], str]) -> None:
-    """Put a text made of a record between the README's markers for its file, at the end where there are none yet."""
-    begin, end = f"<!-- begin {path.name} -->", f"<!-- end {path.name} -->"
-    block = f"{begin}\n\n{of(json.loads(path.read_text()))}\n\n{end}"
-    text = readme.read_text()
-    if begin in text:
-        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
-    else:
-        text = f"{text.rstrip()}\n\n{block}\n"
-    readme.write_text(text)
 
 
 def _which(sweep: dict[str, Any]) -> str:
@@ -153,18 +140,3 @@ def _forwards(record: dict[str, Any]) -> str:
             cells.append(f"{found['ratio']:.3f} ({found['lower_quartile']:.3f} to {found['upper_quartile']:.3f})")
         rows.append([name, *cells])
     return table(head, rows) + "\n\nIn brackets: the quartiles of the repetitions' ratios."
-
-
-def times(found: dict[str, float], digits: int = 1) -> str:
-    """A ratio with its smallest and largest."""
-    middle, low, high = (f"{found[key]:.{digits}f}" for key in ("ratio", "min", "max"))
-    return f"{middle} ({low} to {high})"
-
-
-def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    lines = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(f"| {line} |" for line in padded)

@@ -1,1 +1,1 @@
-"""How induction heads form: training under clamps."""
+"""How induction heads form: training while parts of their circuit are held in place."""

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments.induction_formation.task import Task
 from hooks.digest import digest_of
 from hooks.errors import InputsError
 from hooks.random import choice, hash_counters
 from interp.training.ensemble import Ensemble, from_modules
-from interp.training.induction_task import Task
 
 SIDE, WIDTH = 28, 512
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")

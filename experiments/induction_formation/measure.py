@@ -10,12 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.induction_formation.settings import ALL, CLAMPS, PROGRESS, Roster, Settings
+from experiments.induction_formation.members import (
+    Member,
+    constants_of,
+    evaluate,
+    previous_token_strengths,
+    strengths,
+)
+from experiments.induction_formation.network import Shape
+from experiments.induction_formation.settings import ALL, PROGRESS, TREATMENTS, Roster, Settings
+from experiments.induction_formation.task import SPLITS, Batch, Task, draw, every_sequence
+from experiments.induction_formation.treatments import Treatment, only_head
 from interp.training.ensemble import Ensemble, Params
-from interp.training.induction import Member, conditions, evaluate, previous_token_strengths, strengths
-from interp.training.induction_clamps import Clamp, only_head
-from interp.training.induction_model import Shape
-from interp.training.induction_task import SPLITS, Batch, Task, draw, every_sequence
 
 FRESH = 1_000_000
 """Added to a member's seed for what it is measured on, so that no sequence is drawn as in training."""
@@ -26,10 +32,10 @@ def during(run: Ensemble, settings: Settings, people: Roster, table: Tensor, sha
 
     Returns:
         ``splits``: by split, accuracy and loss of each member of `people.free`; ``strengths``: by member and last-layer
-        head; ``previous``: by member and first-layer head; ``progress``: by clamp, the loss under it of each member
-        that trains with one head and no clamp.
+        head; ``previous``: by member and first-layer head; ``progress``: by treatment, the loss under it of each member
+        that trains with one head and no other treatment.
     """
-    free, single = people.free, people.clamped["none"]
+    free, single = people.free, people.treated["none"]
     found: dict[str, Any] = {"splits": {}, "progress": {}}
     for split in SPLITS:
         measured, output, batch = measure(run, free, None, split, settings.evaluated, table, shape)
@@ -38,14 +44,14 @@ def during(run: Ensemble, settings: Settings, people: Roster, table: Tensor, sha
             found["strengths"] = _rounded(strengths(output, batch))
             found["previous"] = _rounded(previous_token_strengths(output))
     for name in PROGRESS:
-        clamps = [CLAMPS[name]] * len(single)
-        measured, _, _ = measure(run, single, clamps, "train", settings.evaluated, table, shape)
+        treatments = [TREATMENTS[name]] * len(single)
+        measured, _, _ = measure(run, single, treatments, "train", settings.evaluated, table, shape)
         found["progress"][name] = _rounded(measured["loss"])
     return found
 
 
 def at_the_end(run: Ensemble, people: Roster, table: Tensor, shape: Shape, sequences: int = 4096) -> dict[str, Any]:
-    """Trained members without a clamp: strengths over every sequence, and accuracy with each head alone or removed.
+    """Trained members without a treatment: strengths over every sequence, and accuracy with each head alone or removed.
 
     Returns:
         ``strengths`` [member][head]; ``whole``, ``direct_path_ablated``, ``first_layer_ablated``: accuracy by member;
@@ -53,32 +59,32 @@ def at_the_end(run: Ensemble, people: Roster, table: Tensor, shape: Shape, seque
     """
     free = people.free
 
-    def accuracy(clamp: Clamp) -> list[float]:
-        return _rounded(measure(run, free, [clamp] * len(free), "train", sequences, table, shape)[0]["accuracy"])
+    def accuracy(treatment: Treatment) -> list[float]:
+        return _rounded(measure(run, free, [treatment] * len(free), "train", sequences, table, shape)[0]["accuracy"])
 
     return {
         "sequences": sequences,
         "strengths": _rounded(_strengths(run, free, table, shape)),
-        "whole": accuracy(Clamp()),
-        "direct_path_ablated": accuracy(Clamp(ablate_first=ALL, preserve=("q", "k", "v"))),
-        "first_layer_ablated": accuracy(Clamp(ablate_first=ALL)),
+        "whole": accuracy(Treatment()),
+        "direct_path_ablated": accuracy(Treatment(ablate_first=ALL, preserve=("q", "k", "v"))),
+        "first_layer_ablated": accuracy(Treatment(ablate_first=ALL)),
         "only": np.transpose([accuracy(only_head(head)) for head in ALL]).tolist(),
-        "without": np.transpose([accuracy(Clamp(ablate_last=(head,))) for head in ALL]).tolist(),
+        "without": np.transpose([accuracy(Treatment(ablate_last=(head,))) for head in ALL]).tolist(),
     }
 
 
 def measure(
     run: Ensemble,
     indices: Sequence[int],
-    clamps: Sequence[Clamp] | None,
+    treatments: Sequence[Treatment] | None,
     split: str,
     sequences: int,
     table: Tensor,
     shape: Shape,
 ) -> tuple[dict[str, Tensor], Any, Batch]:
-    """Evaluate some members on fresh sequences of a split, under other clamps than their own where given."""
+    """Evaluate some members on fresh sequences of a split, under other treatments than their own where given."""
     members = [replace(run.members[i], seed=FRESH + run.members[i].seed) for i in indices]
-    params, constants = _of(run, indices, members, clamps, split, table, shape)
+    params, constants = _of(run, indices, members, treatments, split, table, shape)
     batch = draw(constants, 0, sequences)
     return *evaluate(params, constants, shape, batch), batch
 
@@ -87,13 +93,13 @@ def _of(
     run: Ensemble,
     indices: Sequence[int],
     members: Sequence[Member],
-    clamps: Sequence[Clamp] | None,
+    treatments: Sequence[Treatment] | None,
     split: str,
     table: Tensor,
     shape: Shape,
 ) -> tuple[Params, dict[str, Tensor]]:
     device = run.rates.device
-    constants = conditions(members, table, shape, clamps=clamps, split=split)
+    constants = constants_of(members, table, shape, treatments=treatments, split=split)
     labels = constants["unused"].shape[1]
     params = {name: value[list(indices)] for name, value in run.params.items()}
     for name in ("label", "read.weight", "read.bias"):  # rows of labels that none of these members has

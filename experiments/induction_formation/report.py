@@ -28,7 +28,7 @@ def committed() -> dict[str, Record]:
 
 def measured(record: Record) -> dict[str, str]:
     """Every statement of the README, by what it is about."""
-    free, end, clamped = record["free"], record["end"], record["clamped"]
+    free, end, treated = record["free"], record["end"], record["clamped"]
     only, without, strengths = (np.ravel(end[name]) for name in ("only", "without", "strengths"))
     isolated = {kind.split(":")[0]: kind for kind in dict.fromkeys(size["kind"] for size in record["sizes"])}
     found = {
@@ -46,10 +46,10 @@ def measured(record: Record) -> dict[str, str]:
         "one head removed: accuracy lost, at most": f"{np.max(np.repeat(end['whole'], 8) - without):.3f}",
         "trained with one head: phase change, of each": _alone(record),
     }
-    for name, each in clamped.items():
-        found[f"clamp {name}: phase change"] = spread(each["phase_change"])
-    found["clamps: steps from 0.9 to 0.7 nats"] = ", ".join(
-        f"{name} {_between(record, each['loss'], 0.9, 0.7)}" for name, each in clamped.items()
+    for name, each in treated.items():
+        found[f"treatment {name}: phase change"] = spread(each["phase_change"])
+    found["treatments: steps from 0.9 to 0.7 nats"] = ", ".join(
+        f"{name} {_between(record, each['loss'], 0.9, 0.7)}" for name, each in treated.items()
     )
     found["the toy: steps to a tenth of the loss"] = ", ".join(
         f"{name} {_tenth(record['toy'], each)}" for name, each in record["toy"]["loss"].items()

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,13 +26,14 @@ from tqdm import tqdm
 
 from experiments.induction_formation import toy
 from experiments.induction_formation.measure import at_the_end, during
+from experiments.induction_formation.members import program
+from experiments.induction_formation.network import Shape
 from experiments.induction_formation.settings import QUICK, SHORT, Roster, Settings, roster
+from experiments.induction_formation.task import Task, exemplars
+from experiments.machine import commit
 from hooks.digest import digest_of
 from hooks.errors import InputsError
 from interp.training.ensemble import Ensemble
-from interp.training.induction import program
-from interp.training.induction_model import Shape
-from interp.training.induction_task import Task, exemplars
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build"
@@ -118,7 +118,7 @@ def results(settings: Settings, people: Roster, run: Ensemble, table: torch.Tens
         "free": {**series(people.free), **logged},
         "progress": {k: [line["progress"][k] for line in lines] for k in lines[0]["progress"]},
         "alone": [series(each) for each in people.alone],
-        "clamped": {name: series(each) for name, each in people.clamped.items()},
+        "clamped": {name: series(each) for name, each in people.treated.items()},
         "sizes": [
             {"kind": kind, "classes": classes, "labels": labels, "phase_change": [change[i] for i in each],
              "final_loss": [loss[i, -1] for i in each]}
@@ -144,15 +144,6 @@ def features(path: Path) -> torch.Tensor:
 def rounded(values: torch.Tensor) -> Any:
     """Numbers to four digits, nested as the tensor is."""
     return np.round(values.double().cpu().numpy(), 4).tolist()
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where files differ from it; empty without git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from interp.training.induction import Member
-from interp.training.induction_clamps import Clamp, only_head
-from interp.training.induction_task import Task
+from experiments.induction_formation.members import Member
+from experiments.induction_formation.task import Task
+from experiments.induction_formation.treatments import Treatment, only_head
 
 HEADS = 8
 KEPT = 0
 """The last-layer head that stays where the circuit is single; heads differ by their random start alone."""
 ALL = tuple(range(HEADS))
 
-CLAMPS: dict[str, Clamp] = {
+TREATMENTS: dict[str, Treatment] = {
     "none": only_head(KEPT),
     "previous token": only_head(KEPT, previous_token=(0,)),
     "layer 1": only_head(KEPT, first_layer=True),
@@ -23,9 +23,9 @@ CLAMPS: dict[str, Clamp] = {
 }
 """Figure 5b: what is held, in order of the circuit, with one last-layer head throughout."""
 PROGRESS = ("layer 1", "copy", "layer 1 + copy", "match")
-ISOLATED = {"normal": Clamp(), "B: match (layer 1 + copy clamped)": CLAMPS["layer 1 + copy"],
-            "C: copy (match clamped)": CLAMPS["match"]}  # fmt: skip
-"""Figure 6: the whole network, and the clamps that leave one subcircuit to learn."""
+ISOLATED = {"normal": Treatment(), "B: match (layer 1 + copy clamped)": TREATMENTS["layer 1 + copy"],
+            "C: copy (match clamped)": TREATMENTS["match"]}  # fmt: skip
+"""Figure 6: the whole network, and the treatments that leave one subcircuit to learn; named as in saved results."""
 SIZES = ((50, 5), (100, 5), (200, 5), (50, 10), (50, 15))
 
 
@@ -79,14 +79,14 @@ class Roster:
         members: all of them, in a fixed order.
         free: indices of normal training, by seed.
         alone: by head, then by seed.
-        clamped: by name of `CLAMPS`, then by seed.
+        treated: by name of `TREATMENTS`, then by seed.
         sizes: by (kind of `ISOLATED`, classes, labels), then by seed.
     """
 
     members: tuple[Member, ...]
     free: list[int]
     alone: list[list[int]]
-    clamped: dict[str, list[int]]
+    treated: dict[str, list[int]]
     sizes: dict[tuple[str, int, int], list[int]]
 
 
@@ -94,16 +94,16 @@ def roster(settings: Settings) -> Roster:
     """The members of all figures together; a run that two figures need is trained once."""
     index: dict[Member, int] = {}
 
-    def add(clamp: Clamp, seeds: int, task: Task) -> list[int]:
-        return [index.setdefault(Member(seed, clamp, task), len(index)) for seed in range(seeds)]
+    def add(treatment: Treatment, seeds: int, task: Task) -> list[int]:
+        return [index.setdefault(Member(seed, treatment, task), len(index)) for seed in range(seeds)]
 
     plain = Task()
-    free = add(Clamp(), settings.seeds, plain)
-    clamped = {name: add(clamp, settings.seeds, plain) for name, clamp in CLAMPS.items()}
+    free = add(Treatment(), settings.seeds, plain)
+    treated = {name: add(treatment, settings.seeds, plain) for name, treatment in TREATMENTS.items()}
     alone = [add(only_head(head), settings.alone_seeds, plain) for head in ALL]
     sizes = {
-        (kind, classes, labels): add(clamp, settings.seeds, Task(n_classes=classes, n_labels=labels))
-        for kind, clamp in ISOLATED.items()
+        (kind, classes, labels): add(treatment, settings.seeds, Task(n_classes=classes, n_labels=labels))
+        for kind, treatment in ISOLATED.items()
         for classes, labels in SIZES
     }
-    return Roster(tuple(index), free, alone, clamped, sizes)
+    return Roster(tuple(index), free, alone, treated, sizes)

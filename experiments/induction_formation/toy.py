@@ -11,7 +11,7 @@ HELD = {"none": (), "c": ("c",), "b and c": ("b", "c")}
 
 
 def train(held: tuple[str, ...], seed: int) -> list[float]:
-    """Losses of gradient descent on 0.5 mean (a b c - a* b* c*)^2, some of the vectors clamped to the truth.
+    """Losses of gradient descent on 0.5 mean (a b c - a* b* c*)^2, some of the vectors held at the truth.
 
     Truth is uniform in [0.5, 1.5] and the start in [0, 0.2]: entries of one size, whose product begins small.
 
@@ -36,7 +36,7 @@ def train(held: tuple[str, ...], seed: int) -> list[float]:
 
 
 def run(seeds: int) -> dict[str, Any]:
-    """Loss curves of every clamp and seed, each thinned to every tenth step."""
+    """Loss curves of every set of held vectors and every seed, each thinned to every tenth step."""
     return {
         "length": LENGTH,
         "rate": RATE,

@@ -6,7 +6,9 @@ monitor = training.Monitor(model, [training.Clamp(training.previous_token(0, 0))
 """
 
 from interp.training.callbacks import Callback, Checkpoints, Clamp, PhaseChange, Probe, at_strength, probe, save_weights
-from interp.training.clamps import (
+from interp.training.ensemble import Ensemble, Program
+from interp.training.graft import graft
+from interp.training.heads import (
     ablate_heads,
     all_but,
     attention_from,
@@ -19,8 +21,6 @@ from interp.training.clamps import (
     previous_token,
     temperature,
 )
-from interp.training.ensemble import Ensemble, Program
-from interp.training.graft import graft
 from interp.training.measures import (
     attention,
     copying,

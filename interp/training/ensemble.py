@@ -1,7 +1,7 @@
 """Many training runs as one batched program: conditions and seeds are members, stacked on a leading axis.
 
-Members share a program and differ in data alone: parameters, clamps, batches, learning rates. Nothing mixes members, so
-each trains as it would alone, and Adam on stacked parameters is as many separate Adams.
+Members share a program and differ in data alone: parameters, what is held, batches, learning rates. Nothing mixes
+members, so each trains as it would alone, and Adam on stacked parameters is as many separate Adams.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Program:
 
     Attributes:
         params: trained tensors [members, ...].
-        constants: tensors that the loss reads besides: what members share, and their clamps and data [members, ...].
+        constants: tensors that the loss reads besides: what members share, and their data [members, ...].
         loss: ``loss(params, constants, step)``, a pure function that returns one loss a member [members]; `step` is an
             int64 tensor [], and batches are functions of it. A member's loss may depend on its own entries only.
     """
@@ -50,7 +50,7 @@ class Ensemble(Generic[MemberT]):
 
     Args:
         build: from the members to their `Program`.
-        members: what differs: clamps, seeds, sizes; at least one.
+        members: what differs: what is held, seeds, sizes; at least one.
         rate: Adam's learning rate, one for all or one a member.
         betas: Adam's decays.
         eps: added to Adam's denominator.
@@ -238,7 +238,7 @@ def from_modules(
             themselves (dropout) is of torch's own random state, which `Ensemble.save` does not keep.
         loss: ``loss(call, data, step)`` of one member, where ``call(*inputs)`` runs its module and `data` are its own
             entries; returns a scalar.
-        data: tensors with a leading axis of members: clamps, seeds, inputs.
+        data: tensors with a leading axis of members: values that are held, seeds, inputs.
 
     Raises:
         ModelError: no module, modules of several architectures, or parameters that are frozen.

@@ -1,4 +1,4 @@
-"""What is measured of attention heads while they form: strengths, scores, and metrics under clamps.
+"""What is measured of attention heads while they form: strengths, scores, and metrics under plans.
 
 Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`.
 """
@@ -18,7 +18,7 @@ from hooks.plan.plan import as_plan
 from interp.evaluation import evaluate
 from interp.lens import check_readout, frozen_norm, head_outputs
 from interp.metrics import Metric
-from interp.training.clamps import ablate_heads
+from interp.training.heads import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
 
 
@@ -143,7 +143,7 @@ def repeated_tokens(model: Model, rows: int, length: int, *, seed: int = 0, firs
 
 
 def under(model: Model, inputs: Inputs, metric: Metric, plan: Any) -> float:
-    """A metric of the model evaluated with a clamp that it may not have been trained with: the mean over rows.
+    """A metric of the model evaluated under a plan that it may not have been trained with: the mean over rows.
 
     The progress measures of Singh et al. (2024): the loss with one part of the circuit given says how far the rest is.
 

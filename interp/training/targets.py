@@ -52,7 +52,7 @@ def match_targets(
     """
     queries, good = table(query, "query"), table(right, "right")
     if queries.shape[1] != 1:
-        raise ShapeError(f"query: one position a row, got {queries.shape[1]}; add one clamp for each")
+        raise ShapeError(f"query: one position a row, got {queries.shape[1]}; add one intervention for each")
     s = torch.as_tensor(sharpness, dtype=torch.float64)
     if s.ndim > 1 or not bool(((s >= 0) & (s <= 1)).all()):
         raise ShapeError(f"a sharpness is a number from 0 to 1, or one a row, got {sharpness!r}")

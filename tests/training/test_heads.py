@@ -1,4 +1,4 @@
-"""Each clamp against a forward pass written by hand in which loops over rows and positions do what it says."""
+"""What is held at heads, against a forward pass written by hand whose loops over rows and positions do what it says."""
 
 from __future__ import annotations
 
@@ -269,8 +269,8 @@ def test_preserving(family, padding, what, name):
 
 
 @each_family
-def test_preserving_under_other_clamps(family):
-    """Both worlds have the clamps that are in force besides."""
+def test_preserving_under_other_plans(family):
+    """Both worlds have the plans that are in force besides."""
     model = wrapped(family)
     x = example(model)
     previous = pattern_edit(x, lambda b, t: {max(t - 1, 0): 1.0}, head=1)
@@ -439,7 +439,7 @@ def test_graft_of_activations(family):
 # Gradients
 
 
-def clamps(model: ip.Model) -> dict[str, ip.Plan]:
+def plans(model: ip.Model) -> dict[str, ip.Plan]:
     return {
         "previous_token": ip.Plan() + tr.previous_token(0, 1),
         "match": ip.Plan() + tr.match_pattern(1, HEAD, 5, 1, 3, sharpness=0.8),
@@ -456,11 +456,11 @@ def clamps(model: ip.Model) -> dict[str, ip.Plan]:
 
 
 @pytest.mark.parametrize("family", ["small_attn_only", "llama"])
-@pytest.mark.parametrize("name", list(clamps(wrapped("llama"))))
+@pytest.mark.parametrize("name", list(plans(wrapped("llama"))))
 def test_gradients_against_finite_differences(family, name):
-    """The derivative of a clamped training loss along random directions in weight space."""
+    """The derivative of a training loss under a plan along random directions in weight space."""
     model = ip.wrap(zoo.make(family))
-    x, plan = example(model), clamps(model)[name]
+    x, plan = example(model), plans(model)[name]
     parameters = list(model.module.parameters())
 
     def loss() -> Tensor:

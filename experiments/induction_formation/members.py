@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.induction_formation.network import Output, Shape, forward, losses, rotary, stack_initial
+from experiments.induction_formation.stacked import stack
+from experiments.induction_formation.task import Batch, Task, draw, source
+from experiments.induction_formation.treatments import Held, Treatment
 from hooks.errors import InputsError, ShapeError
 from interp.training.ensemble import Params, Program
-from interp.training.induction_clamps import Clamp, stack
-from interp.training.induction_model import Output, Shape, forward, losses, rotary, stack_initial
-from interp.training.induction_task import Batch, Task, draw, source
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class Member:
 
     Attributes:
         seed: of its parameters and batches.
-        clamp: held at every step.
+        treatment: what it holds at every step; a `Treatment`, or any plan that `stacked.stack` can read.
         task: its classes and labels.
     """
 
     seed: int = 0
-    clamp: Clamp = field(default_factory=Clamp)
+    treatment: Held = field(default_factory=Treatment)
     task: Task = field(default_factory=Task)
 
 
@@ -70,6 +71,7 @@ def program(
     Raises:
         InputsError: no sequence in a batch.
         ShapeError: when it builds, a graft of no member, or of another shape.
+        PlanError: when it builds, a treatment that the stacked program cannot express.
     """
     if batch < 1:
         raise InputsError(f"a batch has at least one sequence, got {batch}")
@@ -77,7 +79,7 @@ def program(
 
     def build(members: Sequence[Member]) -> Program:
         params = initial_params(members, shape, dtype)
-        constants = conditions(members, table, shape, dtype)
+        constants = constants_of(members, table, shape, dtype)
         for index, graft in (grafts or {}).items():
             if index not in range(len(members)):
                 raise ShapeError(f"a graft is for member {index}, and they are 0 .. {len(members) - 1}")
@@ -110,30 +112,31 @@ def initial_params(members: Sequence[Member], shape: Shape, dtype: torch.dtype =
     return stack_initial(shape, [m.task.n_labels for m in members], [m.seed for m in members], dtype)
 
 
-def conditions(
+def constants_of(
     members: Sequence[Member],
     table: Tensor,
     shape: Shape,
     dtype: torch.dtype = torch.float32,
     *,
-    clamps: Sequence[Clamp] | None = None,
+    treatments: Sequence[Held] | None = None,
     split: str = "train",
 ) -> dict[str, Tensor]:
-    """Every constant that `induction_model.forward` and `induction_task.draw` read.
+    """Every constant that `network.forward` and `task.draw` read.
 
     Args:
         members: whose tasks and seeds they are.
         table: exemplars [n_exemplars, d_input].
         shape: sizes of the network.
         dtype: of the arithmetic.
-        clamps: one a member, instead of the members' own: a progress measure evaluates under a clamp that was not held.
-        split: which sequences are drawn, see `induction_task.source`.
+        treatments: one a member, instead of the members' own: a progress measure evaluates under one that was not held.
+        split: which sequences are drawn, see `task.source`.
 
     Raises:
-        ShapeError: a table without a row for every class, or clamps of another number than the members.
+        ShapeError: a table without a row for every class, or treatments of another number than the members.
+        PlanError: a treatment that the stacked program cannot express.
     """
-    if clamps is not None and len(clamps) != len(members):
-        raise ShapeError(f"{len(clamps)} clamps for {len(members)} members: one for each")
+    if treatments is not None and len(treatments) != len(members):
+        raise ShapeError(f"{len(treatments)} treatments for {len(members)} members: one for each")
     if table.shape != (members[0].task.n_exemplars, shape.d_input):
         raise ShapeError(
             f"exemplars must be {[members[0].task.n_exemplars, shape.d_input]} (training classes, then held-out ones);"
@@ -147,7 +150,7 @@ def conditions(
         "rotary": rotary(shape, dtype),
         "unused": torch.where(missing > 0, -torch.inf, 0.0)[..., None].to(dtype),
         **source([member.task for member in members], [member.seed for member in members], split),
-        **stack([m.clamp for m in members] if clamps is None else clamps, shape.n_heads, dtype),
+        **stack([m.treatment for m in members] if treatments is None else treatments, shape.n_heads, dtype),
     }
 
 
@@ -158,7 +161,7 @@ def evaluate(
 
     Args:
         params: [M, ...].
-        constants: of `conditions`.
+        constants: of `constants_of`.
         shape: sizes of the network.
         batch: classes and labels [M, 2, B], target [M, B].
 

@@ -3,7 +3,7 @@
 Everything is feature-major with the batch last: [M, features, tokens, B]. Projections are then batched products of a
 weight [M, out, in] with columns, and attention over five tokens is element-wise arithmetic along a contiguous batch.
 Only what reaches the logits is computed: a first-layer projection once a distinct token (the query repeats an exemplar,
-labels are few), and the last layer at the query alone. `interp.training.induction_module` is the same network plainly.
+labels are few), and the last layer at the query alone. `module.InductionModel` is the same network plainly.
 
 Source: Singh et al., "What needs to go right for an induction head?" (ICML 2024).
 """
@@ -17,12 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.induction_formation.task import QUERY, TOKENS, Batch
+from experiments.induction_formation.treatments import EXEMPLARS_BESIDE
 from hooks.errors import ModelError
 from hooks.random import hash_counters
-from interp.training.induction_clamps import BLOCKED
-from interp.training.induction_task import QUERY, TOKENS, Batch
 
 Params = dict[str, Tensor]
+BLOCKED = -1e9
+"""Added to scores that a member may not attend by: as -inf there, and no gradient of it is NaN."""
 EVEN = 8
 """Columns are padded to a multiple of this, at which the matrix products of CPUs lose nothing on ragged edges."""
 
@@ -122,13 +124,13 @@ def rotary(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu")
 
 
 def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: Shape) -> Output:
-    """Run every member on its own sequences, under its own clamp.
+    """Run every member on its own sequences, holding what it holds.
 
     Args:
         params: [M, ...], as `stack_initial` gives them.
         batch: classes [M, 2, B], labels [M, 2, B], target [M, B].
         constants: ``exemplars`` [classes, d_input], ``rotary`` (see `rotary`), ``unused`` (0, or -inf at labels that a
-            member lacks, [M, labels, 1]), and what `induction_clamps.stack` gives.
+            member lacks, [M, labels, 1]), and what `stacked.stack` gives.
         shape: sizes of the network.
     """
     c, p = constants, params
@@ -182,10 +184,7 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
         scores = scores * c["scale_last"][..., None, None]
     pattern = _softmax(scores, dim=2)
     if "match" in c:
-        sharp = c["sharpness"][:, None, None]
-        right = torch.where(target[:, None], 1 - sharp, sharp)
-        zero = torch.zeros_like(right)
-        held = torch.stack((zero, right, zero, 1 - right, zero), dim=2)
+        held = torch.where(target[:, None, None], c["given"][:, None, 1, :, None], c["given"][:, None, 0, :, None])
         share = c["match"][..., None, None]
         pattern = pattern * (1 - share) + share * held
     z = (pattern[:, :, None] * v).sum(3)
@@ -194,7 +193,7 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
     final = after[:, :, QUERY] + torch.bmm(p["out1"], z.reshape(members, m, size))
     logits = torch.baddbmm(p["read.bias"][..., None], p["read.weight"], _norm(final, p, "ln_final", shape))
     if "copy" in c:
-        logits = _copied(scores, batch, c["copy"], logits)
+        logits = _copied(scores, batch, c["copy"], c["rest"], logits)
     return Output(logits + c["unused"], scores, pattern, first_pattern)
 
 
@@ -211,16 +210,16 @@ def _last_layer_reads(
     members, m, _, size = x.shape
     h, d = shape.n_heads, shape.d_head
     to_k, to_v = p["kv1"].split(m, dim=1)
-    if "preserve" in c or "first_layer" in c:
+    if "preserve" in c or "moved" in c:
         streams = [after, after, after]
         if "preserve" in c:
             shares = c["preserve"].unbind(1)
             streams = [after * (1 - s[:, None, None, None]) + whole * s[:, None, None, None] for s in shares]
-        if "first_layer" in c:
-            s = c["first_layer"][:, None, None, None]
-            shifted = torch.stack((x[:, :, 0], x[:, :, 0], x[:, :, 2], x[:, :, 2], x[:, :, 4]), dim=2)
+        if "moved" in c:
+            shares = c["moved"][..., None, None, None].unbind(1)
+            shifted = torch.stack([x[:, :, p] for p in EXEMPLARS_BESIDE], dim=2)
             given = (shifted, shifted, x)
-            streams = [own * (1 - s) + new * s for own, new in zip(streams, given, strict=True)]
+            streams = [own * (1 - s) + new * s for own, new, s in zip(streams, given, shares, strict=True)]
         for_q, for_k, for_v = (_norm(stream, p, "ln1", shape) for stream in streams)
         k = torch.bmm(to_k, for_k.flatten(2)).view(members, m, TOKENS, size)
         v = torch.bmm(to_v, for_v.flatten(2)).view(members, m, TOKENS, size)
@@ -285,10 +284,10 @@ def _previous(like: Tensor) -> Tensor:
     return (held + (first[:, None] & first)).unsqueeze(-1)
 
 
-def _copied(scores: Tensor, batch: Batch, copy: Tensor, logits: Tensor) -> Tensor:
+def _copied(scores: Tensor, batch: Batch, copy: Tensor, rest: Tensor, logits: Tensor) -> Tensor:
     """Logits that are one head's scores on the two label tokens, for the members that copy."""
     of_head = (scores * copy[..., None, None]).sum(1)
     index = torch.arange(logits.shape[1], device=logits.device)[:, None]
     one, two = (batch.labels[:, i, None] == index for i in (0, 1))
-    written = torch.where(one, of_head[:, 1, None], torch.where(two, of_head[:, 3, None], BLOCKED))
+    written = torch.where(one, of_head[:, 1, None], torch.where(two, of_head[:, 3, None], rest[:, None, None]))
     return torch.where(copy.sum(1)[:, None, None] > 0, written, logits)

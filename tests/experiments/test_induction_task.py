@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from experiments.induction_formation.task import Task, draw, every_sequence, exemplars, source
 from hooks.errors import InputsError
-from interp.training.induction_task import Task, draw, every_sequence, exemplars, source
 
 TASKS = [Task(), Task(n_classes=200, n_labels=15), Task(n_labels=10)]
 

@@ -1,10 +1,10 @@
-"""Clamps: interventions that hold a part of a circuit in place while the rest of it is trained around them.
+"""What to hold at attention heads: a part of a circuit in place while the rest of it is trained around it.
 
 After the "artificial optogenetics" of Singh et al., "What needs to go right for an induction head?" (2024). Each is an
 intervention or a plan of the engine, so it composes, takes a strength, prints, saves, and is held by `Model.apply`. One
 whose positions depend on the batch is made inside a function of the call's inputs::
 
-    with model.apply(lambda inputs: clamps.match_pattern(1, 3, query=4, right=positions_of(inputs.ids))):
+    with model.apply(lambda inputs: match_pattern(1, 3, query=4, right=positions_of(inputs.ids))):
         loss = ...
 """
 
@@ -138,7 +138,7 @@ def preserving(
         what: "pattern", "value", "query" or "key" (before any rotary embedding), or several of them.
         ablation: what is done.
         layers: the layers that keep what they had; those after the ablation.
-        base: other interventions of both worlds, as the clamps that are in force besides.
+        base: other interventions of both worlds, as plans that are in force besides.
         head: the heads that keep it (key/value heads for values and keys); None for all.
         stop_gradient: take what is preserved as a constant, or let gradients flow through both worlds.
 
@@ -211,8 +211,8 @@ def attention_from(
 
     With the residual before the first layer and the default parts, the layer's *patterns* are what they would be if an
     ideal earlier layer had put at position p the embedding of position ``source[p]``. For the task of exemplar and
-    label pairs, ``attention_from(1, (0, 0, 2, 2, 4)) + attention_from(1, range(5), parts=("v",))`` is the clamp of the
-    first layer: patterns from the exemplar beside each label, values from the plain embeddings (Singh et al. 2024).
+    label pairs, ``attention_from(1, (0, 0, 2, 2, 4)) + attention_from(1, range(5), parts=("v",))`` holds the first
+    layer: patterns from the exemplar beside each label, values from the plain embeddings (Singh et al. 2024).
 
     Args:
         layer: the block.

@@ -1,6 +1,6 @@
-"""Training an ensemble beside a loop over separate eager runs, in member-steps a second; and what callbacks cost.
+"""Training an ensemble beside a loop over separate eager runs, in member-steps a second.
 
-python -m experiments.benchmarks.training --out experiments/benchmarks/training.json
+python -m experiments.induction_formation.benchmark --out experiments/induction_formation/benchmark.json
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmarks import machine
-from experiments.benchmarks.probing import Training, callbacks_table, measure_callbacks
-from experiments.benchmarks.report import table, written
-from experiments.benchmarks.timing import interleaved, ratio, timed
+from experiments import machine
+from experiments.induction_formation.by_hand import logits_under
+from experiments.induction_formation.members import Member, initial_params, program
+from experiments.induction_formation.module import InductionModel
+from experiments.induction_formation.network import Shape
+from experiments.induction_formation.task import Batch, Task, draw, exemplars, source
+from experiments.induction_formation.treatments import Treatment, only_head
+from experiments.tables import table, written
+from experiments.timing import interleaved, ratio, timed
 from interp.training.ensemble import Ensemble
-from interp.training.induction import Member, initial_params, program
-from interp.training.induction_clamps import Clamp, only_head
-from interp.training.induction_model import Shape
-from interp.training.induction_module import InductionModel
-from interp.training.induction_task import Batch, Task, draw, exemplars, source
 
-TARGET, MARK = 8, 3600
-CLAMPS = (
+TARGET = 8
+TREATMENTS = (
     only_head(0),
     only_head(0, first_layer=True),
     only_head(0, match=0),
     only_head(0, copy=0),
     only_head(0, first_layer=True, copy=0),
-    Clamp(previous_token=(0,)),
-    Clamp(no_previous_token=tuple(range(8))),
-    Clamp(ablate_first=(0,), preserve=("q", "k")),
+    Treatment(previous_token=(0,)),
+    Treatment(no_previous_token=tuple(range(8))),
+    Treatment(ablate_first=(0,), preserve=("q", "k")),
 )
-"""The clamps of the members, in turn."""
+"""The treatments of the members, in turn."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Setting:
 class Loop:
     """One member as a user would train it: the plain module, eager, torch's Adam."""
 
-    def __init__(self, member: Member, exemplar_table: Tensor, setting: Setting) -> None:
+    def __init__(self, member: Member, treatment: Treatment, exemplar_table: Tensor, setting: Setting) -> None:
         start = {name: value[0] for name, value in initial_params([member], Shape()).items()}
         self.model = InductionModel.of(start, exemplar_table).to(setting.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=setting.rate)
-        self.member, self.setting, self.step = member, setting, 0
+        self.treatment, self.setting, self.step = treatment, setting, 0
         where = source([member.task], [member.seed])
         self.where = {name: value.to(setting.device) for name, value in where.items()}
 
@@ -83,10 +83,10 @@ class Loop:
         found = []
         for _ in range(steps):
             batch = Batch(*(value[0] for value in draw(self.where, self.step, self.setting.batch)))
-            if self.member.clamp == Clamp():
+            if self.treatment == Treatment():
                 logits = self.model(batch.ids(len(self.model.embed.exemplars)))[:, -1]
             else:
-                logits = self.model.clamped(batch, self.member.clamp)
+                logits = logits_under(self.model, batch, self.treatment)
             loss = torch.nn.functional.cross_entropy(logits, batch.answer)
             self.optimizer.zero_grad()
             loss.backward()
@@ -96,14 +96,16 @@ class Loop:
         return found
 
 
-def measure_size(setting: Setting, members: int, clamped: bool) -> dict[str, Any]:
+def measure_size(setting: Setting, members: int, treated: bool) -> dict[str, Any]:
     """Member-steps a second of the compiled ensemble, the eager one and the loop, and how far their losses differ."""
     exemplar_table = exemplars(Task()).float()
-    people = [Member(seed, CLAMPS[seed % len(CLAMPS)] if clamped else Clamp()) for seed in range(members)]
+    held = [TREATMENTS[seed % len(TREATMENTS)] if treated else Treatment() for seed in range(members)]
+    people = [Member(seed, treatment) for seed, treatment in enumerate(held)]
     build = program(exemplar_table, batch=setting.batch)
     options: dict[str, Any] = {"rate": setting.rate, "device": setting.device}
     together = {name: Ensemble(build, people, compile=name == "compiled", **options) for name in ("compiled", "eager")}
-    loops = [Loop(member, exemplar_table, setting) for member in people[: setting.looped]]
+    pairs = list(zip(people, held, strict=True))[: setting.looped]
+    loops = [Loop(member, treatment, exemplar_table, setting) for member, treatment in pairs]
     losses = {"loop": torch.stack([torch.stack(loop.train(setting.compared)) for loop in loops], 1)}
     took = {}
     for name, ensemble in together.items():
@@ -120,7 +122,7 @@ def measure_size(setting: Setting, members: int, clamped: bool) -> dict[str, Any
     per = {name: [s / done[name] for s in each] for name, each in seconds.items()}
     return {
         "members": members,
-        "clamped": clamped,
+        "clamped": treated,
         "looped": len(loops),
         "member_steps_per_second": {name: 1 / sorted(each)[len(each) // 2] for name, each in per.items()},
         "over_loop": {name: ratio(per["loop"], per[name]) for name in together},
@@ -141,15 +143,12 @@ def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[st
         "machine": machine.describe(setting.device),
         "sizes": [],
     }
-    callbacks = Training(steps=6, every=2) if setting.quick else Training()
-    record["callbacks_setting"] = asdict(callbacks)
-    record["callbacks"] = measure_callbacks(callbacks, setting.repetitions)
-    for clamped in (False, True):
+    for treated in (False, True):
         for members in setting.members:
-            record["sizes"].append(measure_size(setting, members, clamped))
-            record["took_seconds"] = time.perf_counter() - start
+            record["sizes"].append(measure_size(setting, members, treated))
             save(record)
-            print(f"{record['took_seconds']:4.0f} s  {record['sizes'][-1]['member_steps_per_second']}", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"{seconds:4.0f} s  {record['sizes'][-1]['member_steps_per_second']}", flush=True)
     return record
 
 
@@ -157,7 +156,7 @@ def tables(record: dict[str, Any]) -> str:
     """The record in Markdown."""
     place = record["machine"]
     where = place["gpu"] or f"{place['cpu']}, {place['threads']} threads"
-    head = ["members", "clamps", "compiled", "eager", "loop", "compiled / loop", "target", "largest difference"]
+    head = ["members", "treatments", "compiled", "eager", "loop", "compiled / loop", "target", "largest difference"]
     rows = []
     for size in record["sizes"]:
         speed, over = size["member_steps_per_second"], size["over_loop"]["compiled"]
@@ -174,12 +173,11 @@ def tables(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("python", "torch"))
     compile_seconds = max(size["first_call_seconds"] for size in record["sizes"])
     return (
-        f"Measured on {where}; {versions}; commit `{record['commit'][:12]}`; {record['took_seconds']:.0f} s in all. "
+        f"Measured on {where}; {versions}; commit `{record['commit'][:12]}`. "
         f"First calls, which compile or find kernels in the compiler's cache, took at most {compile_seconds:.0f} s.\n\n"
         f"Member-steps a second:\n\n{table(head, rows)}\n\n"
         "In brackets: the smallest and the largest ratio of a repetition. Differences are of the losses of the first "
-        f"{record['setting']['compared']} steps, in nats.\n\n"
-        f"Callbacks in a loop:\n\n{callbacks_table(record['callbacks'], record['callbacks_setting'])}"
+        f"{record['setting']['compared']} steps, in nats."
     )
 
 

@@ -1,4 +1,4 @@
-"""Figure 5: three factors that must all be learned make a plateau; clamping some of them removes it."""
+"""Figure 5: three factors that must all be learned make a plateau; holding some of them removes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLOURS = {
 
 
 def draw() -> Figure:
-    """The product of three vectors, and the network, each under its clamps; mean and range of seeds."""
+    """The product of three vectors, and the network, each under its treatments; mean and range of seeds."""
     record = induction()
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
@@ -38,7 +38,7 @@ def draw() -> Figure:
     right.set_title("b: one last-layer head; dotted: ln 2", fontsize=10)
     for ax in (left, right):
         ax.set_xlabel("step")
-        ax.legend(frameon=False, fontsize=8, title="clamped", title_fontsize=8)
+        ax.legend(frameon=False, fontsize=8, title="held", title_fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     mark_reduced(figure, record)
     return figure

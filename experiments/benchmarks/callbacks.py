@@ -1,10 +1,16 @@
-"""What callbacks cost a training loop: a probe beside the same one by hand, and a clamp in every step."""
+"""What callbacks cost a training loop: a probe beside the same one by hand, and a plan held in every step.
+
+python -m experiments.benchmarks.callbacks --out experiments/benchmarks/callbacks.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import interp as ip
-from experiments.benchmarks.report import table
-from experiments.benchmarks.timing import interleaved, ratio
+from experiments import machine
+from experiments.tables import table, times, written
+from experiments.timing import interleaved, ratio
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Training:
         rows, length: prompts that a probe runs on, random tokens of that length twice over.
         steps: of a run.
         every: steps between probes.
+        repetitions: interleaved ones of every way.
     """
 
     sizes: dict[str, int] = field(
@@ -42,6 +50,7 @@ class Training:
     length: int = 16
     steps: int = 40
     every: int = 10
+    repetitions: int = 5
 
 
 def bare(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tensor:
@@ -86,7 +95,7 @@ def probed(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tenso
     return torch.stack(found)
 
 
-def clamped(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tensor:
+def held(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tensor:
     """A previous-token pattern held in every step."""
     _monitored(ip.wrap(model), batches, [ip.training.Clamp(ip.training.previous_token(0, head=0))])
     return torch.empty(0)
@@ -96,7 +105,7 @@ WAYS: dict[str, Callable[[LlamaForCausalLM, Tensor, Training], Tensor]] = {
     "bare": bare,
     "by hand": by_hand,
     "probed": probed,
-    "clamped": clamped,
+    "clamped": held,
 }
 
 
@@ -107,7 +116,7 @@ def prompts(setting: Training) -> Tensor:
     return torch.stack(one).repeat(1, 2)
 
 
-def measure_callbacks(setting: Training, repetitions: int) -> dict[str, Any]:
+def measure(setting: Training) -> dict[str, Any]:
     """Ratios of running times, and how far weights and scores differ."""
     torch.manual_seed(0)
     start = LlamaForCausalLM(LlamaConfig(**setting.sizes, bos_token_id=None, eos_token_id=None)).train()
@@ -118,7 +127,7 @@ def measure_callbacks(setting: Training, repetitions: int) -> dict[str, Any]:
         models[name] = copy.deepcopy(start)
         return WAYS[name](models[name], batches, setting)
 
-    seconds, found = interleaved({name: lambda name=name: run(name) for name in WAYS}, repetitions, "cpu")
+    seconds, found = interleaved({name: lambda name=name: run(name) for name in WAYS}, setting.repetitions, "cpu")
     weights = {name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in models.items()}
     probes = len(found["probed"])
     one = {
@@ -137,8 +146,9 @@ def measure_callbacks(setting: Training, repetitions: int) -> dict[str, Any]:
     }
 
 
-def callbacks_table(record: dict[str, Any], setting: dict[str, Any]) -> str:
+def tables(record: dict[str, Any]) -> str:
     """The record in Markdown."""
+    place, setting, found = record["machine"], record["setting"], record["callbacks"]
     names = {
         "by hand": f"a probe every {setting['every']} steps, by hand",
         "probed": f"a `Probe` every {setting['every']} steps",
@@ -146,14 +156,15 @@ def callbacks_table(record: dict[str, Any], setting: dict[str, Any]) -> str:
     }
     rows = []
     for name, title in names.items():
-        over, steps = record["over_bare"][name], record["steps_a_probe"].get(name)
-        spread = f"{over['ratio']:.2f} ({over['min']:.2f} to {over['max']:.2f})"
-        rows.append([title, spread, "" if steps is None else f"{steps:.2f}"])
+        over, steps = found["over_bare"][name], found["steps_a_probe"].get(name)
+        rows.append([title, times(over, digits=2), "" if steps is None else f"{steps:.2f}"])
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("python", "torch", "transformers"))
     return (
+        f"Measured on {place['cpu']}, {place['threads']} threads; {versions}; commit `{record['commit'][:12]}`.\n\n"
         f"{table(['loop', 'over the bare loop', 'a probe, in training steps'], rows)}\n\n"
         f"Weights after {setting['steps']} steps with probes differ from those without by "
-        f"{record['largest_difference_of_weights']:.0e}; the two probes' scores by at most "
-        f"{record['largest_difference_of_scores']:.0e} of {record['scores'][1]:.2f}."
+        f"{found['largest_difference_of_weights']:.0e}; the two probes' scores by at most "
+        f"{found['largest_difference_of_scores']:.0e} of {found['scores'][1]:.2f}."
     )
 
 
@@ -182,3 +193,31 @@ def _monitored(model: ip.Model, batches: Tensor, callbacks: list[ip.training.Cal
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, save and print; or bring the README up to date with what was saved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that everything runs")
+    parser.add_argument("--write-readme", action="store_true", help="measure nothing; put the table in README.md")
+    args = parser.parse_args(argv)
+    if args.write_readme:
+        written(args.out, Path(__file__).parent / "README.md", tables)
+        return
+    torch.set_num_threads(args.threads)
+    setting = replace(Training(), steps=6, every=2, repetitions=2) if args.quick else Training()
+    record = {
+        "setting": asdict(setting),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "machine": machine.describe("cpu"),
+        "callbacks": measure(setting),
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(tables(record))
+
+
+if __name__ == "__main__":
+    main()

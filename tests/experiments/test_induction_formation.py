@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.induction_formation import report, run, toy
-from experiments.induction_formation.settings import CLAMPS, QUICK, SHORT, SIZES, Settings, roster
+from experiments.induction_formation.settings import QUICK, SHORT, SIZES, TREATMENTS, Settings, roster
+from experiments.induction_formation.task import Task, exemplars
 from hooks.errors import InputsError
-from interp.training.induction_task import Task, exemplars
 
 SMALL = Settings(name="small", rate=1e-3, steps=8, seeds=1, alone_seeds=1, every=2, evaluated=8, checkpoint=4)
 TABLE = exemplars(Task(), 16)
@@ -48,17 +48,17 @@ def test_results_hold_what_every_figure_reads(tmp_path):
     loss = np.array(found["free"]["loss"])
     assert loss.shape == (1, 4) and loss[0, -1] < loss[0, 0]
     assert np.array(found["free"]["strengths"]).shape == (4, 1, 8)
-    assert set(found["clamped"]) == set(CLAMPS) and len(found["alone"]) == 8
+    assert set(found["clamped"]) == set(TREATMENTS) and len(found["alone"]) == 8
     assert len(found["sizes"]) == 3 * len(SIZES)
     end = found["end"]
     assert np.array(end["only"]).shape == np.array(end["without"]).shape == (1, 8)
     assert 0 <= end["whole"][0] <= 1 and end["whole"] != end["first_layer_ablated"]
-    # What is clamped to the answer is learned first, also in so short a run.
+    # What is held at the answer is learned first, also in so short a run.
     assert found["clamped"]["match"]["loss"][0][-1] < found["clamped"]["none"]["loss"][0][-1]
 
 
 def test_the_toy_descends_as_its_gradient_says():
-    """One step by hand; and the more is clamped to the truth, the sooner the loss is down."""
+    """One step by hand; and the more is held at the truth, the sooner the loss is down."""
     generator = torch.Generator().manual_seed(3)
     truth = 0.5 + torch.rand(3, toy.LENGTH, generator=generator, dtype=torch.float64)
     a, b, _ = 0.2 * torch.rand(3, toy.LENGTH, generator=generator, dtype=torch.float64)
