@@ -33,6 +33,8 @@ HARMLESS = frozenset(
 """Keyword arguments of attention functions that do not change what they compute, given their mask."""
 UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
 """Those that do, and are taken into account."""
+WEIGHTLESS = frozenset({"sdpa_attention_forward", "flash_attention_forward", "flex_attention_forward", "attend"})
+"""Attention functions that return no weights."""
 
 
 class Running(Protocol):
@@ -349,7 +351,7 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
             cap=layer_attention.softcap if cap is None else cap,
             sinks=given.get("s_aux"),
         )
-        # Only eager attention has weights to show, to a caller who asks for them.
-        return z, pattern if getattr(own, "__name__", "") == "eager_attention_forward" else None
+        # The model's own kernel may have no weights to show to a caller who asks for them, and then there are none.
+        return z, None if getattr(own, "__name__", "") in WEIGHTLESS else pattern
 
     return attend

@@ -37,8 +37,9 @@ def own_attention(module: Any, implementation: str) -> AttentionFunction:
     """The attention function that a module calls by itself, given the name of its implementation."""
     from transformers import AttentionInterface
 
-    # An eager function is not registered: each family has one beside its modules.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    # An eager function is not registered: each family has one beside its classes, whoever derives from them.
+    homes = [sys.modules.get(kind.__module__) for kind in type(module).__mro__]
+    eager = next((home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")), None)
     return AttentionInterface().get_interface(implementation, eager)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import hooks as hk
 from hooks import Inputs, Model, Plan, World, site
@@ -235,6 +235,8 @@ def test_copies_that_are_made_under_a_plan(family, tmp_path):
     """A copy, a pickle and a saved model are of the model as it is without the plan, and stay so."""
     model = fresh(family)
     x = example(model)
+    if family != "small_ln_learned":
+        model.module.save_pretrained(tmp_path)  # which notes the class and the dtype on the config
     plain, state = call(model, x), State(model.module)
     plan = hk.scale(site("logits"), 1.5) + hk.zero(site("pattern", 0, pos=1)) + hk.zero(site("mlp_out", 1))
     with model.apply(plan):
@@ -364,9 +366,10 @@ def test_checkpointing_by_hand_is_right_or_refused():
         first, second = loss_of(model, x), loss_of(model, y)
         with pytest.raises(PlanError, match="several calls"):
             gradient(model, first)
-    with model.apply(hk.steer(site("z", 0, head=0), torch.ones(model.sizes[site("z", 0).key]["dim"]).double())):
+    with model.apply(hk.steer(site("z", 0), torch.ones(model.sizes[site("z", 0).key]["dim"]).double())):
         loss = loss_of(model, x)
-    with pytest.raises(PlanError, match="no longer held"):
+    # Torch says it, where an edit keeps tensors of its own for the backward pass, and we say it where none does.
+    with pytest.raises((PlanError, CheckpointError), match=r"no longer held|different number of tensors"):
         gradient(model, loss)
     assert second.requires_grad
     model = by_hand(True)
