@@ -53,3 +53,9 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
         things = "tokens" if model.architecture.readout is None else "classes"
         raise MetricError(f"an answer is outside the vocabulary of {vocabulary} {things}")
     return ids
+
+
+def repeats(ids: Tensor) -> Tensor:
+    """bool [B, n]: which entries of each row stand in it before."""
+    same = ids[:, :, None] == ids[:, None, :]
+    return same.tril(-1).any(2)

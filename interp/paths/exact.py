@@ -27,6 +27,7 @@ from interp.paths.streams import edits
 from interp.progress import tqdm
 from interp.results import Result
 from interp.streaming import Stream, weights_digest
+from interp.sweeps import require_finite
 
 
 @torch.no_grad()
@@ -96,7 +97,10 @@ def edge_sweep(
     with tqdm(total=len(todo), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
         bar.set_description(f"{len(chosen)} edges x {rows} rows")
         for numbers, worlds in _batches(graph, chosen, todo, norms, measure):
-            for index, window, measured, status in measure.each(worlds):
+            names = [f"the edge {chosen[i - 2].name}" if i > 1 else "the unedited run" for i in numbers]
+            for index, window, measured, status in measure.each(worlds, names):
+                if numbers[index] == 0:
+                    require_finite(measured[None], [metric.name], window)
                 stream.write(measured[None], numbers[index], window, status)
                 bar.update((window.stop - window.start) / rows)
     found, status = np.array(stream.values[0]), np.array(stream.status)

@@ -1,6 +1,7 @@
 """What is measured of attention heads while they form: strengths, scores, and metrics under clamps.
 
-Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`.
+Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`, which puts the
+model into evaluation mode for it; a model in training mode is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hooks import Inputs, Model, Site, World, site
 from hooks.adapters.architecture import linear_weight
 from hooks.errors import MetricError
 from hooks.plan import as_plan
-from interp.evaluation import evaluate
+from interp.evaluation import evaluate, require_eval
 from interp.lens import check_readout, frozen_norm, head_outputs
 from interp.metrics import Metric
 from interp.training.clamps import ablate_heads
@@ -35,6 +36,7 @@ def attention(model: Model, inputs: Inputs | World, layer: int, query: Positions
     Raises:
         MetricError: several queries a row, or positions of another number of rows.
     """
+    require_eval(model)
     world = inputs if isinstance(inputs, World) else World(inputs)
     rows = len(world.inputs)
     queries, keys = table(query, "query"), table(key, "key")
@@ -196,6 +198,7 @@ def _ablated(
 
 def _mean_attention(model: Model, inputs: Inputs | World, targets: Callable[[Inputs], Tensor]) -> Tensor:
     """Attention summed over target keys bool [B, P, P], the mean over queries that have any: [L, H]."""
+    require_eval(model)
     world = inputs if isinstance(inputs, World) else World(inputs)
     wanted = targets(world.inputs)
     if not bool(wanted.any()):
