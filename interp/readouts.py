@@ -134,7 +134,7 @@ class Logit:
 
 @dataclass(frozen=True, eq=False)
 class LogProb:
-    """Log-probability of any of the tokens [B, n] at one position; one that is named again, bool [B, n], counts once."""
+    """Log-probability of any of the tokens [B, n] at one position; one named `again`, bool [B, n], counts once."""
 
     chosen: Tensor
     again: Tensor | None

@@ -23,7 +23,7 @@ from interp.metrics import Bound, Metric, call
 from interp.progress import tqdm
 from interp.provenance import describe_run, sweep_identity
 from interp.results import STATUS, Result
-from interp.streaming import Stream
+from interp.streaming import Stream, finished
 
 DIRECTIONS = ("denoising", "noising")
 
@@ -58,7 +58,8 @@ def sweep(
             (Heimersheim & Nanda 2024).
         executor: see `hooks.run_worlds`; the result says which was used, and why.
         budget: bytes that the activations of a chunk may take.
-        path: save the result there, stream to it while running, and resume from it after an interruption.
+        path: save the result there, stream to it while running, and resume from it after an interruption. Where the
+            finished result of the same sweep is there, it is returned.
         progress: show a bar; by default where the output is a terminal or a notebook.
         seed: seed of random interventions.
 
@@ -88,7 +89,13 @@ def sweep(
 
     identity: dict[str, str] = {}
     if path is not None:
-        identity = sweep_identity(model, base_inputs, source, worlds, metrics, bound, seed, executor)
+        told = direction if corrupt is not None else "ablation"
+        identity = sweep_identity(
+            model, base_inputs, source, axes, worlds, metrics, bound, several, told, seed, executor
+        )
+        known = finished(path, identity)
+        if known is not None:
+            return known
     rows = len(base_inputs)
     stream = Stream(path, (len(metrics), len(worlds), rows), identity)
     # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.

@@ -25,8 +25,9 @@ from interp.paths.readers import changed_tokens, check_norms, forced, key_value_
 from interp.paths.sources import pair_of
 from interp.paths.streams import edits
 from interp.progress import tqdm
+from interp.provenance import metric_identity, model_identity
 from interp.results import Result
-from interp.streaming import Stream, weights_digest
+from interp.streaming import Stream, finished
 from interp.sweeps import require_finite
 
 
@@ -81,6 +82,8 @@ def edge_sweep(
     Raises:
         PathError: an edge that the model lacks or that runs backwards; a model that the graph does not describe.
         InputsError: prompts that do not correspond, or no reference for a mean.
+        MetricError: the metric is nan, or infinite in the run that is edited.
+        ResultError: there is a result of another sweep at `path`.
         UnfiredError: no writer's output changes.
     """
     check_norms(norms)
@@ -92,6 +95,9 @@ def edge_sweep(
     identity: dict[str, str] = {}
     if path is not None:
         identity = _identity(measure, chosen, graph, (values, pooled, norms, seed, executor), reference)
+        known = finished(path, identity)
+        if known is not None:
+            return known
     stream = Stream(path, (1, len(chosen) + 2, rows), identity)
     todo = set(stream.remaining())
     with tqdm(total=len(todo), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
@@ -211,19 +217,19 @@ def _identity(
     measure: Measure, chosen: tuple[Edge, ...], graph: Graph, options: tuple[Any, ...], reference: Inputs | None
 ) -> dict[str, str]:
     """Digests of everything that a sweep of edges depends on."""
-    run, metric = measure.pair.source.run, measure.metric
+    run = measure.pair.source.run
     model, every = measure.model, [measure.inputs, run and run.inputs, reference]
     held = [model.held_on(inputs)[0] for inputs in every if inputs is not None] if model.holds else []
     around = {"held": digest_of(tuple(map(fingerprint, held)))} if held else {}
-    compared = "" if metric.reference is None else fingerprint(metric.reference)
     return {
         **around,
-        "weights": weights_digest(model),
+        **model_identity(model),
         "inputs": fingerprint(measure.inputs),
         "source": "" if run is None else fingerprint(run.inputs),
         "reference": "" if reference is None else fingerprint(reference),
         "edges": digest_of(tuple(edge.name for edge in chosen)),
-        "graph": digest_of((graph.granularity, graph.query_heads, str(graph.spans))),
-        "metrics": digest_of((metric.name, metric.stated, fingerprint(measure.bound.reads), compared)),
+        "graph": digest_of((graph.granularity, graph.query_heads, graph.spans)),
+        "direction": measure.pair.direction,
+        "metrics": metric_identity(measure.metric, measure.bound),
         "options": digest_of(tuple(map(str, options))),
     }
