@@ -15,6 +15,7 @@ from torch import Tensor
 from hooks import Inputs, Model, Outcome, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
 from hooks.errors import InputsError, MetricError, PlanError, UnfiredError, nearest
+from hooks.pieces import joined
 from hooks.worlds import choose
 from interp.axes import Axis
 from interp.evaluation import check_metrics, read_reference, require_eval
@@ -317,7 +318,7 @@ def assemble(
     floor = np.maximum(np.abs(values[:, 1] - base).max(1), rounding * np.abs(base).max(1))
     pick = (lambda a: a) if several else (lambda a: a[0])
     worded = inputs.tokens is not None and inputs.pixels is None
-    labels = tuple("".join(inputs.labels(r)) if worded else f"row {r}" for r in range(len(inputs)))
+    labels = tuple(joined(inputs.labels(r)) if worded else f"row {r}" for r in range(len(inputs)))
     return Result(
         effect=pick(effect),
         axes=axes,
