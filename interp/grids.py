@@ -233,7 +233,8 @@ def _named(axis: str, value: Any) -> Any:
 
 def _by_row(axis: str, value: Tensor | np.ndarray) -> Tensor:
     """Positions that differ between rows, as a site takes them."""
-    index = getattr(Site("pattern", 0, **{axis: value}), axis)
+    at = torch.as_tensor(value)
+    index = Site("pattern", 0, pos=at).pos if axis == POS else Site("pattern", 0, key_pos=at).key_pos
     assert isinstance(index, Tensor)
     return index
 

@@ -1,7 +1,7 @@
 """What is measured of attention heads while they form: strengths, scores, and metrics under clamps.
 
-Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`, which puts the
-model into evaluation mode for it; a model in training mode is refused.
+Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`, and puts the
+model into evaluation mode meanwhile.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from hooks import Inputs, Model, Site, World, site
 from hooks.adapters.architecture import linear_weight
 from hooks.errors import MetricError
 from hooks.plan import as_plan
-from interp.evaluation import evaluate, require_eval
+from interp.evaluation import evaluate
 from interp.lens import check_readout, frozen_norm, head_outputs
 from interp.metrics import Metric
 from interp.training.clamps import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
+from interp.training.untouched import evaluating
 
 
 def attention(model: Model, inputs: Inputs | World, layer: int, query: Positions, key: Positions) -> Tensor:
@@ -36,7 +37,6 @@ def attention(model: Model, inputs: Inputs | World, layer: int, query: Positions
     Raises:
         MetricError: several queries a row, or positions of another number of rows.
     """
-    require_eval(model)
     world = inputs if isinstance(inputs, World) else World(inputs)
     rows = len(world.inputs)
     queries, keys = table(query, "query"), table(key, "key")
@@ -46,7 +46,8 @@ def attention(model: Model, inputs: Inputs | World, layer: int, query: Positions
             f"{list(keys.shape)}"
         )
     place = Site("pattern", layer, pos=queries.expand(rows, 1), key_pos=keys.expand(rows, -1))
-    return model.run(world, capture=place).tape[place].sum((2, 3))
+    with evaluating(model.module):
+        return model.run(world, capture=place).tape[place].sum((2, 3))
 
 
 def induction_strength(
@@ -93,6 +94,11 @@ def copying(model: Model, inputs: Inputs) -> Tensor:
         ModelError: a final norm that is not a LayerNorm or an RMSNorm, or an unembedding that is not linear.
         PlanError: a plan that is held on the model edits what is read out.
     """
+    with evaluating(model.module):
+        return _copying(model, inputs)
+
+
+def _copying(model: Model, inputs: Inputs) -> Tensor:
     check_readout(model, inputs)
     targets = induction_targets(inputs)
     if not bool(targets.any()):
@@ -156,7 +162,8 @@ def under(model: Model, inputs: Inputs, metric: Metric, plan: Any) -> float:
         plan: a plan, or a function from inputs to one.
     """
     given: Any = plan(inputs) if callable(plan) else plan
-    return float(evaluate(model, World(inputs, as_plan(given)), metric).mean())
+    with evaluating(model.module):
+        return float(evaluate(model, World(inputs, as_plan(given)), metric).mean())
 
 
 def heads_alone(model: Model, inputs: Inputs, layer: int, metric: Metric, *, plan: Any = None) -> Tensor:
@@ -198,13 +205,13 @@ def _ablated(
 
 def _mean_attention(model: Model, inputs: Inputs | World, targets: Callable[[Inputs], Tensor]) -> Tensor:
     """Attention summed over target keys bool [B, P, P], the mean over queries that have any: [L, H]."""
-    require_eval(model)
     world = inputs if isinstance(inputs, World) else World(inputs)
     wanted = targets(world.inputs)
     if not bool(wanted.any()):
         raise MetricError("these prompts have no such pair of tokens, so there is nothing to measure")
     sites = [Site("pattern", layer) for layer in range(model.n_layers)]
-    tape = model.run(world, capture=sites).tape
+    with evaluating(model.module):
+        tape = model.run(world, capture=sites).tape
     order = world.inputs.order[:, : wanted.shape[-1]].to(model.device)
     wanted = wanted.to(model.device)
     queries = wanted.any(-1).sum()

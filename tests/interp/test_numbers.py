@@ -195,7 +195,6 @@ def test_a_model_in_training_mode_is_measured_by_nothing(pair):
     clean, corrupt = pair
     model.module.train()
     world = ip.World(clean, ip.zero(ip.site("z", 0)))
-    tr = ip.training
     for run in (
         lambda: ip.evaluate(model, clean, ip.logit(5)),
         lambda: ip.evaluate(model, world, ip.logit(5)),
@@ -206,13 +205,6 @@ def test_a_model_in_training_mode_is_measured_by_nothing(pair):
         lambda: ip.direct_logit_attribution(model, clean, 5),
         lambda: ip.paths.edge_sweep(model, clean, corrupt, metric=ip.logit(5)),
         lambda: ip.paths.edge_scores(model, clean, corrupt, metric=ip.logit(5)),
-        lambda: tr.attention(model, clean, 0, 3, 1),
-        lambda: tr.induction_strength(model, clean, 0, 3, 1, 2),
-        lambda: tr.previous_token_strength(model, clean),
-        lambda: tr.prefix_matching(model, tr.repeated_tokens(model, 2, 4)),
-        lambda: tr.copying(model, tr.repeated_tokens(model, 2, 4)),
-        lambda: tr.heads_alone(model, clean, 0, ip.logit(5)),
-        lambda: tr.under(model, clean, ip.logit(5), ip.Plan()),
     ):
         with pytest.raises(ModelError, match="training mode"):
             run()
@@ -223,3 +215,25 @@ def test_a_model_in_training_mode_is_measured_by_nothing(pair):
     model.module.transformer.drop.train()  # one module of many
     with pytest.raises(ModelError, match="training mode"):
         ip.evaluate(model, clean, ip.logit(5))
+
+
+def test_what_is_measured_in_training_is_measured_without_dropout(pair):
+    """By themselves as in a probe; the model is left in the mode in which it was."""
+    model, tr = ip.wrap(zoo.make("gpt2")), ip.training
+    twice = tr.repeated_tokens(model, 2, 4)
+    for run in (
+        lambda: tr.attention(model, pair[0], 0, 3, 1),
+        lambda: tr.induction_strength(model, pair[0], 0, 3, 1, 2),
+        lambda: tr.previous_token_strength(model, pair[0]),
+        lambda: tr.prefix_matching(model, twice),
+        lambda: tr.copying(model, twice),
+        lambda: tr.heads_alone(model, pair[0], 0, ip.logit(5)),
+        lambda: torch.tensor(tr.under(model, pair[0], ip.logit(5), ip.Plan())),
+    ):
+        expected = run()
+        assert expected.abs().max() > 1e-3
+        model.module.train()
+        model.module.lm_head.eval()
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+        assert model.module.training and not model.module.lm_head.training
+        model.module.eval()
