@@ -13,7 +13,7 @@ from hooks import Model
 from hooks.errors import MetricError
 
 Token = int | str
-Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Tensor
+Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Sequence[Tensor] | Tensor
 """One token for all rows, one for each row, or several for each row."""
 
 
@@ -32,14 +32,18 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
             return int(token)
         raise MetricError(f"an answer is a token's text or its id, not {token!r}")
 
-    plain: Any = tokens.tolist() if isinstance(tokens, (Tensor, np.ndarray)) else tokens
+    def listed(given: Any) -> Any:
+        return given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
+
+    plain: Any = listed(tokens)
     single = (int, str, np.integer)
     if isinstance(plain, single):
         table = [[one(plain)]] * rows
     elif isinstance(plain, Sequence):
+        entries = [listed(t) for t in plain]
         table = [
-            [one(i) for i in t] if isinstance(t, (Sequence, np.ndarray)) and not isinstance(t, str) else [one(t)]
-            for t in plain
+            [one(listed(i)) for i in t] if isinstance(t, Sequence) and not isinstance(t, str) else [one(t)]
+            for t in entries
         ]
     else:
         raise MetricError(f"answers are a token, or one entry for each row, not {plain!r}")
@@ -47,9 +51,14 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
         raise MetricError(f"{len(table)} answers for {rows} rows: give one token for all, or one entry for each row")
     if len({len(row) for row in table}) != 1 or not table[0]:
         raise MetricError("each row has the same number of answer tokens, at least one")
-    ids = torch.tensor(table)
     vocabulary = model.architecture.vocabulary
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+    if not all(0 <= i < vocabulary for row in table for i in row):
         things = "tokens" if model.architecture.readout is None else "classes"
         raise MetricError(f"an answer is outside the vocabulary of {vocabulary} {things}")
-    return ids
+    return torch.tensor(table)
+
+
+def repeats(ids: Tensor) -> Tensor:
+    """bool [B, n]: which entries of each row stand in it before."""
+    same = ids[:, :, None] == ids[:, None, :]
+    return same.tril(-1).any(2)

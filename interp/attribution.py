@@ -17,7 +17,7 @@ from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
 from interp.provenance import describe_run
 from interp.results import Result
-from interp.sweeps import assemble, check_model, references, source_metrics, source_of
+from interp.sweeps import assemble, check_model, references, require_finite, source_metrics, source_of
 
 
 def attribution(
@@ -47,7 +47,7 @@ def attribution(
         A `Result` like a sweep's, whose effects are estimates.
 
     Raises:
-        MetricError: the metric has no gradient (rank, accuracy).
+        MetricError: the metric has no gradient (rank, accuracy), or it or an estimate is nan; see `sweep`.
         PlanError: an intervention has no first-order estimate of its own: it writes -inf, mixes rows, or reads what
             another one may change; or a plan that is held on the model mixes rows.
     """
@@ -76,9 +76,11 @@ def attribution(
     ):
         window, kept = outcome.rows, outcome.values
         with model.suspended(), torch.enable_grad():
-            measured = call(bound, metric.name, window, [*kept[len(sites) :], *(r[window] for r in reference)])
+            read = [*kept[len(sites) :], *(r[window] for r in reference)]
+            measured = call(bound, metric.name, window, read, " of the unedited run")
             gradients = _gradients(measured, kept[: len(sites)], metric.name)
         base = measured.detach().to("cpu", torch.float64).numpy()
+        require_finite(base[None], [metric.name], window)
         values[0, :2, window] = base
         at = {place.key: i for i, place in enumerate(sites)}
         for c, plan in enumerate(plans):

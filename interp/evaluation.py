@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, Site, World, run_worlds
-from hooks.errors import MetricError
+from hooks.errors import MetricError, ModelError
 from hooks.plan.region import listed
 from interp.metrics import Bound, Metric, call
 
@@ -17,9 +17,13 @@ from interp.metrics import Bound, Metric, call
 def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor: str = "auto") -> Tensor:
     """The value of a metric on inputs, or on a world (inputs under a plan): one number a row, [B].
 
+    A value may be infinite (a log-probability of 0, say); it is not nan.
+
     Raises:
+        ModelError: the model is in training mode.
         MetricError: it is no metric, needs a source world, or returns anything but one number a row.
     """
+    require_eval(model)
     check_metrics([measured])
     world = inputs if isinstance(inputs, World) else World(inputs)
     bound = measured.bind(model, world.inputs)
@@ -30,6 +34,20 @@ def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor
         others = {0: read_reference(model, measured, measured.reference, bound, world.inputs)}
     values = read_world(model, world, bound.reads, executor)
     return call(bound, measured.name, slice(0, len(world.inputs)), [*values, *others.get(0, [])])
+
+
+def require_eval(model: Model, what: str = "what is measured") -> None:
+    """Check that a model can be measured.
+
+    Raises:
+        ModelError: it is not wrapped, or in training mode.
+    """
+    if not isinstance(model, Model):
+        raise ModelError(f"{what} takes a wrapped model: ip.wrap(model), not {type(model).__name__}")
+    if any(module.training for module in model.module.modules()):
+        raise ModelError(
+            "the model is in training mode, where dropout would be taken for an effect; call .eval() first"
+        )
 
 
 def check_metrics(metrics: Sequence[Any]) -> None:
@@ -58,7 +76,7 @@ def read_reference(
     """What a metric compares with, row by row.
 
     Raises:
-        MetricError: the reference has other rows or positions.
+        MetricError: the reference has other rows or positions, or is nan.
     """
     if len(reference.inputs) != len(inputs):
         raise MetricError(
@@ -71,9 +89,18 @@ def read_reference(
         )
     values = read_world(model, reference, measured.bind(model, reference.inputs).reads, seed=seed)
     for place, value in zip(bound.reads, values, strict=True):
-        shape = model.region(place, inputs).shape
-        if [shape[axis] for axis in place.axes] != list(value.shape):
+        region = model.region(place, inputs)
+        if [region.shape[axis] for axis in place.axes] != list(value.shape):
             raise MetricError(
-                f"{measured.name}: the reference has {list(value.shape)} at {place}, the run {list(shape.values())}"
+                f"{measured.name}: the reference has {list(value.shape)} at {place}, the run "
+                f"{list(region.shape.values())}"
             )
+        _require_numbers(value, region.full_valid(), f"metric {measured.name!r}: the reference, {place},")
     return values
+
+
+def _require_numbers(value: Tensor, counts: Tensor, what: str) -> None:
+    missing = (value.isnan() & counts.to(value.device)).flatten(1).any(1)
+    if bool(missing.any()):
+        rows = missing.nonzero().flatten().tolist()
+        raise MetricError(f"{what} is nan on rows {rows}: give it numbers, or leave them out")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hooks import KINDS, Inputs, Intervention, Model, Plan, Site, Span
+from hooks.digest import digest_of
 from hooks.errors import SiteError, nearest
 from hooks.plan.sites import DIM, HEAD, KEY, POS
 from interp.axes import Axis
@@ -41,13 +42,23 @@ class Cell:
         return Plan(tuple(factory(place) for place in self.sites))
 
 
-@dataclass(frozen=True, repr=False)
+class FromArray(tuple):
+    """The values of an axis of positions that were given as an array, of which one a row might have been meant."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Grid:
     """Kinds of sites, and the axes along which they are taken apart; see `grid`."""
 
     names: tuple[str, ...]
     axes: tuple[tuple[str, Any], ...]
     several: bool
+
+    def __eq__(self, other: object) -> bool:
+        return digest_of(self) == digest_of(other) if isinstance(other, Grid) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.names, tuple(name for name, _ in self.axes), self.several))
 
     def __repr__(self) -> str:
         over = ", ".join(axis for axis, _ in self.axes) or "everything at once"
@@ -61,23 +72,32 @@ class Grid:
         """
         fixed: dict[str, Any] = {}
         axes: list[Axis] = [Axis("site", self.names)] if self.several else []
+        entries: list[Sequence[Any]] = [self.names] if self.several else []
         for name, value in self.axes:
             if isinstance(value, (int, Span)) or (isinstance(value, Tensor) and name in (POS, KEY)):
                 fixed[name] = value
             else:
-                axes.append(self._axis(name, value, model, inputs))
+                axis, meant = self._axis(name, value, model, inputs)
+                axes.append(axis)
+                entries.append(meant)
         cells = []
         for index in itertools.product(*(range(len(axis)) for axis in axes)):
-            chosen = fixed | {axis.name: axis.values[i] for axis, i in zip(axes, index, strict=True)}
+            chosen = fixed | {a.name: meant[i] for a, meant, i in zip(axes, entries, index, strict=True)}
             cells.append(self._cell(index, chosen, model, inputs))
         return tuple(axes), cells
 
-    def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> Axis:
+    def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> tuple[Axis, tuple]:
+        """An axis, and what each of its entries means."""
         sizes = {self._size(name, kind, model, inputs) for kind in self.names}
         if isinstance(value, str):
             if len(sizes) > 1:
                 raise SiteError(f"{', '.join(self.names)} have different numbers of {name}s {sorted(sizes)}: list them")
             value = range(sizes.pop())
+        if isinstance(value, FromArray) and len(value) == len(inputs) > 1:
+            raise SiteError(
+                f"{name}: an array of {len(value)} positions for {len(inputs)} rows may be {len(value)} values of an "
+                f"axis, or one a row: give a list for the first, {name}={{'name': array}} for the second"
+            )
         labels: tuple[str, ...] = ()
         if isinstance(value, Mapping):
             labels, value = tuple(map(str, value)), list(value.values())
@@ -86,7 +106,9 @@ class Grid:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
             labels = _token_labels(values, inputs)
-        return Axis(name, values, labels)
+        # Positions that differ between rows are known by their name.
+        shown = (label if isinstance(v, Tensor) else v for v, label in zip(values, labels or values, strict=True))
+        return Axis(name, tuple(shown), labels), values
 
     @staticmethod
     def _group(name: str, span: Span, size: int, inputs: Inputs) -> tuple[int, ...]:
@@ -141,11 +163,17 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
         names: a kind of site (``"resid_pre"``), or several, which make a first axis ``"site"``.
         **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a
             sequence whose entries are single values or groups edited together (tuples), a dict of named groups, or one
-            value (an int, a `Span`, for positions also a mask), which restricts every cell and makes no axis. What is
-            not named is edited whole: all positions, all heads, all layers.
+            value (an int, a `Span`), which restricts every cell and makes no axis. What is not named is edited whole:
+            all positions, all heads, all layers.
+
+    Positions that differ between rows mean what they mean as a site's `pos`: a tensor or array, int [B] (one a row) or
+    [B, n], or a mask bool [B, T]; in a dict, where it has a name, also a list with a list of ints for each row. As the
+    one value of `pos` or `key_pos`, int [B, n] or a mask restricts every cell; an array [n] is n values of an axis, and
+    is refused where there are n rows, so that it might be one a row.
 
     Raises:
-        SiteError: an unknown site or axis, or one that the sites lack.
+        SiteError: an unknown site or axis, or one that the sites lack; positions of which it is not clear whether they
+            are groups or one a row.
 
     >>> grid("z", layer="all", head="all")
     Grid(z over layer, head)
@@ -173,12 +201,14 @@ def _freeze(axis: str, value: Any) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         flags = str(value.dtype).removeprefix("torch.") == "bool"
         if axis in (POS, KEY) and (flags or value.ndim > 1):
-            return torch.as_tensor(value)
+            return _by_row(axis, value)
         value = value.tolist()
+        if axis in (POS, KEY) and isinstance(value, list):
+            return FromArray(_entry(axis, v) for v in value)
     if isinstance(value, slice):
         return _span(axis, value)
     if isinstance(value, Mapping):
-        return {str(name): _entry(axis, v) for name, v in value.items()}
+        return {str(name): _named(axis, v) for name, v in value.items()}
     if isinstance(value, (str, Span)) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, (list, tuple, range)):
@@ -186,8 +216,36 @@ def _freeze(axis: str, value: Any) -> Any:
     raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value")
 
 
+def _named(axis: str, value: Any) -> Any:
+    """An entry that has a name, and so may differ between rows."""
+    if axis in (POS, KEY):
+        if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+            return _by_row(axis, value)
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple, range)) for v in value):
+            rows = [_entry(axis, tuple(v)) for v in value]
+            if len({len(row) for row in rows}) > 1:
+                raise SiteError(
+                    f"{axis}: each row lists as many positions, got {[len(row) for row in rows]}: give a mask [B, T]"
+                )
+            return torch.tensor(rows)
+    return _entry(axis, value)
+
+
+def _by_row(axis: str, value: Tensor | np.ndarray) -> Tensor:
+    """Positions that differ between rows, as a site takes them."""
+    at = torch.as_tensor(value)
+    index = Site("pattern", 0, pos=at).pos if axis == POS else Site("pattern", 0, key_pos=at).key_pos
+    assert isinstance(index, Tensor)
+    return index
+
+
 def _entry(axis: str, value: Any) -> Any:
     """One entry of an axis: an int, or ints edited together."""
+    if axis in (POS, KEY) and isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        raise SiteError(
+            f"{axis}: an array in a list may be a group, or one position a row: give a tuple for the first, and for "
+            f"the second a name, {axis}={{'name': array}}"
+        )
     if isinstance(value, (Tensor, np.ndarray, np.integer)):
         value = value.tolist()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -208,11 +266,16 @@ def _span(axis: str, value: slice | Span) -> Span:
 
 
 def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
-    """A position or group as a site takes it, and which rows have it (None: all).
+    """A position, group or mask as a site takes it, and which rows have it (None: all).
 
     Raises:
         SiteError: no row has it.
     """
+    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == inputs.mask.shape:
+        some = (value.cpu() & inputs.mask).any(1)
+        if not bool(some.any()):
+            raise SiteError("the mask selects no token of any row")
+        return value, None if bool(some.all()) else some
     if not isinstance(value, (int, tuple)):
         return value, None
     listed = torch.tensor(value if isinstance(value, tuple) else (value,))

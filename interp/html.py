@@ -29,6 +29,7 @@ def heatmap(result: Result, cell: int = 18) -> str:
     y, x = result.axes if len(result.axes) == 2 else (None, result.axes[0])
     values = result.mean().reshape(1 if y is None else len(y), len(x))
     low, high = (bound.reshape(values.shape) for bound in result.ci())
+    counts = result.counts().reshape(values.shape)
     limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     left, top = 64, 8
     rows = len(values)
@@ -42,7 +43,8 @@ def heatmap(result: Result, cell: int = 18) -> str:
             name = ", ".join(f"{a.name} {a.values[k]}" for a, k in ((y, i), (x, j)) if a is not None)
             label = "" if x.labels[j] == str(x.values[j]) else f" {visible(x.labels[j])!r}"
             interval = "" if np.isnan(low[i, j]) else f" [{low[i, j]:+.3g}, {high[i, j]:+.3g}]"
-            told = html.escape(f"{name}{label}: {value:+.4g}{interval}")
+            few = f", {counts[i, j]} of {len(result.rows)} rows" if 0 < counts[i, j] < len(result.rows) else ""
+            told = html.escape(f"{name}{label}: {value:+.4g}{interval}{few}")
             colour = _colour(value / limit)
             parts.append(
                 f"<rect x='{left + cell * j}' y='{at}' width='{cell}' height='{cell}' fill='{colour}'>"
@@ -82,9 +84,10 @@ def summary(result: Result) -> str:
     """Return a summary, the five largest effects, and a heatmap that tells every effect on hover, for notebooks."""
     best = result.top(5)
     of = f" on {best[0]['metric']}" if best and result.several else ""
-    head = [*(axis.name for axis in result.axes), f"mean effect{of}", "95% interval"]
+    head = [*(axis.name for axis in result.axes), f"mean effect{of}", "95% interval", "rows"]
     lines = [
-        [*(_shown(axis, cell) for axis in result.axes), f"{cell['effect']:+.4g}", _interval(cell)] for cell in best
+        [*(_shown(axis, cell) for axis in result.axes), f"{cell['effect']:+.4g}", _interval(cell), _rows(result, cell)]
+        for cell in best
     ]
     told = {key: result.config[key] for key in ("model", "direction", "executor", "selected") if key in result.config}
     about = "; ".join(f"{key} {visible(str(value))[:80]}" for key, value in told.items())
@@ -100,6 +103,12 @@ def _shown(axis: Axis, cell: dict[str, Any]) -> str:
     value = cell[axis.name]
     label = axis.labels[axis.values.index(value)]
     return str(value) if label == str(value) else f"{value} {visible(label)}"
+
+
+def _rows(result: Result, cell: dict[str, Any]) -> int:
+    """Return how many rows have the cell."""
+    one = result.sel(metric=cell.get("metric", result.metrics[0]))
+    return int(one.sel(**{axis.name: cell[axis.name] for axis in result.axes}).counts())
 
 
 def _interval(cell: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from hooks.models.blocks import Block
 from hooks.models.projections import linear_weight
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
+from interp.evaluation import require_eval
 from interp.metrics import Metric, call
 from interp.provenance import describe_run
 from interp.results import Result
@@ -75,7 +76,8 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
         values: what the lens reads, against a base of 0.
 
     Raises:
-        MetricError: the metric reads more than logits.
+        ModelError: the model is in training mode.
+        MetricError: the metric reads more than logits, or it is nan.
         PlanError: a plan that is held on the model edits what is read out.
     """
     check_readout(model, inputs)
@@ -96,7 +98,8 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
             final = run.tape[place] if arch.readout is None else run.tape[place][:, arch.readout, None]
             logits = arch.logits(arch.norm(final))
             parts = [model.region(r, inputs).get(logits) for r in bound.reads]
-            values[0, i + 2] = call(bound, metric.name, slice(0, len(inputs)), parts).to("cpu", torch.float64).numpy()
+            read = call(bound, metric.name, slice(0, len(inputs)), parts, f" in the cell layer={points[i]!r}")
+            values[0, i + 2] = read.to("cpu", torch.float64).numpy()
     return _as_result(values, Axis("layer", points), metric.name, inputs, model, "logit lens")
 
 
@@ -121,7 +124,8 @@ def direct_logit_attribution(
         "unembed_bias" where there is one), in nats.
 
     Raises:
-        ModelError: the parts do not add up, so the model is not what this describes.
+        ModelError: the parts do not add up, so the model is not what this describes; or it is in training mode.
+        MetricError: a part is nan.
         PlanError: a plan that is held on the model edits what is read out.
     """
     under = check_readout(model, inputs)
@@ -191,11 +195,13 @@ def direct_logit_attribution(
 
 
 def check_readout(model: Model, inputs: Inputs) -> Plan:
-    """The plan that is held on the model, empty where none is.
+    """The plan that is held on a model whose residual stream is to be read out, empty where none is.
 
     Raises:
+        ModelError: the model is in training mode.
         PlanError: it edits what the final norm or the unembedding gives.
     """
+    require_eval(model, "a lens")
     held, _ = model.held_on(inputs)
     item = next((item for item in held if item.site.name in READOUT), None)
     if item is not None:

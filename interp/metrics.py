@@ -1,7 +1,7 @@
 """What is measured: a metric says which values it reads, so that no others are computed, and is a function of those.
 
 A metric gives one number for each row. It is stated before a model is known (its answers may be text), and bound to a
-model and inputs when it is used.
+model and inputs when it is used. Both are data and functions of modules, so that they cross to other processes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Site, World
 from hooks.errors import MetricError
-from hooks.plan.sites import Index, Span, sites_of
-from interp.answers import Tokens, token_ids
+from hooks.plan.sites import Index, sites_of
+from interp import readouts
+from interp.answers import Tokens, repeats, token_ids
+from interp.readouts import Places
 
 Function = Callable[..., Tensor]
-PositionMean = Callable[[slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +69,18 @@ def metric(fn: Callable[..., Tensor], reads: Sequence[Site | str] | Site | str, 
     listed = tuple(sites_of(reads))
     if not listed:
         raise MetricError("a metric reads something: name the sites")
+    if not callable(fn):
+        raise MetricError(f"a metric is a function of what it reads, not {fn!r}")
+    return Metric(name or getattr(fn, "__name__", "metric"), _Own(fn, listed), stated=(fn, listed))
 
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        return Bound(listed, lambda rows, *values: fn(*values))
 
-    return Metric(name or getattr(fn, "__name__", "metric"), bind, stated=(fn, listed))
+@dataclass(frozen=True, eq=False)
+class _Own:
+    fn: Callable[..., Tensor]
+    reads: tuple[Site, ...]
+
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        return Bound(self.reads, readouts.Own(self.fn))
 
 
 def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
@@ -85,94 +93,102 @@ def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
         pos: the position read; the mean where there are several. A classifier's logits have one, 0 and -1.
 
     Raises:
-        MetricError: on use, where a text is not one token, or there are not as many as rows.
+        MetricError: on use, where a text is not one token, there are not as many as rows, or a row has no such
+            position.
     """
+    return Metric("logit_diff", _LogitDiff(answer, foil, pos), stated=(answer, foil, pos))
 
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        good, bad = token_ids(model, answer, len(inputs)), token_ids(model, foil, len(inputs))
-        width, mean = good.shape[1], _position_mean(model, inputs, pos)
 
-        def fn(rows: slice, logits: Tensor) -> Tensor:
-            wide = _wide(logits)
-            return mean(rows, wide[..., :width].mean(2) - wide[..., width:].mean(2))
+@dataclass(frozen=True, eq=False)
+class _LogitDiff:
+    answer: Tokens
+    foil: Tokens
+    pos: Index
 
-        return Bound((Site("logits", pos=_positions(pos), dim=torch.cat([good, bad], 1)),), fn)
-
-    return Metric("logit_diff", bind, stated=(answer, foil, pos))
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        good, bad = (token_ids(model, tokens, len(inputs)) for tokens in (self.answer, self.foil))
+        places = Places.of(model, inputs, self.pos)
+        reads = places.site(torch.cat([good, bad], 1))
+        return Bound((reads,), readouts.LogitDiff(good.shape[1], places.mean))
 
 
 def logit(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Logit of the answer, in nats; see `logit_diff` for the arguments."""
+    return Metric("logit", _Logit(answer, pos), stated=(answer, pos))
 
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        good, mean = token_ids(model, answer, len(inputs)), _position_mean(model, inputs, pos)
-        return Bound(
-            (Site("logits", pos=_positions(pos), dim=good),), lambda rows, logits: mean(rows, _wide(logits).mean(2))
-        )
 
-    return Metric("logit", bind, stated=(answer, pos))
+@dataclass(frozen=True, eq=False)
+class _Logit:
+    answer: Tokens
+    pos: Index
+
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        places = Places.of(model, inputs, self.pos)
+        return Bound((places.site(token_ids(model, self.answer, len(inputs))),), readouts.Logit(places.mean))
 
 
 def log_prob(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Log-probability of the answer, in nats.
 
-    With one position, several tokens of a row are alternatives, and their probabilities add. With n positions an answer
-    has n tokens, one for each, and their log-probabilities add: an answer of several tokens that stands in the prompt
-    is measured at the positions *before* each of them.
+    At one position (an int, a slice of length 1, one for each row) several tokens of a row are alternatives, and the
+    probabilities of different ones add. At n positions an answer has n tokens, one for each, and their
+    log-probabilities add: an answer of several tokens that stands in the prompt is measured at the positions *before*
+    each of them.
+
+    Raises:
+        MetricError: on use, where a row has another number of positions than an answer has tokens.
     """
-
-    def fn_of(good: Tensor, mean: PositionMean) -> Function:
-        def fn(rows: slice, logits: Tensor) -> Tensor:
-            logp = _wide(logits).log_softmax(-1)
-            chosen = good[rows].to(logits.device)
-            if logits.shape[1] == 1:
-                return logp[:, 0].gather(1, chosen).logsumexp(1)
-            if chosen.shape[1] != logits.shape[1]:
-                raise MetricError(f"{chosen.shape[1]} answer tokens for {logits.shape[1]} positions")
-            return logp.gather(2, chosen[:, :, None])[:, :, 0].sum(1)
-
-        return fn
-
-    return Metric("log_prob", _bind_answers(answer, pos, fn_of), stated=(answer, pos))
+    return Metric("log_prob", _LogProb(answer, pos), stated=(answer, pos))
 
 
 def prob(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Probability of the answer; see `log_prob`."""
-    inner = log_prob(answer, pos=pos)
+    return Metric("prob", _LogProb(answer, pos, exp=True), stated=(answer, pos))
 
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        bound = inner.bind(model, inputs)
-        return Bound(bound.reads, lambda rows, *values: bound.fn(rows, *values).exp())
 
-    return Metric("prob", bind, stated=inner.stated)
+@dataclass(frozen=True, eq=False)
+class _LogProb:
+    answer: Tokens
+    pos: Index
+    exp: bool = False
+
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        chosen, places = token_ids(model, self.answer, len(inputs)), Places.of(model, inputs, self.pos)
+        if places.single:
+            again = repeats(chosen)
+            return Bound((places.site(),), readouts.LogProb(chosen, again if bool(again.any()) else None, self.exp))
+        places.require(chosen.shape[1])
+        return Bound((places.site(),), readouts.SpelledLogProb(chosen, self.exp))
 
 
 def rank(answer: Tokens, *, pos: Index = -1) -> Metric:
     """Number of tokens with a higher logit than the best of the answer's (0 is the top), the mean over positions."""
+    return Metric("rank", _Rank(answer, pos), stated=(answer, pos))
 
-    def fn_of(good: Tensor, mean: PositionMean) -> Function:
-        def fn(rows: slice, logits: Tensor) -> Tensor:
-            chosen = good[rows].to(logits.device)[:, None].expand(-1, logits.shape[1], -1)
-            best = logits.gather(2, chosen).amax(2, keepdim=True)
-            return mean(rows, (logits > best).sum(2).to(_wide(logits).dtype))
 
-        return fn
+@dataclass(frozen=True, eq=False)
+class _Rank:
+    answer: Tokens
+    pos: Index
 
-    return Metric("rank", _bind_answers(answer, pos, fn_of), stated=(answer, pos))
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        chosen, places = token_ids(model, self.answer, len(inputs)), Places.of(model, inputs, self.pos)
+        return Bound((places.site(),), readouts.Rank(chosen, places.mean))
 
 
 def accuracy(answer: Tokens, *, pos: Index = -1) -> Metric:
     """1 where one of the answer's tokens has the highest logit, else 0; the mean over positions."""
+    return Metric("accuracy", _Accuracy(answer, pos), stated=(answer, pos))
 
-    def fn_of(good: Tensor, mean: PositionMean) -> Function:
-        def fn(rows: slice, logits: Tensor) -> Tensor:
-            top = logits.argmax(-1, keepdim=True)
-            hit = (top == good[rows].to(logits.device)[:, None]).any(2)
-            return mean(rows, hit.to(_wide(logits).dtype))
 
-        return fn
+@dataclass(frozen=True, eq=False)
+class _Accuracy:
+    answer: Tokens
+    pos: Index
 
-    return Metric("accuracy", _bind_answers(answer, pos, fn_of), stated=(answer, pos))
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        chosen, places = token_ids(model, self.answer, len(inputs)), Places.of(model, inputs, self.pos)
+        return Bound((places.site(),), readouts.Accuracy(chosen, places.mean))
 
 
 def kl(reference: World | str = "source", *, pos: Index = -1) -> Metric:
@@ -182,19 +198,18 @@ def kl(reference: World | str = "source", *, pos: Index = -1) -> Metric:
         reference: a world, or ``"source"`` for the world that a sweep patches from.
         pos: the positions read, over which the mean is taken.
     """
-    if reference != "source" and not isinstance(reference, World):
+    if not isinstance(reference, World) and reference != "source":
         raise MetricError(f"kl compares with a World or with 'source', not {reference!r}")
+    return Metric("kl", _Divergence(pos), reference, stated=(pos,))
 
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        mean = _position_mean(model, inputs, pos)
 
-        def fn(rows: slice, logits: Tensor, other: Tensor) -> Tensor:
-            ours, theirs = _wide(logits).log_softmax(-1), _wide(other).log_softmax(-1)
-            return mean(rows, (theirs.exp() * (theirs - ours)).sum(-1))
+@dataclass(frozen=True, eq=False)
+class _Divergence:
+    pos: Index
 
-        return Bound((Site("logits", pos=_positions(pos)),), fn)
-
-    return Metric("kl", bind, reference, stated=(pos,))
+    def __call__(self, model: Model, inputs: Inputs) -> Bound:
+        places = Places.of(model, inputs, self.pos)
+        return Bound((places.site(),), readouts.Divergence(places.mean))
 
 
 def cross_entropy() -> Metric:
@@ -203,74 +218,42 @@ def cross_entropy() -> Metric:
     Raises:
         MetricError: on use, where a prompt has only one token, or the inputs are images.
     """
-
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        if inputs.pixels is not None:
-            raise MetricError("cross_entropy predicts tokens of a prompt; of images, measure log_prob(label)")
-        if int(inputs.lengths.min()) < 2:
-            raise MetricError("cross_entropy predicts each token from those before it; a prompt has only one token")
-        ids = inputs.ids.gather(1, inputs.order)
-        most = int(inputs.lengths.max()) - 1
-        target, weight = ids[:, 1 : most + 1], torch.arange(most) < (inputs.lengths - 1)[:, None]
-        last = inputs.order.gather(1, inputs.lengths[:, None] - 1)
-        predicting = inputs.mask.scatter(1, last, False)
-
-        def fn(rows: slice, logits: Tensor) -> Tensor:
-            chosen, counts = target[rows].to(logits.device), weight[rows].to(logits.device)
-            loss = -_wide(logits).log_softmax(-1).gather(2, chosen[:, :, None])[:, :, 0]
-            return torch.where(counts, loss, 0).sum(1) / counts.sum(1)
-
-        return Bound((Site("logits", pos=predicting),), fn)
-
-    return Metric("cross_entropy", bind)
+    return Metric("cross_entropy", _bind_cross_entropy)
 
 
-def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor]) -> Tensor:
-    """Apply a metric's function and check that it gives one number a row."""
+def _bind_cross_entropy(model: Model, inputs: Inputs) -> Bound:
+    if inputs.pixels is not None:
+        raise MetricError("cross_entropy predicts tokens of a prompt; of images, measure log_prob(label)")
+    if int(inputs.lengths.min()) < 2:
+        raise MetricError("cross_entropy predicts each token from those before it; a prompt has only one token")
+    ids = inputs.ids.gather(1, inputs.order)
+    most = int(inputs.lengths.max()) - 1
+    target, weight = ids[:, 1 : most + 1], torch.arange(most) < (inputs.lengths - 1)[:, None]
+    last = inputs.order.gather(1, inputs.lengths[:, None] - 1)
+    return Bound((Site("logits", pos=inputs.mask.scatter(1, last, False)),), readouts.CrossEntropy(target, weight))
+
+
+def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor], where: str = "") -> Tensor:
+    """Apply a metric's function and check that it gives one number a row.
+
+    Args:
+        bound, name: the metric.
+        rows: of which rows the values are.
+        values: what it reads, and what it compares with.
+        where: what they were read of, for messages, as `` in the cell layer=3``.
+
+    Raises:
+        MetricError: it gives anything else, or nan, which in a result would say that the row lacks the cell.
+    """
     out = bound.fn(rows, *values)
     count = rows.stop - rows.start
-    if not isinstance(out, Tensor) or out.shape != (count,):
-        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.shape != (count,) or out.is_complex():
+        got = type(out).__name__ if not isinstance(out, Tensor) else f"{list(out.shape)}{' complex' * out.is_complex()}"
         raise MetricError(
             f"metric {name!r} returned {got} for {count} rows; it gives one number a row, shape [{count}]"
         )
+    missing = out.detach().isnan()
+    if bool(missing.any()):
+        at = [rows.start + i for i in missing.nonzero().flatten().tolist()]
+        raise MetricError(f"metric {name!r} is nan on rows {at}{where}: give it numbers, or leave them out")
     return out
-
-
-def _bind_answers(
-    answer: Tokens, pos: Index, fn_of: Callable[[Tensor, PositionMean], Function]
-) -> Callable[[Model, Inputs], Bound]:
-    """Bind a metric that reads every column at some positions and knows the answer's tokens."""
-
-    def bind(model: Model, inputs: Inputs) -> Bound:
-        return Bound(
-            (Site("logits", pos=_positions(pos)),),
-            fn_of(token_ids(model, answer, len(inputs)), _position_mean(model, inputs, pos)),
-        )
-
-    return bind
-
-
-def _positions(pos: Index) -> Index:
-    """All positions as a slice: a site without restriction has the columns of the batch, padding and all."""
-    return Span() if pos is None else pos
-
-
-def _position_mean(model: Model, inputs: Inputs, pos: Index) -> Callable[[slice, Tensor], Tensor]:
-    """The mean over the positions [b, n] that each row has: a row with fewer than the widest is filled up."""
-    place = Site("logits", pos=_positions(pos))
-    valid = model.region(place, inputs).valid
-    if valid is None:
-        return lambda rows, x: x.mean(1)
-    real = valid[..., 0]
-
-    def mean(rows: slice, x: Tensor) -> Tensor:
-        counts = real[rows].to(x.device)
-        return torch.where(counts, x, 0).sum(1) / counts.sum(1)
-
-    return mean
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: half-precision logits lose differences that matter."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

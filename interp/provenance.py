@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from hooks import Inputs, Model, Plan, World
-from hooks.digest import digest_of
+from hooks.digest import digest_of, structure
 from hooks.plan.saving import fingerprint
+from interp.axes import Axis
 from interp.grids import Factory
 from interp.metrics import Bound, Metric
 from interp.streaming import weights_digest
@@ -64,30 +65,44 @@ def sweep_identity(
     model: Model,
     base: Inputs,
     source: World | None,
+    axes: Sequence[Axis],
     worlds: Sequence[World],
     metrics: Sequence[Metric],
     bound: Sequence[Bound],
+    several: bool,
+    direction: str,
     seed: int,
     executor: str,
 ) -> dict[str, str]:
-    """Digests of all that a sweep's numbers depend on, by name: an interrupted one goes on where they are equal."""
+    """Digests of all that a sweep's result depends on, by name: two are the same sweep where they are equal."""
     plans = fingerprint(tuple(fingerprint(_local(w.plan, source)) for w in worlds))
-    measured = [
-        (m.name, m.stated, fingerprint(b.reads), fingerprint(m.reference) if m.reference is not None else "")
-        for m, b in zip(metrics, bound, strict=True)
-    ]
+    measured = [metric_identity(m, b) for m, b in zip(metrics, bound, strict=True)]
     held = [model.held_on(base)[0]] if source is None else [model.held_on(base)[0], source.plan]
     around = {"held": digest_of([fingerprint(plan) for plan in held])} if any(map(len, held)) else {}
     return {
         **around,
-        "weights": weights_digest(model),
+        **model_identity(model),
         "inputs": fingerprint(base),
         "source": "" if source is None else fingerprint(World(source.inputs)),
+        "grid": digest_of([(axis.name, axis.values, axis.labels) for axis in axes]),
         "plan": plans,
-        "metrics": digest_of(measured),
+        "direction": direction,
+        "metrics": digest_of((several, measured)),
         "seed": str(seed),
         "executor": executor,
     }
+
+
+def model_identity(model: Model) -> dict[str, str]:
+    """Digests of a model: its weights, and what it computes with them, hooks of the user's on it included."""
+    with model.suspended():
+        return {"weights": weights_digest(model), "model": digest_of((repr(model), structure(model.module)))}
+
+
+def metric_identity(metric: Metric, bound: Bound) -> str:
+    """A digest of a metric on given inputs: its function, what that closes over, what it reads and compares with."""
+    compared = "" if metric.reference is None else fingerprint(metric.reference)
+    return digest_of((metric.name, metric.stated, metric.bind, bound.fn, fingerprint(bound.reads), compared))
 
 
 def _local(plan: Plan, source: World | None) -> Plan:

@@ -118,6 +118,10 @@ class Result:
         """Return the mean effect over rows, [metric?, *axes], in the metric's unit; nan where no row has the cell."""
         return stats.row_mean(self.effect)
 
+    def counts(self) -> np.ndarray:
+        """Return how many rows have each cell, int [metric?, *axes]: those that every statistic of it is over."""
+        return (~np.isnan(self.effect)).sum(-1)
+
     def normalized(self, per_row: bool = False, tol: float = 0.1) -> np.ndarray:
         """Return effects as a share of the whole difference: 0 leaves the base as it was, 1 reaches the source.
 
@@ -134,28 +138,31 @@ class Result:
 
         Raises:
             ResultError: there is no source (an ablation), or the only metric's source and base do not differ beyond
-                noise.
+                noise, or infinitely.
         """
         shares = []
         for effect, difference, floor in self._against_source():
             size = stats.row_mean(np.abs(difference) if per_row else difference)
-            if self.several and not abs(size) > floor:
+            known = floor < abs(size) < np.inf
+            if self.several and not known:
                 # One metric that source and base agree on does not keep the others from being normalized.
                 shares.append(np.full(effect.shape if per_row else effect.shape[:-1], np.nan))
                 continue
-            if not abs(size) > floor:
+            if not known:
                 name = self.metrics[len(shares)]
                 raise ResultError(
                     f"nothing to normalize by: {'|source - base|' if per_row else 'source - base'} of {name!r} is "
-                    f"{size:.3g} on average over {len(self.rows)} rows, within the noise of {floor:.3g}; use mean()"
+                    f"{size:.3g} on average over {len(self.rows)} rows, "
+                    + (f"within the noise of {floor:.3g}; use mean()" if np.isfinite(size) else "no number; use mean()")
                 )
             if per_row:
-                kept = (np.abs(difference) >= tol * size) & (np.abs(difference) > floor)
+                kept = (np.abs(difference) >= tol * size) & (np.abs(difference) > floor) & np.isfinite(difference)
                 shares.append(effect / np.where(kept, difference, np.nan))
             else:
                 present = ~np.isnan(effect) & ~np.isnan(difference)
                 reach = stats.row_mean(np.broadcast_to(difference, effect.shape), present)
-                shares.append(stats.row_mean(effect, present) / np.where(np.abs(reach) > floor, reach, np.nan))
+                usable = (np.abs(reach) > floor) & np.isfinite(reach)
+                shares.append(stats.row_mean(effect, present) / np.where(usable, reach, np.nan))
         return np.stack(shares) if self.several else shares[0]
 
     def ci(
@@ -222,7 +229,7 @@ class Result:
 
         Returns:
             One {axis name: value, ..., "effect", "low", "high"} a cell, with its 95 % interval, and with "metric" where
-            there are several; cells that no row has are left out.
+            there are several; cells that no row has are left out. `counts` says how many rows have a cell.
         """
         return selection.top(self, k, metric)
 
@@ -266,6 +273,8 @@ class Result:
             where = ", ".join(f"{axis.name}={axis.values[i]}" for axis, i in zip(self.axes, best, strict=True))
             of = f" on {self.metrics[0]}" if self.several else ""
             text += f"; largest effect{of} {mean[best]:+.3g}{' at ' * bool(where)}{where}"
+            have = int(self.sel(metric=self.metrics[0]).counts()[best])
+            text += f" ({have} of {len(self.rows)} rows have it)" * (have < len(self.rows))
         return f"Result({text})"
 
     def _repr_html_(self) -> str:

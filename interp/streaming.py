@@ -14,8 +14,56 @@ import torch
 
 from hooks import Model
 from hooks.errors import ResultError
+from hooks.files import pair
+from interp.result_files import load_result
+from interp.results import Result
 
 VERSION = 1
+
+
+def finished(path: str | os.PathLike[str], identity: dict[str, str]) -> Result | None:
+    """The finished result of the same sweep, where there is one; None where none is there.
+
+    Raises:
+        ResultError: what is there is anything else, which is left as it is.
+    """
+    words, arrays = pair(path)
+    hint = "Delete it, or give another path."
+    if not words.exists():
+        # Arrays alone are what a sweep leaves that was killed between two files; its stream is there, too.
+        if arrays.exists() and not (_folder(path) / "header.json").exists():
+            raise ResultError(f"{arrays} is there already, and no sweep's result. {hint}")
+        return None
+    try:
+        result = load_result(words)
+    except (ResultError, OSError) as error:
+        raise ResultError(f"{words} is no result that can be read ({error}). {hint}") from None
+    found = result.config.get("identity")
+    if found == identity:
+        _remove(_folder(path), identity)  # a sweep that was killed before it could
+        return result
+    known = found if isinstance(found, dict) else {}
+    different = [k for k in {**identity, **known} if known.get(k) != identity.get(k)]
+    raise ResultError(f"{words} is the result of another sweep: it differs in {', '.join(different)}. {hint}")
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """Where the sweep to a path is streamed to."""
+    return pair(path)[0].with_suffix(".partial")
+
+
+def _remove(folder: Path, identity: dict[str, str]) -> None:
+    """Remove a stream that is the sweep's."""
+    try:
+        mine = json.loads((folder / "header.json").read_text())["identity"] == identity
+    except (ValueError, KeyError, TypeError, OSError):
+        return
+    if not mine:
+        return
+    for name in ("header.json", "values.npy", "status.npy", "done.npy"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in it
+        folder.rmdir()
 
 
 class Stream:
@@ -41,13 +89,12 @@ class Stream:
             ResultError: the file belongs to another sweep; the message says in what.
         """
         metrics, cells, rows = shape
-        self.folder = None
+        self.folder, self.identity = None, identity
         if path is None:
             self.values = np.full(shape, np.nan)
             self.status, self.done = np.zeros(shape[1:], np.int8), np.zeros(shape[1:], bool)
             return
-        target = Path(path)
-        self.folder = target.with_name(target.name.removesuffix(".json") + ".partial")
+        self.folder = _folder(path)
         header = {"version": VERSION, "shape": [metrics, cells, rows], "identity": identity}
         mode = "r+" if self._continues(header) else "w+"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +155,7 @@ class Stream:
         if self.folder is None:
             return
         self.values, self.status, self.done = np.array(self.values), np.array(self.status), np.array(self.done)
-        for name in ("header.json", "values.npy", "status.npy", "done.npy"):
-            (self.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else's file is in it
-            self.folder.rmdir()
+        _remove(self.folder, self.identity)
 
 
 def weights_digest(model: Model) -> str:

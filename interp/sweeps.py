@@ -14,16 +14,17 @@ from torch import Tensor
 
 from hooks import Inputs, Model, Outcome, Plan, Site, World, align, patch, recompute, run_worlds
 from hooks.audit import PRUNED
-from hooks.errors import InputsError, MetricError, ModelError, PlanError, UnfiredError, nearest
+from hooks.errors import InputsError, MetricError, PlanError, UnfiredError, nearest
+from hooks.plan.pieces import joined
 from hooks.record import choose
 from interp.axes import Axis
-from interp.evaluation import check_metrics, read_reference
+from interp.evaluation import check_metrics, read_reference, require_eval
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call
 from interp.progress import tqdm
 from interp.provenance import describe_run, sweep_identity
 from interp.results import STATUS, Result
-from interp.streaming import Stream
+from interp.streaming import Stream, finished
 
 DIRECTIONS = ("denoising", "noising")
 
@@ -58,7 +59,8 @@ def sweep(
             (Heimersheim & Nanda 2024).
         executor: see `hooks.run_worlds`; the result says which was used, and why.
         budget: bytes that the activations of a chunk may take.
-        path: save the result there, stream to it while running, and resume from it after an interruption.
+        path: save the result there, stream to it while running, and resume from it after an interruption. Where the
+            finished result of the same sweep is there, it is returned.
         progress: show a bar; by default where the output is a terminal or a notebook.
         seed: seed of random interventions.
 
@@ -68,6 +70,9 @@ def sweep(
     Raises:
         InputsError: clean and corrupt of different lengths, with the tokens that differ.
         ModelError: the model is in training mode.
+        MetricError: a metric is nan on some row, or infinite on one of the unedited run, so that there is no effect. An
+            edited run may be infinite (a log-probability of 0, say): so is its effect, and the mean.
+        ResultError: there is a result of another sweep at `path`.
         UnfiredError: no cell changed anything (clean equals corrupt, say).
     """
     check_model(model, direction)
@@ -85,7 +90,13 @@ def sweep(
 
     identity: dict[str, str] = {}
     if path is not None:
-        identity = sweep_identity(model, base_inputs, source, worlds, metrics, bound, seed, executor)
+        told = direction if corrupt is not None else "ablation"
+        identity = sweep_identity(
+            model, base_inputs, source, axes, worlds, metrics, bound, several, told, seed, executor
+        )
+        known = finished(path, identity)
+        if known is not None:
+            return known
     rows = len(base_inputs)
     stream = Stream(path, (len(metrics), len(worlds), rows), identity)
     # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.
@@ -105,8 +116,11 @@ def sweep(
             seed=seed,
             skip=lambda i, rows: bool(stream.done[todo[i], rows].all()),
         ):
-            numbers = _measured(metrics, bound, spans, compared, outcome)
-            stream.write(numbers, todo[outcome.index], outcome.rows, STATUS.index(outcome.status))
+            number = todo[outcome.index]
+            numbers = _measured(metrics, bound, spans, compared, outcome, _where(axes, number))
+            if number == 0:
+                require_finite(numbers, [m.name for m in metrics], outcome.rows)
+            stream.write(numbers, number, outcome.rows, STATUS.index(outcome.status))
             bar.update(outcome.rows.stop - outcome.rows.start)
 
     source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed)
@@ -128,12 +142,7 @@ def check_model(model: Model, direction: str) -> None:
         ModelError: it is not wrapped, or in training mode.
         InputsError: an unknown direction.
     """
-    if not isinstance(model, Model):
-        raise ModelError(f"a sweep takes a wrapped model: ip.wrap(model), not {type(model).__name__}")
-    if any(module.training for module in model.module.modules()):
-        raise ModelError(
-            "the model is in training mode, where dropout would be taken for an effect; call .eval() first"
-        )
+    require_eval(model, "a sweep")
     if direction not in DIRECTIONS:
         raise InputsError(
             f"direction is {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}{nearest(direction, DIRECTIONS)}"
@@ -180,6 +189,34 @@ def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:
     return reads, spans
 
 
+def _where(axes: Sequence[Axis], number: int) -> str:
+    """What is read of a sweep's worlds (the base, the base computed again, every cell), for messages."""
+    return f" in {_cell(axes, number - 2)}" if number > 1 else " of the unedited run"
+
+
+def _cell(axes: Sequence[Axis], number: int) -> str:
+    """The coordinates of a cell, the last axis fastest."""
+    at = np.unravel_index(number, tuple(len(axis) for axis in axes)) if axes else ()
+    named = (f"{axis.name}={axis.values[i]!r}" for axis, i in zip(axes, at, strict=True))
+    return f"the cell {', '.join(named)}" if axes else "the only cell"
+
+
+def require_finite(base: np.ndarray, metrics: Sequence[str], rows: slice) -> None:
+    """Check the metrics [metric, b] of the unedited run, of which effects are differences.
+
+    Raises:
+        MetricError: one is infinite, so that no effect is defined.
+    """
+    for name, values in zip(metrics, base, strict=True):
+        endless = np.flatnonzero(np.isinf(values))
+        if len(endless):
+            raise MetricError(
+                f"metric {name!r} is {values[endless[0]]} on rows {(endless + rows.start).tolist()} of the unedited "
+                "run, and an effect is the difference from that: measure what is finite there (logit, prob), or leave "
+                "the rows out"
+            )
+
+
 def references(
     model: Model,
     metrics: Sequence[Metric],
@@ -216,7 +253,7 @@ def source_metrics(
     reads, spans = _all_reads(bound)
     out = np.full((len(metrics), len(source.inputs)), np.nan)
     for outcome in run_worlds(model, [World(source.inputs)], reads, budget=budget, seed=seed):
-        out[:, outcome.rows] = _measured(metrics, bound, spans, compared, outcome)
+        out[:, outcome.rows] = _measured(metrics, bound, spans, compared, outcome, " of the source")
     return out
 
 
@@ -226,12 +263,13 @@ def _measured(
     spans: Sequence[slice],
     compared: Sequence[Sequence[Tensor]],
     outcome: Outcome,
+    where: str,
 ) -> np.ndarray:
     """The metrics of a world on some of its rows, float64 [metric, b]."""
     found = []
     for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
         values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
-        found.append(call(b, m.name, outcome.rows, values).to("cpu", torch.float64))
+        found.append(call(b, m.name, outcome.rows, values, where).to("cpu", torch.float64))
     return torch.stack(found).numpy()
 
 
@@ -253,12 +291,22 @@ def assemble(
         status: int8 [2 + cells, row], indices into `STATUS`.
         cells: what says which rows have each cell; None where all do.
         source: [metric, row], or None.
+
+    Raises:
+        MetricError: an effect is not defined: the base is infinite, or the effect nan on a row that has the cell.
     """
+    require_finite(values[:, 0], [m.name for m in metrics], slice(0, len(inputs)))
     base, effect = values[:, 0], values[:, 2:] - values[:, :1]
     absent = np.zeros((len(cells), len(inputs)), bool)
     for i, cell in enumerate(cells):
         if cell is not None and cell.present is not None:
             absent[i] = ~cell.present.numpy()
+    for metric, number in np.argwhere((np.isnan(effect) & ~absent).any(-1))[:1]:
+        rows = np.flatnonzero(np.isnan(effect[metric, number]) & ~absent[number]).tolist()
+        raise MetricError(
+            f"the effect on metric {metrics[metric].name!r} in {_cell(axes, number)} is nan on rows {rows}: the values "
+            "that are put in, or what is made of them, are no numbers there"
+        )
     effect[:, absent] = np.nan
     # A cell fired if it did on any row that has it; one that is inert on some and pruned on the rest is inert.
     code = status[2:]
@@ -270,7 +318,7 @@ def assemble(
     floor = np.maximum(np.abs(values[:, 1] - base).max(1), rounding * np.abs(base).max(1))
     pick = (lambda a: a) if several else (lambda a: a[0])
     worded = inputs.tokens is not None and inputs.pixels is None
-    labels = tuple("".join(inputs.labels(r)) if worded else f"row {r}" for r in range(len(inputs)))
+    labels = tuple(joined(inputs.labels(r)) if worded else f"row {r}" for r in range(len(inputs)))
     return Result(
         effect=pick(effect),
         axes=axes,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
+from unicodedata import combining
 
 import torch
 from torch import Tensor
 
-from ..errors import InputsError
+from ..errors import InputsError, InterpError
 from .inputs import Inputs
+from .pieces import decode_pieces
 
 
 def prepare(
@@ -56,7 +59,20 @@ def prepare(
     if decode is None:
         return made
     rows = [row[m].tolist() for row, m in zip(made.ids, made.mask, strict=True)]
-    return replace(made, tokens=tuple(tuple(decode([i]) for i in row) for row in rows))
+    return replace(made, tokens=_labels(rows, decode))
+
+
+def _labels(rows: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], str]) -> tuple[tuple[str, ...], ...]:
+    """The text of each token: what it adds to that of the token before it."""
+    alone = cache(lambda i: decode([i]))
+
+    @cache
+    def after(before: int, i: int) -> str:
+        both = decode([before, i])
+        # Two parts of one character are more than the one after the other.
+        return both[len(alone(before)) :] if both.startswith(alone(before)) else alone(i)
+
+    return tuple(tuple(after(row[at - 1], i) if at else alone(i) for at, i in enumerate(row)) for row in rows)
 
 
 def require_vocabulary(inputs: Inputs, vocabulary: int) -> None:
@@ -98,33 +114,59 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of token ids; a piece that begins a word keeps its space, whatever sign the tokenizer has for it.
+    """Text of token ids; see `decode_pieces`.
 
     Raises:
         InputsError: there is no tokenizer.
     """
     if tokenizer is None:
         raise InputsError(f"the text of token ids {list(ids)} needs a tokenizer: wrap(model, tokenizer)")
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
-    return "".join(str(p) for p in pieces).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+    return decode_pieces(tokenizer, ids)
 
 
 def one_token(tokenizer: Any, text: str) -> int:
     """The id of a text that is one token.
 
     Raises:
-        InputsError: it is not; the message shows its pieces.
+        InputsError: it is not, and the message shows its pieces; or the tokenizer does not know it.
     """
     if tokenizer is None:
         raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except InterpError:
+        raise
+    except Exception as error:  # whatever a tokenizer raises of a word that it does not have
+        raise InputsError(f"the tokenizer does not know {text!r}: {error}") from error
     if len(ids) == 1:
+        _require_known(tokenizer, text, ids[0])
         return ids[0]
     pieces = [decode_ids(tokenizer, [i]) for i in ids]
     other = text.strip() if text != text.strip() else " " + text
     alternative = list(tokenizer(other, add_special_tokens=False)["input_ids"])
     hint = f"; {other!r} is one token here" if len(alternative) == 1 else ""
     raise InputsError(f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}")
+
+
+def _require_known(tokenizer: Any, text: str, token: int) -> None:
+    """Raise InputsError where a token stands for any text that is not known, or for a part of this one."""
+    piece = str(tokenizer.convert_ids_to_tokens([token])[0])
+    if text.strip() == piece.strip():
+        return
+    core = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = {getattr(tokenizer, "unk_token", None), getattr(core, "unk_token", None), "<unk>", "[UNK]"} - {None}
+    if token == getattr(tokenizer, "unk_token_id", None) or piece in map(str, unknown):
+        raise InputsError(f"the tokenizer does not know {text!r}: to it that is {piece!r}, as any unknown word is")
+    if not getattr(tokenizer, "is_fast", False):
+        return
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    seen = {at for start, stop in spans for at in range(start, stop)}
+    # Accents may be taken off on purpose.
+    lost = [
+        c for at, c in enumerate(text) if at not in seen and c.isprintable() and not c.isspace() and not combining(c)
+    ]
+    if lost:
+        raise InputsError(f"the tokenizer does not know all of {text!r}: it leaves out {''.join(lost)!r}")
 
 
 def _plain(prompts: Any) -> list[Any] | Tensor:

@@ -25,8 +25,10 @@ from interp.paths.readers import changed_tokens, check_norms, forced, key_value_
 from interp.paths.sources import pair_of
 from interp.paths.streams import edits
 from interp.progress import tqdm
+from interp.provenance import metric_identity, model_identity
 from interp.results import Result
-from interp.streaming import Stream, weights_digest
+from interp.streaming import Stream, finished
+from interp.sweeps import require_finite
 
 
 @torch.no_grad()
@@ -80,6 +82,8 @@ def edge_sweep(
     Raises:
         PathError: an edge that the model lacks or that runs backwards; a model that the graph does not describe.
         InputsError: prompts that do not correspond, or no reference for a mean.
+        MetricError: the metric is nan, or infinite in the run that is edited.
+        ResultError: there is a result of another sweep at `path`.
         UnfiredError: no writer's output changes.
     """
     check_norms(norms)
@@ -91,12 +95,18 @@ def edge_sweep(
     identity: dict[str, str] = {}
     if path is not None:
         identity = _identity(measure, chosen, graph, (values, pooled, norms, seed, executor), reference)
+        known = finished(path, identity)
+        if known is not None:
+            return known
     stream = Stream(path, (1, len(chosen) + 2, rows), identity)
     todo = set(stream.remaining())
     with tqdm(total=len(todo), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
         bar.set_description(f"{len(chosen)} edges x {rows} rows")
         for numbers, worlds in _batches(graph, chosen, todo, norms, measure):
-            for index, window, measured, status in measure.each(worlds):
+            names = [f"the edge {chosen[i - 2].name}" if i > 1 else "the unedited run" for i in numbers]
+            for index, window, measured, status in measure.each(worlds, names):
+                if numbers[index] == 0:
+                    require_finite(measured[None], [metric.name], window)
                 stream.write(measured[None], numbers[index], window, status)
                 bar.update((window.stop - window.start) / rows)
     found, status = np.array(stream.values[0]), np.array(stream.status)
@@ -207,19 +217,19 @@ def _identity(
     measure: Measure, chosen: tuple[Edge, ...], graph: Graph, options: tuple[Any, ...], reference: Inputs | None
 ) -> dict[str, str]:
     """Digests of everything that a sweep of edges depends on."""
-    run, metric = measure.pair.source.run, measure.metric
+    run = measure.pair.source.run
     model, every = measure.model, [measure.inputs, run and run.inputs, reference]
     held = [model.held_on(inputs)[0] for inputs in every if inputs is not None] if model.holds else []
     around = {"held": digest_of(tuple(map(fingerprint, held)))} if held else {}
-    compared = "" if metric.reference is None else fingerprint(metric.reference)
     return {
         **around,
-        "weights": weights_digest(model),
+        **model_identity(model),
         "inputs": fingerprint(measure.inputs),
         "source": "" if run is None else fingerprint(run.inputs),
         "reference": "" if reference is None else fingerprint(reference),
         "edges": digest_of(tuple(edge.name for edge in chosen)),
-        "graph": digest_of((graph.granularity, graph.query_heads, str(graph.spans))),
-        "metrics": digest_of((metric.name, metric.stated, fingerprint(measure.bound.reads), compared)),
+        "graph": digest_of((graph.granularity, graph.query_heads, graph.spans)),
+        "direction": measure.pair.direction,
+        "metrics": metric_identity(measure.metric, measure.bound),
         "options": digest_of(tuple(map(str, options))),
     }

@@ -81,7 +81,7 @@ class Gradients:
             site.key: torch.zeros_like(value) if g is None else _masked(g, real)
             for site, value, g in zip(sites, kept, found, strict=False)
         }
-        self.metric = measure.numbers(measured, window)
+        self.metric = measure.numbers(measured)
         self.meter.work += (1 + BACKWARD) * sum(map(self.meter.row, inputs.lengths[window].tolist()))
 
     def at_inputs(self, kinds: Sequence[str], layer: int) -> Respond:

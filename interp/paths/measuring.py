@@ -79,8 +79,14 @@ class Measure:
         """The edited run as it is, and computed again: what differs between the two is rounding."""
         return [World(self.inputs), World(self.inputs, Plan((recompute(Site("embed")),)))]
 
-    def each(self, worlds: Sequence[World]) -> Iterator[tuple[int, slice, np.ndarray, int]]:
-        """Yield of each world, for some of its rows: its number, the rows, the metric float64 [b], and its status."""
+    def each(
+        self, worlds: Sequence[World], names: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, slice, np.ndarray, int]]:
+        """Yield of each world, for some of its rows: its number, the rows, the metric float64 [b], and its status.
+
+        Raises:
+            MetricError: the metric is nan; the message has the world's name, where `names` are given.
+        """
         for outcome in run_worlds(
             self.model,
             worlds,
@@ -91,21 +97,14 @@ class Measure:
             meter=self.meter,
         ):
             values = [*outcome.values, *(other[outcome.rows] for other in self.others)]
-            measured = call(self.bound, self.metric.name, outcome.rows, values)
-            numbers = self.numbers(measured, outcome.rows)
+            where = "" if names is None else f" in {names[outcome.index]}"
+            numbers = self.numbers(call(self.bound, self.metric.name, outcome.rows, values, where))
             yield outcome.index, outcome.rows, numbers, STATUS.index(outcome.status)
 
-    def numbers(self, measured: Tensor, rows: slice) -> np.ndarray:
-        """The metric of some rows, float64 [b].
-
-        Raises:
-            MetricError: one is nan, which in a result would say that the row lacks the cell.
-        """
-        found = measured.detach().to("cpu", torch.float64).numpy()
-        if np.isnan(found).any():
-            where = (np.flatnonzero(np.isnan(found)) + rows.start).tolist()
-            raise MetricError(f"metric {self.metric.name!r} is nan on rows {where}: give it numbers, or leave them out")
-        return found
+    @staticmethod
+    def numbers(measured: Tensor) -> np.ndarray:
+        """The metric of some rows, float64 [b]."""
+        return measured.detach().to("cpu", torch.float64).numpy()
 
     def all(self, worlds: Sequence[World]) -> tuple[np.ndarray, np.ndarray]:
         """The metric of each world, float64 [worlds, rows], and its status, int8 [worlds, rows]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hooks import Inputs, Model, Plan, World
@@ -152,9 +153,20 @@ def repair_plan(
         require_additive(run)
         means = Means.over(run, pooled).only({edge.writer for edge in chosen})
 
-    def repaired(inputs: Inputs) -> Plan:
+    return _Repaired(model, graph, mask, values, means)
+
+
+@dataclass(frozen=True, eq=False)
+class _Repaired:
+    """From inputs to the plan that ablates the edges of a mask on them."""
+
+    model: Model
+    graph: Graph
+    mask: np.ndarray
+    values: str
+    means: Means | None
+
+    def __call__(self, inputs: Inputs) -> Plan:
         if not isinstance(inputs, Inputs):
             raise InputsError(f"a repair is of inputs, from model.inputs(...), not {type(inputs).__name__}")
-        return rewire(graph, mask, Source(values, inputs, means=means), model)
-
-    return repaired
+        return rewire(self.graph, self.mask, Source(self.values, inputs, means=self.means), self.model)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hooks.errors import PathError
@@ -37,6 +38,8 @@ def _place(name: str, at: Any) -> Index:
     """A position as a site takes it: an int, ints, a span, or a tensor of one set of prompts."""
     if isinstance(at, (Span, Tensor)):
         return at
+    if isinstance(at, np.ndarray) and at.ndim:
+        return torch.as_tensor(at)
     if isinstance(at, slice) and at.step in (None, 1):
         return Span(at.start, at.stop)
     listed = [at] if isinstance(at, (int, np.integer)) else at

@@ -1,6 +1,7 @@
 """What is measured of attention heads while they form: strengths, scores, and metrics under plans.
 
-Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`.
+Everything here reads a wrapped model on given inputs, without gradients, and is meant for a `Probe`, and puts the
+model into evaluation mode meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from interp.lens import check_readout, frozen_norm, head_outputs
 from interp.metrics import Metric
 from interp.training.heads import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
+from interp.training.untouched import evaluating
 
 
 def attention(model: Model, inputs: Inputs | World, layer: int, query: Positions, key: Positions) -> Tensor:
@@ -44,7 +46,8 @@ def attention(model: Model, inputs: Inputs | World, layer: int, query: Positions
             f"{list(keys.shape)}"
         )
     place = Site("pattern", layer, pos=queries.expand(rows, 1), key_pos=keys.expand(rows, -1))
-    return model.run(world, capture=place).tape[place].sum((2, 3))
+    with evaluating(model.module):
+        return model.run(world, capture=place).tape[place].sum((2, 3))
 
 
 def induction_strength(
@@ -91,6 +94,11 @@ def copying(model: Model, inputs: Inputs) -> Tensor:
         ModelError: a final norm that is not a LayerNorm or an RMSNorm, or an unembedding that is not linear.
         PlanError: a plan that is held on the model edits what is read out.
     """
+    with evaluating(model.module):
+        return _copying(model, inputs)
+
+
+def _copying(model: Model, inputs: Inputs) -> Tensor:
     check_readout(model, inputs)
     targets = induction_targets(inputs)
     if not bool(targets.any()):
@@ -154,7 +162,8 @@ def under(model: Model, inputs: Inputs, metric: Metric, plan: Any) -> float:
         plan: a plan, or a function from inputs to one.
     """
     given: Any = plan(inputs) if callable(plan) else plan
-    return float(evaluate(model, World(inputs, as_plan(given)), metric).mean())
+    with evaluating(model.module):
+        return float(evaluate(model, World(inputs, as_plan(given)), metric).mean())
 
 
 def heads_alone(model: Model, inputs: Inputs, layer: int, metric: Metric, *, plan: Any = None) -> Tensor:
@@ -201,7 +210,8 @@ def _mean_attention(model: Model, inputs: Inputs | World, targets: Callable[[Inp
     if not bool(wanted.any()):
         raise MetricError("these prompts have no such pair of tokens, so there is nothing to measure")
     sites = [Site("pattern", layer) for layer in range(model.n_layers)]
-    tape = model.run(world, capture=sites).tape
+    with evaluating(model.module):
+        tape = model.run(world, capture=sites).tape
     order = world.inputs.order[:, : wanted.shape[-1]].to(model.device)
     wanted = wanted.to(model.device)
     queries = wanted.any(-1).sum()

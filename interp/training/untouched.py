@@ -14,6 +14,19 @@ from hooks.errors import ModelError
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while: without dropout, what is measured twice is the same."""
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode for a while, and leave it, its gradients and all random state as they were.
 
@@ -24,7 +37,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: on leaving without an exception, where a parameter or buffer was changed in place.
     """
-    modes = [(m, m.training) for m in module.modules()]
     parameters = list(module.parameters())
     gradients = [p.grad for p in parameters]
     weights = [*module.named_parameters(), *module.named_buffers()]
@@ -33,19 +45,15 @@ def untouched(module: nn.Module) -> Iterator[None]:
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     for p in parameters:
         p.grad = None
-    for m, _ in modes:
-        m.training = False
     forward = vars(module).pop("forward", None) if hasattr(module, "_original_forward") else None
     try:
-        with ExitStack() as stack:
+        with evaluating(module), ExitStack() as stack:
             for kind in {p.device.type for p in parameters}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         if forward is not None:
             vars(module)["forward"] = forward
-        for m, mode in modes:
-            m.training = mode
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         random.setstate(states[0])

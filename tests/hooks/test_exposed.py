@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,4 @@ def test_the_block_masks_of_flex_attention(window):
     expected, _ = read_mask(real, 5, 5, torch.device("cpu"), window)
     assert bias is None and torch.equal(got.expand(2, 1, 5, 5), expected.expand(2, 1, 5, 5))
     with pytest.raises(hk.errors.ModelError, match="SimpleNamespace"):
-        from types import SimpleNamespace
-
         read_mask(SimpleNamespace(), 5, 5, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Layouts: where tokens are whatever stands between them, and programs on a part of a text with the rest in the past."""
+"""Layouts: where tokens are, whatever stands between them; programs on a part of a text with the rest in the past."""
 
 from __future__ import annotations
 

@@ -225,3 +225,115 @@ def test_what_a_model_lacks(model, inputs, grid, match):
     other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
     with pytest.raises(InterpError, match=match):
         ip.sweep(model, inputs, other, grid(), metric=ip.logit_diff(3, 4))
+
+
+# Positions that differ between rows
+
+
+def by_site(model, clean, corrupt, site: ip.Site, metric: ip.Metric) -> np.ndarray:
+    """The effect of one patch at a site, stated without a grid."""
+    edited = ip.World(corrupt, ip.patch(site, source=ip.World(clean)))
+    return (ip.evaluate(model, edited, metric) - ip.evaluate(model, corrupt, metric)).numpy()
+
+
+MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]]).bool()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(
+    ("given", "as_site"),
+    [
+        (torch.tensor([2, 1, 0]), torch.tensor([2, 1, 0])),
+        (torch.tensor([-1, -2, -3]), torch.tensor([-1, -2, -3])),
+        (np.array([2, 1, 0]), torch.tensor([2, 1, 0])),
+        (torch.tensor([2, 1, 0], dtype=torch.int32), torch.tensor([2, 1, 0])),
+        (torch.tensor([[2], [1], [0]]), torch.tensor([[2], [1], [0]])),
+        (torch.tensor([[0, 2], [1, 0], [2, 1]]), torch.tensor([[0, 2], [1, 0], [2, 1]])),
+        ([[0, 2], [1, 0], [2, 1]], torch.tensor([[0, 2], [1, 0], [2, 1]])),
+        ([[2], [1], [0]], torch.tensor([2, 1, 0])),
+        (((2,), (1,), (0,)), torch.tensor([2, 1, 0])),
+        ("mask", "mask"),
+    ],
+    ids=["ints", "from the end", "numpy", "int32", "column", "several", "lists", "lists of one", "tuples", "mask"],
+)
+def test_named_positions_of_each_row_are_those_of_a_site(model, given, as_site, padding):
+    """As a site's own `pos`, whatever else the grid has and wherever the padding is."""
+    clean = model.inputs([[1, 2, 3, 4], [5, 6, 9], [8, 2, 3, 9]], padding=padding)
+    corrupt = model.inputs([[4, 3, 2, 1], [7, 3, 1], [9, 3, 2, 8]], padding=padding)
+    mask = torch.zeros_like(clean.mask).scatter(1, clean.order, MASK & (torch.arange(4) < clean.lengths[:, None]))
+    given, as_site = (mask if isinstance(x, str) else x for x in (given, as_site))
+    metric = ip.logit_diff(3, 4)
+    grid = ip.grid("resid_pre", layer=[0, 1], pos={"subject": given, "last": -1, "both": (0, 1)})
+    result = ip.sweep(model, clean, corrupt, grid, metric=metric)
+    for layer in (0, 1):
+        for at, pos in enumerate((as_site, -1, (0, 1))):
+            site = ip.site("resid_pre", layer=layer, pos=pos)
+            expected = by_site(model, clean, corrupt, site, metric)
+            np.testing.assert_allclose(result.effect[layer, at], expected, rtol=0, atol=1e-10)
+    assert np.abs(result.effect).min() > 1e-6
+    assert result.axes[1].labels == ("subject", "last", "both") and result.axes[1].values == ("subject", -1, (0, 1))
+    assert result.sel(pos="subject").effect.shape == (2, 3)
+
+
+def test_key_positions_of_each_row(model, inputs):
+    at = torch.tensor([0, 1, 2])
+    grid = ip.grid("scores", layer=1, pos=[-1], key_pos={"name": at})
+    _, (cell,) = grid.cells(model, inputs)
+    assert cell.sites == (ip.site("scores", layer=1, pos=-1, key_pos=at),)
+
+
+def test_results_with_named_positions_are_saved(model, inputs, tmp_path):
+    other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
+    grid = ip.grid("z", layer=0, pos={"subject": torch.tensor([0, 1, 2])})
+    result = ip.sweep(model, inputs, other, grid, metric=ip.logit_diff(3, 4), path=tmp_path / "z")
+    np.testing.assert_array_equal(ip.Result.load(tmp_path / "z").effect, result.effect)
+    moved = ip.grid("z", layer=0, pos={"subject": torch.tensor([0, 1, 3])})
+    with pytest.raises(InterpError, match="differs in"):
+        ip.sweep(model, inputs, other, moved, metric=ip.logit_diff(3, 4), path=tmp_path / "z")
+
+
+def test_rows_of_which_a_mask_takes_nothing_lack_the_cell(model, inputs):
+    other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
+    mask = MASK.clone()
+    mask[1] = False
+    for pos in (mask, {"here": mask}):
+        result = ip.sweep(model, inputs, other, ip.grid("resid_pre", layer=[0], pos=pos), metric=ip.logit_diff(3, 4))
+        effect = result.effect.reshape(3)
+        assert np.isnan(effect).tolist() == [False, True, False] and result.counts().tolist() in ([2], [[2]])
+        expected = by_site(model, inputs, other, ip.site("resid_pre", 0, pos=mask), ip.logit_diff(3, 4))
+        np.testing.assert_allclose(effect[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-10)
+        assert "2 of 3 rows" in repr(result)
+    with pytest.raises(SiteError, match="no token of any row"):
+        ip.grid("resid_pre", layer=[0], pos={"here": mask & False}).cells(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("pos", "match"),
+    [
+        (torch.tensor([0, 1, 2]), "one a row"),  # as many as rows
+        (np.array([0, 1, 2]), "one a row"),
+        ([torch.tensor([0, 1])], "one position a row"),
+        ([np.array([0, 1]), np.array([2, 3])], "one position a row"),
+        ({"name": torch.tensor([0, 1])}, "2 rows, the inputs have 3"),
+        ({"name": torch.tensor([[0, 1]])}, "1 rows, the inputs have 3"),
+        ({"name": [[0], [1]]}, "2 rows, the inputs have 3"),
+        ({"name": [[0], [1], [2, 3]]}, "give a mask"),
+        ({"name": [[0], 1, [2]]}, "group of ints"),
+        ({"name": torch.tensor([0.0, 1.0, 2.0])}, "float"),
+        ({"name": torch.tensor([True, False, True])}, "bool"),
+        ({"name": torch.tensor([0, 1, 4])}, "not in row 2"),
+        ({"name": torch.ones(3, 5, dtype=torch.bool)}, "the mask is"),
+        ({"name": torch.tensor([[0, 0], [0, 1], [1, 2]])}, "twice"),
+    ],
+)
+def test_positions_that_could_be_read_two_ways_or_none(model, inputs, pos, match):
+    other = model.inputs([[4, 3, 2, 1], [7, 3, 6, 5], [9, 3, 2, 8]])
+    with pytest.raises(InterpError, match=match):
+        ip.sweep(model, inputs, other, ip.grid("z", layer=0, pos=pos), metric=ip.logit_diff(3, 4))
+
+
+def test_grids_of_tensors_compare():
+    one, two = (ip.grid("z", layer=0, pos={"a": torch.tensor([0, n])}) for n in (1, 2))
+    assert one == ip.grid("z", layer=0, pos={"a": torch.tensor([0, 1])}) != two
+    assert hash(one) == hash(two) and one != "a grid"
+    assert ip.grid("z", pos=np.array([0, 1])) == ip.grid("z", pos=torch.tensor([0, 1]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import interp as ip
+from hooks import Span
 from hooks.errors import InputsError, InterpError, MetricError, SiteError
 from hooks.record import run_worlds
 from tests import oracle, zoo
@@ -120,6 +121,42 @@ def test_log_prob_and_prob(model, padding):
     check(model, inputs, ip.prob(ways, pos=(-3, -2)), [s.exp() for s in spelled])
     with pytest.raises(MetricError, match=r"2 .*3"):
         ip.evaluate(model, inputs, ip.log_prob(ways, pos=(-3, -2, -1)))
+
+
+def test_an_answer_of_several_tokens_needs_as_many_positions_in_every_row(model, padding):
+    """Refused or right, however the positions are stated: what a short row is filled up with is never read."""
+    rows, ways = prompts((5, 2, 3, 2)), [[7, 8, 9], [9, 10, 1], [11, 12, 3], [13, 14, 2]]
+    inputs, logits = model.inputs(rows, padding=padding), bare(model, rows)
+    two = [w[:2] for w in ways]
+    mask = inputs.mask & (inputs.positions >= inputs.lengths[:, None] - 3)
+    for metric in (ip.log_prob, ip.prob):
+        for pos in (slice(-3, None), Span(-3), slice(0, 3), slice(-3, -1), slice(1, None), None, mask):
+            with pytest.raises(MetricError, match=r"answer tokens for \d to \d positions"):
+                ip.evaluate(model, inputs, metric(ways, pos=pos))
+        with pytest.raises(InterpError, match="row 1"):
+            ip.evaluate(model, inputs, metric(ways, pos=(-3, -2, -1)))
+        # As many positions as tokens in this batch, but only because all of its rows are short.
+        with pytest.raises(MetricError, match="3 answer tokens for 1 positions"):
+            ip.evaluate(model, model.inputs([[3], [4]], padding=padding), metric(ways[:2], pos=slice(-3, None)))
+    spelled = [x[-2].log_softmax(-1)[w[0]] + x[-1].log_softmax(-1)[w[1]] for x, w in zip(logits, two, strict=True)]
+    last = mask & (inputs.positions >= inputs.lengths[:, None] - 2)
+    for pos in (slice(-2, None), (-2, -1), last, torch.stack([inputs.lengths - 2, inputs.lengths - 1], 1)):
+        check(model, inputs, ip.log_prob(two, pos=pos), spelled)
+    either = [x[-1].softmax(-1)[w].sum() for x, w in zip(logits, ways, strict=True)]
+    final = inputs.mask & (inputs.positions == inputs.lengths[:, None] - 1)
+    for pos in (slice(-1, None), (-1,), inputs.lengths - 1, (inputs.lengths - 1)[:, None], final):
+        check(model, inputs, ip.prob(ways, pos=pos), either)
+
+
+def test_a_row_without_a_position_has_no_value(model, padding):
+    inputs = model.inputs(prompts((5, 2, 3, 2)), padding=padding)
+    for metric in (
+        ip.logit(7, pos=slice(2, None)),
+        ip.log_prob(7, pos=slice(2, 3)),
+        ip.kl(ip.World(inputs), pos=Span(2)),
+    ):
+        with pytest.raises(MetricError, match=r"rows \[1, 3\] have no position"):
+            ip.evaluate(model, inputs, metric)
 
 
 def test_an_answer_that_stands_in_the_prompt(model, padding):
@@ -362,6 +399,9 @@ def test_answers_that_do_not_fit(model):
         ([[1], [2], [3], [4, 5]], "same number"),
         ([[], [], [], []], "at least one"),
         (zoo.VOCAB, "vocabulary"),
+        (10**20, "vocabulary"),
+        ([True, False, True, True], "True"),
+        (torch.tensor([True, False, True, True]), "True"),
         (-1, "vocabulary"),
         ([1, 2, 3, zoo.VOCAB], "vocabulary"),
         (torch.tensor([1.0, 2.5, 3.0, 4.0]), None),  # not to be rounded
@@ -386,6 +426,24 @@ def test_answers_in_arrays(model, array):
     answers = [7, 8, 9, 10]
     check(model, inputs, ip.logit(array(answers)), [x[-1, a] for x, a in zip(logits, answers, strict=True)])
     check(model, inputs, ip.logit(array([7])[0]), [x[-1, 7] for x in logits])
+
+
+def test_answers_in_lists_of_tensors(model):
+    inputs = model.inputs(prompts())
+    expected = ip.evaluate(model, inputs, ip.logit([[7, 8], [8, 9], [9, 1], [1, 7]]))
+    rows = list(torch.tensor([[7, 8], [8, 9], [9, 1], [1, 7]]))
+    for given in (rows, [list(row) for row in rows], [row.numpy() for row in rows]):
+        torch.testing.assert_close(ip.evaluate(model, inputs, ip.logit(given)), expected, rtol=0, atol=0)
+
+
+def test_an_alternative_that_is_named_twice_counts_once(model, padding):
+    rows = prompts()
+    inputs, logits = model.inputs(rows, padding=padding), bare(model, rows)
+    chances = [x[-1].softmax(-1) for x in logits]
+    named = [[7, 7, 8], [9, 8, 9], [7, 8, 9], [5, 5, 5]]
+    expected = [p[sorted(set(some))].sum() for p, some in zip(chances, named, strict=True)]
+    check(model, inputs, ip.prob(named), expected)
+    check(model, inputs, ip.log_prob(named), [p.log() for p in expected])
 
 
 def test_text_that_is_not_one_token_shows_its_pieces(stories):

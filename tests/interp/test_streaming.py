@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,12 +224,33 @@ def test_where_the_files_are(model, tmp_path, name):
     same(ip.Result.load(tmp_path / name), run(model, None))
 
 
-def test_a_finished_sweep_can_be_run_again(model, tmp_path):
-    run(model, tmp_path / "z")
+def test_a_finished_sweep_is_known_again(model, tmp_path):
+    first = run(model, tmp_path / "z")
+    before = contents(tmp_path)
+    (tmp_path / "z.partial").mkdir()  # of a sweep that was killed after it had saved, and before it could tidy up
+    (tmp_path / "z.partial" / "header.json").write_text(json.dumps({"identity": first.config["identity"]}))
     with counted() as written:
-        other = run(model, tmp_path / "z", metric=ip.logit(3))
-    assert len(written) == WORLDS
-    np.testing.assert_array_equal(ip.Result.load(tmp_path / "z").effect, other.effect)
+        again = run(ip.wrap(zoo.make("gpt2")), tmp_path / "z", budget=100_000, progress=False)
+    assert written == []
+    same(again, first)
+    assert again.config == first.config and contents(tmp_path) == before
+
+
+def test_what_is_no_result_of_a_sweep_is_left_alone(model, tmp_path):
+    (tmp_path / "a.json").write_text('{"notes": "mine"}')
+    (tmp_path / "b.safetensors").write_bytes(b"weights of mine")
+    run(model, None).save(tmp_path / "c")  # by hand
+    run(model, tmp_path / "d")
+    (tmp_path / "d.safetensors").unlink()
+    before = contents(tmp_path)
+    for name in ("a", "b", "c", "d"):
+        with pytest.raises(ResultError, match="Delete it, or give another path"):
+            run(model, tmp_path / name)
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder) if (folder / name).is_file()}
 
 
 # What does not belong together
@@ -237,6 +259,16 @@ def test_a_finished_sweep_can_be_run_again(model, tmp_path):
 def changed_weights(model: ip.Model) -> dict:
     with torch.no_grad():
         model.module.transformer.h[1].mlp.c_proj.weight[0, 0] += 1e-9
+    return {}
+
+
+def changed_norm(model: ip.Model) -> dict:
+    model.module.transformer.ln_f.eps *= 10
+    return {}
+
+
+def hooked(model: ip.Model) -> dict:
+    model.module.transformer.ln_f.register_forward_hook(lambda module, args, out: 2 * out)
     return {}
 
 
@@ -254,20 +286,28 @@ CHANGES: dict[str, tuple[Callable[[ip.Model], dict], str]] = {
     "kind of metric": (lambda m: {"metric": ip.log_prob(7)}, "metric"),
     "number of cells": (lambda m: {"grid": ip.grid("z", layer="all", head=[0, 1])}, "plan"),
     "number of metrics": (lambda m: {"metric": [METRIC, ip.logit(1)]}, "metric"),
+    "executor": (lambda m: {"executor": "sequential"}, "executor"),
+    "axes": (lambda m: {"grid": ip.grid("z", layer="all", head={f"h{n}": n for n in range(4)})}, "grid"),
+    "several metrics": (lambda m: {"metric": [METRIC]}, "metric"),
+    "epsilon of a norm": (changed_norm, "model"),
+    "a hook of the user's": (hooked, "model"),
     "number of rows": (lambda m: {"inputs": prompts(m, 0, 4)}, "inputs"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_sweep_is_refused_by_name(model, tmp_path, change):
-    interrupt(model, tmp_path / "z")
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path) if (tmp_path / name).is_file()}
+@pytest.mark.parametrize("how", ["interrupted", "finished"])
+def test_another_sweep_is_refused_by_name(model, tmp_path, change, how):
+    if how == "interrupted":
+        interrupt(model, tmp_path / "z")
+    else:
+        run(model, tmp_path / "z")
+    before, place = contents(tmp_path), "z.partial" if how == "interrupted" else "z.json"
     options, named = CHANGES[change][0](model), CHANGES[change][1]
     with pytest.raises(ResultError) as caught:
         run(model, tmp_path / "z", **options)
-    assert named in str(caught.value) and "z.partial" in str(caught.value) and "Delete it" in str(caught.value)
-    after = {name: (tmp_path / name).read_bytes() for name in files(tmp_path) if (tmp_path / name).is_file()}
-    assert after == before, "what was streamed so far is lost"
+    assert named in str(caught.value) and place in str(caught.value) and "Delete it" in str(caught.value)
+    assert contents(tmp_path) == before, "what was there is lost"
 
 
 def own(column: int, name: str = "own") -> ip.Metric:
@@ -276,6 +316,72 @@ def own(column: int, name: str = "own") -> ip.Metric:
 
 def weighted(weights: torch.Tensor) -> ip.Metric:
     return ip.metric(lambda x: x[:, 0] @ weights, ip.site("logits", pos=-1), name="weighted")
+
+
+IDS: Any = [3, 4]
+LAST = ip.site("logits", pos=-1)
+
+
+def picked(ids: Any) -> ip.Metric:
+    return ip.metric(lambda x: x[:, 0, list(ids)].mean(-1), LAST, name="picked")
+
+
+def nested(ids: Any) -> ip.Metric:
+    def inner(x):
+        return [x[:, 0, i] for i in ids]
+
+    return ip.metric(lambda x: torch.stack(inner(x)).mean(0), LAST, name="picked")
+
+
+def taken(x: torch.Tensor, ids: Any) -> torch.Tensor:
+    return x[:, 0, ids].mean(-1)
+
+
+def partially(ids: Any) -> ip.Metric:
+    return ip.metric(functools.partial(taken, ids=ids), LAST, name="picked")
+
+
+def by_default(ids: Any) -> ip.Metric:
+    def fn(x, ids=ids):
+        return x[:, 0, ids].mean(-1)
+
+    return ip.metric(fn, LAST, name="picked")
+
+
+class Picker:
+    def __init__(self, ids: Any) -> None:
+        self.ids = ids
+
+    def fn(self, x):
+        return x[:, 0, self.ids].mean(-1)
+
+
+def of_an_object(ids: Any) -> ip.Metric:
+    return ip.metric(Picker(ids).fn, LAST, name="picked")
+
+
+def own_bind(ids: Any) -> ip.Metric:
+    return ip.Metric("picked", lambda model, inputs: ip.metrics.Bound((LAST,), lambda rows, x: x[:, 0, ids].mean(-1)))
+
+
+def reads_globals(x: torch.Tensor) -> torch.Tensor:
+    return called_by_name(x) + 0 * x[:, 0, 0]
+
+
+def called_by_name(x: torch.Tensor) -> torch.Tensor:
+    return x[:, 0, IDS].mean(-1)
+
+
+@pytest.mark.parametrize("value", [[8, 9], np.array([8, 9]), torch.tensor([8, 9])], ids=["list", "numpy", "torch"])
+def test_globals_that_a_function_reads_by_name(model, tmp_path, monkeypatch, value):
+    """Also those of functions that it calls by name."""
+    metric = ip.metric(reads_globals, LAST)
+    interrupt(model, tmp_path / "z", metric=metric)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "IDS", value)
+        with pytest.raises(ResultError, match="metric"):
+            run(model, tmp_path / "z", metric=metric)
+    run(model, tmp_path / "z", metric=metric)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +397,35 @@ def weighted(weights: torch.Tensor) -> ip.Metric:
         lambda clean, corrupt: (ip.kl(), ip.kl(ip.World(corrupt))),
         lambda clean, corrupt: (own(1), own(2)),
         lambda clean, corrupt: (weighted(torch.ones(50).double()), weighted(torch.arange(50).double())),
+        lambda clean, corrupt: (picked([3, 4]), picked([8, 9])),
+        lambda clean, corrupt: (picked(np.array([3, 4])), picked(np.array([8, 9]))),
+        lambda clean, corrupt: (picked(range(3, 5)), picked(range(8, 10))),
+        lambda clean, corrupt: (nested([3, 4]), nested([8, 9])),
+        lambda clean, corrupt: (partially([3, 4]), partially([8, 9])),
+        lambda clean, corrupt: (by_default([3, 4]), by_default([8, 9])),
+        lambda clean, corrupt: (of_an_object([3, 4]), of_an_object([8, 9])),
+        lambda clean, corrupt: (own_bind([3, 4]), own_bind([8, 9])),
     ],
-    ids=["log_prob", "prob", "rank", "rows", "answers", "kl", "kl plan", "kl source", "own", "own weights"],
+    ids=[
+        "log_prob",
+        "prob",
+        "rank",
+        "rows",
+        "answers",
+        "kl",
+        "kl-plan",
+        "kl-source",
+        "own",
+        "own-weights",
+        "list",
+        "numpy",
+        "range",
+        "nested",
+        "partial",
+        "default",
+        "method",
+        "bind",
+    ],
 )
 def test_metrics_that_read_the_same_are_not_the_same(model, tmp_path, metrics):
     """The file knows what was measured, not only what was read: no result is half of one metric, half of another."""
@@ -404,9 +537,10 @@ def test_a_file_of_the_users_in_the_folder_is_left(model, tmp_path):
 def test_an_error_leaves_an_old_result_as_it_was(model, tmp_path):
     run(model, tmp_path / "z")
     before = (tmp_path / "z.json").read_bytes(), (tmp_path / "z.safetensors").read_bytes()
-    interrupt(model, tmp_path / "z", metric=ip.logit(3))
     with pytest.raises(InterpError):
         run(model, tmp_path / "z", direction="sideways")
+    with pytest.raises(ResultError):
+        run(model, tmp_path / "z", metric=ip.logit(3))
     assert before == ((tmp_path / "z.json").read_bytes(), (tmp_path / "z.safetensors").read_bytes())
 
 
