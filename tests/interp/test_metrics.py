@@ -150,7 +150,7 @@ def test_rank_and_accuracy(model, padding):
 
 
 def test_answers_of_each_row_when_rows_are_run_one_at_a_time(model, padding):
-    """A metric knows which rows it is given the values of: a tiny budget, which cuts after every row, changes nothing."""
+    """A metric knows which rows it is given the values of: a budget that cuts after every row changes nothing."""
     rows, others = prompts(), prompts(seed=1)
     clean, corrupt = model.inputs(rows, padding=padding), model.inputs(others, padding=padding)
     best = [x[-1].argsort(descending=True) for x in bare(model, others)]
