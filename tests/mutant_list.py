@@ -7,20 +7,21 @@ a test that fails with it. One that lives asks for an assertion; one that change
 
 STATS, RESULTS = "tests/test_stats.py", "tests/test_results.py"
 RANDOM, INPUTS, STREAM = "tests/hooks/test_random.py", "tests/hooks/test_inputs.py", "tests/interp/test_streaming.py"
-ROWS = "tests/interp/test_metrics.py::test_answers_of_each_row_when_rows_are_run_one_at_a_time"
+ROWS = "tests/interp/test_metrics.py::test_answers_of_each_row_when_rows_are_run_one_at_a_time[gpt2-left]"
 METRICS, SWEEPS = "tests/interp/test_metrics.py::test_", "tests/interp/test_sweeps.py::test_"
-RANKS, ANSWERS = METRICS + "rank_and_accuracy", METRICS + "log_prob_and_prob"
+RANKS, ANSWERS = METRICS + "rank_and_accuracy[gpt2-left]", METRICS + "log_prob_and_prob[gpt2-left]"
 ATTENTION = "tests/hooks/test_attention.py::test_"
 SCALES = ATTENTION + "scores_scaled_by_something_else_than_the_width_of_a_head"
 ELSEWHERE = "tests/hooks/test_padding.py::test_positions_of_a_source_that_is_padded_on_the_other_side"
-DRAWS = "tests/hooks/test_padding.py::test_random_interventions"
+DRAWS = "tests/hooks/test_padding.py::test_random_interventions[shared-gpt2]"
 CONSTANTS = "tests/hooks/test_gradients.py::test_a_world_that_is_read_with_and_without_its_gradient"
-FORMULAS = "tests/hooks/test_interventions.py::test_the_builders_do_what_their_formulas_say"
+FORMULAS = "tests/hooks/test_interventions.py::test_the_builders_do_what_their_formulas_say[gpt2-right]"
 MEANS = "tests/hooks/test_reference_sets.py::test_"
-PATTERNS = "tests/hooks/test_patterns.py"
+PATTERNS = "tests/hooks/test_patterns.py::test_queries_and_keys_by_hand"
 RECORDS = "tests/hooks/test_apply_training.py::test_like_interventions_of_a_function_have_a_record_each"
-COUNTS = "tests/hooks/test_audit.py::test_the_audit_says_how_many_rows_and_positions"
-ABSENT = SWEEPS + "ragged_rows"
+COUNTS = "tests/hooks/test_audit.py::test_the_audit_says_how_many_rows_and_positions[gpt2]"
+ABSENT = SWEEPS + "ragged_rows[left-gpt2]"
+FLOOR = SWEEPS + "the_noise_floor_is_the_largest_change_without_an_edit"
 GRIDS = "tests/interp/test_grids.py"
 LENS = "tests/interp/test_lens.py::test_"
 FIRST_ORDER = "tests/interp/test_attribution.py::test_"
@@ -95,13 +96,13 @@ MUTANTS = [
         "the noise of the average row",
         "np.abs(values[:, 1] - base).max(1)",
         "np.abs(values[:, 1] - base).mean(1)",
-        SWEEPS + "what_a_result_says",
+        FLOOR,
     ),
     (
         "no noise floor from rounding",
         ", rounding * np.abs(base).max(1))",
         ", 0 * np.abs(base).max(1))",
-        SWEEPS + "what_a_result_says",
+        FLOOR,
     ),
     (
         "rows that lack the cell have effect 0",
@@ -110,19 +111,18 @@ MUTANTS = [
         ABSENT,
     ),
     ("a cell pruned only where every row has it", "(code == 2) | absent", "code == 2", ABSENT),
-    ("rows that lack a cell make it fire", "(code == 0) & ~absent,", "(code == 0),", ABSENT),
     (
         "directions exchanged",
         '(corrupt, clean) if direction == "denoising"',
         '(corrupt, clean) if direction == "noising"',
-        SWEEPS + "both_ends",
+        SWEEPS + "both_ends[gpt2]",
     ),
     # Metrics
     (
         "the divergence of the other from the run",
         "(theirs.exp() * (theirs - ours))",
         "(ours.exp() * (ours - theirs))",
-        METRICS + "kl",
+        METRICS + "kl[gpt2-left]",
     ),
     ("ties rank lower", "(logits > best)", "(logits >= best)", RANKS),
     (
@@ -148,25 +148,25 @@ MUTANTS = [
         "as many foils as answers",
         "wide[..., width:].mean(2)",
         "wide[..., width : 2 * width].mean(2)",
-        METRICS + "logit_and_logit_diff",
+        METRICS + "logit_and_logit_diff[gpt2-left]",
     ),
     (
         "a loss of the padding",
         "torch.arange(most) < (inputs.lengths - 1)[:, None]",
         "torch.arange(most) < inputs.lengths[:, None]",
-        METRICS + "cross_entropy",
+        METRICS + "cross_entropy[gpt2-left]",
     ),
     (
         "the loss of all columns",
         "torch.where(counts, loss, 0).sum(1) / counts.sum(1)",
         "torch.where(counts, loss, 0).mean(1)",
-        METRICS + "cross_entropy",
+        METRICS + "cross_entropy[gpt2-left]",
     ),
     (
         "a mean over positions of the widest row",
         "torch.where(counts, x, 0).sum(1) / counts.sum(1)",
         "torch.where(counts, x, 0).mean(1)",
-        METRICS + "positions_that_are_more_in_some_rows_than_in_others",
+        METRICS + "positions_that_are_more_in_some_rows_than_in_others[gpt2-left]",
     ),
     (
         "half precision kept",
@@ -221,7 +221,7 @@ MUTANTS = [
         "gradients at the edited value",
         "world.visit(key, x) - x)",
         "world.visit(key, x))",
-        FIRST_ORDER + "the_gradient_times_the_change",
+        FIRST_ORDER + "the_gradient_times_the_change[gpt2-left]",
     ),
     (
         "references of the first rows, first order",
@@ -233,26 +233,31 @@ MUTANTS = [
         "the first token's gradient",
         "* change).flatten(1).sum(1).to",
         "* change)[:, 0].flatten(1).sum(1).to",
-        FIRST_ORDER + "the_gradient_times_the_change",
+        FIRST_ORDER + "the_gradient_times_the_change[gpt2-left]",
     ),
     (
         "an unbiased variance",
         "x.var(-1, unbiased=False",
         "x.var(-1, unbiased=True",
-        LENS + "components_by_hand_and_their_sum",
+        LENS + "components_by_hand_and_their_sum[gpt2-left-1]",
     ),
-    ("a norm's gain without its eps", "* (1 + eps) ** 0.5", "* 1.0", LENS + "components_by_hand_and_their_sum"),
+    (
+        "a norm's gain without its eps",
+        "* (1 + eps) ** 0.5",
+        "* 1.0",
+        LENS + "components_by_hand_and_their_sum[llama-left-1]",
+    ),
     (
         "the lens at a column",
         "column = int(self.inputs.order[row, pos % length])",
         "column = pos % length",
-        LENS + "the_likeliest_tokens_at_each_point",
+        LENS + "the_likeliest_tokens_at_each_point[gpt2-left]",
     ),
     (
         "the sum of several answers",
         "[tokens.to(weight.device)].mean(1)",
         "[tokens.to(weight.device)].sum(1)",
-        LENS + "answers_of_each_row_and_of_several_tokens",
+        LENS + "answers_of_each_row_and_of_several_tokens[gpt2]",
     ),
     # Resuming
     (
@@ -313,13 +318,13 @@ MUTANTS = [
         "a mean over rows that lack the position",
         "real.sum(dims, keepdim=True).clamp_min(1)",
         "len(reference)",
-        MEANS + "means_over_a_reference_set",
+        MEANS + "means_over_a_reference_set[left-gpt2]",
     ),
     (
         "a recomputation that stops",
         '    name: ClassVar[str] = "recompute"\n    always: ClassVar[bool] = True\n',
         '    name: ClassVar[str] = "recompute"\n',
-        SWEEPS + "what_a_result_says tests/hooks/test_interventions.py::test_recompute_changes_nothing",
+        SWEEPS + "what_a_result_says tests/hooks/test_interventions.py::test_recompute_changes_nothing[gpt2]",
     ),
     ("a constant that is none", "return reads[0].detach().expand_as(x)", "return reads[0].expand_as(x)", CONSTANTS),
     (
@@ -328,18 +333,30 @@ MUTANTS = [
         "torch.where(query > self.offset,",
         PATTERNS,
     ),
-    ("the second mask alone", "mask = one & two if", "mask = two if", PARTS + "where_and_at"),
+    (
+        "a forbidden key one off",
+        "key == query - self.offset)[:, None], -torch.inf",
+        "key == query - self.offset + 1)[:, None], -torch.inf",
+        PATTERNS,
+    ),
+    (
+        "queries taken for the first",
+        "return ctx.pos[:, :, None], ctx.key_pos[:, None, :]",
+        "return ctx.key_pos[:, :, None], ctx.key_pos[:, None, :]",
+        PATTERNS,
+    ),
+    ("the second mask alone", "mask = one & two if", "mask = two if", PARTS + "where_and_at[gpt2]"),
     (
         "the second strength alone",
         "weight=s if plain else self.weight * s)",
         "weight=s)",
-        PARTS + "strength_is_linear_in_between",
+        PARTS + "strength_is_linear_in_between[gpt2]",
     ),
     (
         "a parameter of the first rows",
         "value = value[ctx.window]",
         "value = value[: len(x)]",
-        CHUNKS + "a_chunked_run_equals_an_unchunked_one",
+        CHUNKS + "a_chunked_run_equals_an_unchunked_one[gpt2-sequential-1]",
     ),
     # Positions
     (
@@ -407,12 +424,12 @@ MUTANTS = [
         "the last change for the largest",
         "self._sizes = [torch.stack(self._sizes).amax()]",
         "self._sizes = [self._sizes[-1]]",
-        "tests/hooks/test_apply.py::test_the_audit_grows_with_every_call " + COUNTS,
+        "tests/hooks/test_apply.py::test_the_audit_grows_with_every_call[gpt2] " + COUNTS,
     ),
     (
         "pruned although it was applied",
         "self.pruned |= other.pruned and not other.calls",
         "self.pruned |= other.pruned",
-        "tests/hooks/test_apply.py::test_worlds_while_a_plan_is_held",
+        "tests/hooks/test_apply.py::test_worlds_while_a_plan_is_held[gpt2-shared]",
     ),
 ]

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("hooks", "interp")
 COPIED = ("hooks", "interp", "tests", "experiments", "figures", "pyproject.toml", "README.md", "Makefile")
 CAUGHT, LIVES, STALE, BROKEN = "caught", "lives", "stale", "broken"
+LONGEST = 1800
+"""Seconds that the tests may take: a mistake that goes on for ever is noticed, too."""
 
 
 class Mutant(NamedTuple):
@@ -86,7 +88,11 @@ def pytest(tree: Path, arguments: Sequence[str]) -> tuple[int, str]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    options = {"cwd": tree, "env": environment, "capture_output": True, "text": True, "timeout": LONGEST}
+    try:
+        done = subprocess.run(command, check=False, **options)
+    except subprocess.TimeoutExpired:
+        return 1, f"nothing came of it in {LONGEST} seconds"
     return done.returncode, "\n".join((done.stdout + done.stderr).strip().splitlines()[-3:])
 
 
@@ -146,7 +152,7 @@ def report(outcomes: Iterable[Outcome]) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT, listed: Sequence[tuple] | None = None) -> int:
     """Try the listed mutants, print and write what came of them; 0 where all are caught."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Try plausible one-line mistakes.")
     parser.add_argument("names", nargs="*", help="only the mutants whose names hold one of these")
     parser.add_argument("--out", type=Path, help="write the counts there, as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
