@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check format bench figures clean
+.PHONY: help venv demo test check mutants format bench figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: $(STAMP) ## formatting, lint, types, then the tests
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+mutants: $(STAMP) ## make plausible mistakes in a copy of the code, and see that the tests notice them (minutes)
+	$(PY) -m tests.mutants --jobs $(JOBS) --out mutants.json
 
 format: $(STAMP) ## format the code and mend what lint can mend
 	$(PY) -m ruff format .

@@ -238,6 +238,20 @@ def test_significant_is_benjamini_hochberg_of_the_sign_flips():
     np.testing.assert_array_equal(result.p_values(100, seed=1), stats.sign_flip_p(effect, n_perm=100, seed=1))
 
 
+def test_all_metrics_are_one_family_of_hypotheses():
+    """The correction counts the cells of every metric: what one metric alone would find among its own, two may not."""
+    rng = np.random.default_rng(2)
+    effect = rng.normal(size=(2, 3, 4, 12))
+    effect[0, 0, 0] = effect[0, 0, 1] = np.arange(1, 13)
+    effect[0, 0, 0, 4] *= -1  # p = 20 / 4096: below 0.05 x 2 / 12, and not below 0.05 x 2 / 24
+    result = make(several=True, rows=12, effect=effect)
+    p = result.p_values()
+    assert p[0, 0, 0] == 20 / 4096
+    np.testing.assert_array_equal(result.significant(), stats.benjamini_hochberg(p.ravel()).reshape(p.shape))
+    alone = np.stack([result.sel(metric=name).significant() for name in result.metrics])
+    assert alone.sum() > result.significant().sum() > 0
+
+
 def test_above_noise_compares_each_metric_with_its_own_floor():
     result = make(several=True, effect=np.full((2, 3, 4, 6), -1.0), noise_floor=[0.9, 1.0])
     assert result.above_noise()[0].all() and not result.above_noise()[1].any()

@@ -66,6 +66,23 @@ def test_functions_within_plans_within_functions():
 
 
 @torch.no_grad()
+def test_like_interventions_of_a_function_have_a_record_each():
+    """Two of a kind at one site, call after call: the n-th is the n-th of the call before, and no other."""
+    model = fresh()
+    place, ones = site("resid_pre", 1), torch.ones(model.architecture.width).double()
+
+    def plan(inputs: Inputs) -> Plan:
+        rows = torch.arange(len(inputs)) == 0
+        return hk.steer(place.at(pos=1), ones) + hk.steer(place.at(pos=(2, -1)), 4 * ones).where(rows)
+
+    with model.apply(plan) as audit:
+        for seed in (1, 2):
+            call(model, batch(model, seed))
+    assert [(e.calls, e.rows, e.positions) for e in audit] == [(2, 4, 4), (2, 2, 4)]
+    torch.testing.assert_close(torch.tensor([e.change for e in audit]), torch.tensor([1.0, 4.0]))
+
+
+@torch.no_grad()
 def test_a_function_that_gives_nothing_or_the_wrong_thing():
     model = fresh()
     x = batch(model)

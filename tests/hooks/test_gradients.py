@@ -136,6 +136,40 @@ def test_gradients_reach_the_plan_of_a_world_that_is_read(apply):
 
 
 @pytest.mark.parametrize("apply", [False, True], ids=["run", "apply"])
+@pytest.mark.parametrize("which", ["another world", "this world under a plan"])
+@pytest.mark.parametrize("first", ["constant", "differentiable"])
+def test_a_world_that_is_read_with_and_without_its_gradient(first, which, apply):
+    """In one plan: the value taken as a constant is one, and what the other intervention reads is none."""
+    t = tiny("small_ln_learned")
+    resid, z = site("resid_pre", 1, pos=-1), site("z", 1, pos=(0, 2))
+
+    def source(v: Tensor) -> World | Plan:
+        inner = as_plan(hooks.steer(site("embed"), v))
+        return World(t.source, inner) if which == "another world" else inner
+
+    def plan(v: Tensor, constant: Tensor | World | Plan | None = None) -> Plan:
+        read = source(v)
+        parts = [hooks.patch(resid, read, stop_gradient=True), hooks.patch(z, read)]
+        if constant is not None:
+            parts[0] = hooks.patch(resid, constant)
+        return Plan(tuple(parts if first == "constant" else parts[::-1]))
+
+    start = normals(t.model.architecture.width)
+    world = source(start)
+    world = world if isinstance(world, World) else World(t.inputs, world)
+    kept = t.model.run(world, capture=resid).tape[resid]
+
+    def gradient(make: Callable[[Tensor], Plan], apply: bool = False) -> Tensor:
+        v = start.clone().requires_grad_()
+        return torch.autograd.grad(t.logits(make(v), apply).square().sum(), v)[0]
+
+    found = gradient(plan, apply)
+    wanted, both = gradient(lambda v: plan(v, kept)), gradient(lambda v: plan(v, source(v)))
+    assert wanted.abs().max() > 1e-3 and (both - wanted).abs().max() > 1e-3
+    close(found, wanted)
+
+
+@pytest.mark.parametrize("apply", [False, True], ids=["run", "apply"])
 @pytest.mark.parametrize("family", ["small_ln_learned", "gpt2", "llama", "qwen3"])
 def test_gradients_of_the_weights_under_a_plan(family, apply):
     """A training step on an edited model: d loss / d weights as the oracle has them."""

@@ -79,6 +79,59 @@ def test_no_value_is_read_on_the_host(name):
     assert out.shape == x.shape
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["attend_back", "forbid_back", "attend", "attend, row by row"])
+def test_queries_and_keys_by_hand(name, padding):
+    """Entry by entry, in the positions of real tokens, whatever the padding."""
+    model = zoo.wrapped("small_ln_learned")
+    x = model.inputs([[3, 1, 4, 1, 5, 9], [2, 6, 5], [8, 9, 7, 9]], padding=padding)
+    given = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0.5, 0.25, 0.25, 0], [0, 0.125, 0.5, 0.375]]).double()
+    each = torch.stack([given, given.roll(1, 0).tril(), given.flip(0).tril()])
+    ops = {"attend_back": AttendBack(2), "forbid_back": ForbidBack(1), "attend": Attend(given)}
+    place = site("scores" if name == "forbid_back" else "pattern", 0)
+    base = model.run(x, capture=place).tape[place]
+    changed = 0
+    for first in (0, 1):
+        item = Intervention(place.at(pos=slice(first, None)), ops.get(name, Attend(each)))
+        found = model.run(x, item, capture=place).tape[place]
+        for row, length in enumerate(x.lengths.tolist()):
+            cols = x.order[row, :length]
+            before, after = (value[row][:, cols][:, :, cols] for value in (base, found))
+            for query in range(length):
+                wanted = before[:, query].clone()
+                pattern = (each[row] if name != "attend" else given)[min(query, 3)]
+                if name == "attend_back" and query >= first:
+                    wanted[:] = 0
+                    wanted[:, query - 2 if query >= 2 else query] = 1
+                elif name == "forbid_back" and query >= max(first, 1):
+                    wanted[:, query - 1] = -torch.inf
+                elif name in ("attend", "attend, row by row") and first <= query < 4 and bool(pattern.any()):
+                    wanted[:] = 0
+                    wanted[:, :4] = pattern[: wanted.shape[1]]
+                said = f"row {row}, query {query} of those from {first} on"
+                torch.testing.assert_close(after[:, query], wanted, rtol=0, atol=1e-12, msg=said)
+                changed += int(not torch.equal(wanted, before[:, query]))
+    assert changed >= 9
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_values_of_other_positions_and_sites_by_hand(padding):
+    model = zoo.wrapped("small_ln_learned")
+    x = model.inputs([[3, 1, 4, 1, 5, 9], [2, 6, 5], [8, 9, 7, 9]], padding=padding)
+    early, late = site("resid_pre", 0, pos=(0, 1, 2)), site("resid_post", 0, pos=(0, 1, 2))
+    moved = Intervention(late, FromPositions(torch.tensor([2, 0, 0])), (hk.here(early),))
+    tape = model.run(x, moved, capture=[early, late]).tape
+    torch.testing.assert_close(tape[late], tape[early][:, [2, 0, 0]], rtol=0, atol=0)
+
+    last, scores = site("logits", pos=-1), site("scores", 1, head=1, pos=-1, key_pos=(0, -1))
+    tokens = torch.tensor([[[4, 7]], [[1, 2]], [[9, 0]]])
+    tape = model.run(x, Intervention(last, CopyScores(tokens), (hk.here(scores),)), capture=[last, scores]).tape
+    for row, (one, two) in enumerate(tokens[:, 0].tolist()):
+        wanted = torch.full((zoo.VOCAB,), -1e9, dtype=torch.float64)
+        wanted[one], wanted[two] = tape[scores][row, 0, 0]
+        assert torch.equal(tape[last][row, 0], wanted)
+
+
 @each_case
 def test_compiled_whole_and_over_members(name):
     op, place, reads = CASES[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +184,38 @@ def test_rank_and_accuracy(model, padding):
     hits = [int(order[0][0]), int(order[1][1]), int(order[2][0]), int(order[3][1])]
     check(model, inputs, ip.accuracy(hits), [1, 0, 1, 0])
     check(model, inputs, ip.accuracy([[int(o[1]), int(o[0])] for o in order]), [1, 1, 1, 1])
+
+
+def test_answers_of_each_row_when_rows_are_run_one_at_a_time(model, padding):
+    """A metric knows which rows it is given the values of: a budget that cuts after every row changes nothing."""
+    rows, others = prompts(), prompts(seed=1)
+    clean, corrupt = model.inputs(rows, padding=padding), model.inputs(others, padding=padding)
+    best = [x[-1].argsort(descending=True) for x in bare(model, others)]
+    each = [int(order[place]) for order, place in zip(best, (25, 11, 16, 0), strict=True)]
+    foils, pairs = [12, 3, 44, 31], [[7, 8], [9, 10], [11, 12], [13, 14]]
+    last = [slice(-2, None), slice(1, None)]
+    metrics = [
+        *(ip.logit_diff(each, foils, pos=pos) for pos in (-1, 1, torch.tensor([4, 0, 3, 5]), *last)),
+        *(ip.logit(each, pos=pos) for pos in (-1, *last)),
+        *(make(pairs, pos=pos) for make in (ip.log_prob, ip.prob) for pos in (-1, (-3, -2))),
+        *(make(each, pos=pos) for make in (ip.rank, ip.accuracy) for pos in (-1, *last)),
+        *(ip.kl(source, pos=pos) for source in ("source", ip.World(clean)) for pos in (-1, slice(1, None))),
+        ip.cross_entropy(),
+        ip.metric(lambda x: x.flatten(1).norm(dim=1), ip.site("z", layer=1, pos=-1, head=0), name="size"),
+    ]
+    metrics = [dataclasses.replace(m, name=f"{number} {m.name}") for number, m in enumerate(metrics)]
+    grid = ip.grid("resid_pre", layer=[1], pos=[1, -1])
+    for executor in ("sequential", "shared"):
+        whole, cut = (
+            ip.sweep(model, clean, corrupt, grid, metric=metrics, executor=executor, budget=budget)
+            for budget in (None, 1)
+        )
+        for name in ("base", "source", "effect"):
+            np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), **CLOSE, err_msg=name)
+        ranks = whole.metrics.index(next(m.name for m in metrics if m.name.endswith("rank")))
+        assert whole.base[ranks].tolist() == [25, 11, 16, 0]
+        assert all(len(set(row)) > 1 for row in whole.base.round(9).tolist())
+        assert (np.abs(whole.effect).max((1, 2, 3)) > 1e-6).mean() > 0.8
 
 
 def test_kl(model, padding):

@@ -659,6 +659,27 @@ def test_what_a_result_says(tmp_path):
     np.testing.assert_allclose(other.effect, result.effect, **CLOSE)
 
 
+def test_the_noise_floor_is_the_largest_change_without_an_edit():
+    """Of any row; and never below what the numbers' own rounding is."""
+    pair = Pair("gpt2")
+    calls: list[int] = []
+
+    def unsteady(x: Tensor) -> Tensor:
+        calls.append(len(calls))
+        # The first world is the base, the second the base computed again.
+        return x[:, 0, ANSWER] + (torch.tensor([0.0, 0.5, -0.75]).double() if len(calls) == 2 else 0.0)
+
+    metric = ip.metric(unsteady, ip.site("logits", pos=-1))
+    result = pair.sweep(ip.grid("attn_out", layer="all"), metric=metric, executor="sequential")
+    np.testing.assert_allclose(result.noise_floor, 0.75, **CLOSE)
+
+    for dtype, eps in ((torch.float64, 2.0**-52), (torch.float32, 2.0**-23)):
+        model = ip.wrap(zoo.make("gpt2", dtype=dtype))
+        clean, corrupt = (model.inputs(pair.rows[name]) for name in ("clean", "corrupt"))
+        result = ip.sweep(model, clean, corrupt, ip.grid("attn_out", layer="all"), metric=METRIC)
+        assert result.noise_floor >= eps * np.abs(result.base).max() > 0
+
+
 def test_a_sweep_while_a_plan_is_held():
     """The executor is the one that runs the worlds: the hooks of the plan that is held are not the user's own."""
     pair = Pair("gpt2")

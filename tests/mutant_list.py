@@ -1,0 +1,435 @@
+"""The mistakes that `tests/mutants.py` makes: a name, the text as it stands, what is put in its place, and the tests
+that must notice it (as few as do).
+
+To add one: a text that stands once under hooks/ and interp/, best a line that will outlive a move to another file, and
+a test that fails with it. One that lives asks for an assertion; one that changes no result is no mistake.
+"""
+
+STATS, RESULTS = "tests/test_stats.py", "tests/test_results.py"
+RANDOM, INPUTS, STREAM = "tests/hooks/test_random.py", "tests/hooks/test_inputs.py", "tests/interp/test_streaming.py"
+ROWS = "tests/interp/test_metrics.py::test_answers_of_each_row_when_rows_are_run_one_at_a_time[gpt2-left]"
+METRICS, SWEEPS = "tests/interp/test_metrics.py::test_", "tests/interp/test_sweeps.py::test_"
+RANKS, ANSWERS = METRICS + "rank_and_accuracy[gpt2-left]", METRICS + "log_prob_and_prob[gpt2-left]"
+ATTENTION = "tests/hooks/test_attention.py::test_"
+SCALES = ATTENTION + "scores_scaled_by_something_else_than_the_width_of_a_head"
+ELSEWHERE = "tests/hooks/test_padding.py::test_positions_of_a_source_that_is_padded_on_the_other_side"
+DRAWS = "tests/hooks/test_padding.py::test_random_interventions[shared-gpt2]"
+CONSTANTS = "tests/hooks/test_gradients.py::test_a_world_that_is_read_with_and_without_its_gradient"
+FORMULAS = "tests/hooks/test_interventions.py::test_the_builders_do_what_their_formulas_say[gpt2-right]"
+MEANS = "tests/hooks/test_reference_sets.py::test_"
+PATTERNS = "tests/hooks/test_patterns.py::test_queries_and_keys_by_hand"
+RECORDS = "tests/hooks/test_apply_training.py::test_like_interventions_of_a_function_have_a_record_each"
+COUNTS = "tests/hooks/test_audit.py::test_the_audit_says_how_many_rows_and_positions[gpt2]"
+ABSENT = SWEEPS + "ragged_rows[left-gpt2]"
+FLOOR = SWEEPS + "the_noise_floor_is_the_largest_change_without_an_edit"
+GRIDS = "tests/interp/test_grids.py"
+LENS = "tests/interp/test_lens.py::test_"
+FIRST_ORDER = "tests/interp/test_attribution.py::test_"
+PARTS = "tests/hooks/test_strength.py::test_"
+CHUNKS = "tests/hooks/test_executors.py::test_"
+
+CAP = "    if cap is not None:\n        scores = softcap(scores, cap)\n"
+BIAS = "    if bias is not None:\n        scores = scores + bias\n"
+
+MUTANTS = [
+    # Statistics
+    (
+        "a mean over rows that lack the cell",
+        "    count = np.asarray(present.sum(axis=-1))\n",
+        "    count = np.full(present.shape[:-1], present.shape[-1])\n",
+        STATS,
+    ),
+    ("a p-value of one tail", "(np.abs(x @ signs) >= least[:, None])", "(x @ signs >= least[:, None])", STATS),
+    ("no tolerance for ties", " - 1e-12 * np.abs(x).sum(axis=1)", "", STATS),
+    ("a drawn p without its plus one", "else (extreme + 1) / (seen + 1)", "else extreme / seen", STATS),
+    ("signs drawn where all could be seen", "rows <= n_perm.bit_length() - 1", "rows < n_perm.bit_length() - 1", STATS),
+    ("false discoveries counted from zero", "np.arange(1, tested.size + 1)", "np.arange(tested.size)", STATS),
+    ("an interval of one tail", "((1 - level) / 2, (1 + level) / 2)", "(1 - level, level)", STATS),
+    ("an interval of one row", "(present.sum(axis=1) >= 2)", "(present.sum(axis=1) >= 1)", STATS),
+    (
+        "a ratio over rows that lack the cell",
+        "(weight @ times if everywhere else bottom @ times)",
+        "(weight @ times)",
+        STATS,
+    ),
+    (
+        "quantiles of the draws one off",
+        "(~np.isnan(values)).sum(axis=1) - 1, 0",
+        "(~np.isnan(values)).sum(axis=1) - 2, 0",
+        STATS,
+    ),
+    # Results
+    (
+        "a family of hypotheses for each metric",
+        "        return stats.benjamini_hochberg(self.p_values(n_perm, seed), q)\n",
+        "        p = self.p_values(n_perm, seed)\n"
+        "        families = p if self.several else [p]\n"
+        "        return np.stack([stats.benjamini_hochberg(one, q) for one in families]).reshape(p.shape)\n",
+        RESULTS,
+    ),
+    (
+        "one floor of noise for all metrics",
+        "self.noise_floor.reshape(self.noise_floor.shape + (1,) * len(self.axes))",
+        "self.noise_floor.max()",
+        RESULTS,
+    ),
+    (
+        "only positive effects above noise",
+        "return np.abs(mean) > self.noise_floor",
+        "return mean > self.noise_floor",
+        RESULTS,
+    ),
+    (
+        "a share of rows that lack the cell",
+        "reach = stats.row_mean(np.broadcast_to(difference, effect.shape), present)",
+        "reach = np.full(effect.shape[:-1], size)",
+        RESULTS,
+    ),
+    (
+        "rows masked by their own size",
+        "(np.abs(difference) >= tol * size)",
+        "(np.abs(difference) >= tol * np.abs(difference))",
+        RESULTS,
+    ),
+    ("the largest cells by sign", "np.argsort(-np.abs(mean)", "np.argsort(-mean", RESULTS),
+    (
+        "the noise of the average row",
+        "np.abs(values[:, 1] - base).max(1)",
+        "np.abs(values[:, 1] - base).mean(1)",
+        FLOOR,
+    ),
+    (
+        "no noise floor from rounding",
+        ", rounding * np.abs(base).max(1))",
+        ", 0 * np.abs(base).max(1))",
+        FLOOR,
+    ),
+    (
+        "rows that lack the cell have effect 0",
+        "    effect[:, absent] = np.nan\n",
+        "    effect[:, absent] = 0.0\n",
+        ABSENT,
+    ),
+    ("a cell pruned only where every row has it", "(code == 2) | absent", "code == 2", ABSENT),
+    (
+        "directions exchanged",
+        '(corrupt, clean) if direction == "denoising"',
+        '(corrupt, clean) if direction == "noising"',
+        SWEEPS + "both_ends[gpt2]",
+    ),
+    # Metrics
+    (
+        "the divergence of the other from the run",
+        "(theirs.exp() * (theirs - ours))",
+        "(ours.exp() * (ours - theirs))",
+        METRICS + "kl[gpt2-left]",
+    ),
+    ("ties rank lower", "(logits > best)", "(logits >= best)", RANKS),
+    (
+        "the rank of the worst answer",
+        "best = logits.gather(2, chosen).amax(2",
+        "best = logits.gather(2, chosen).amin(2",
+        RANKS,
+    ),
+    (
+        "only the first answer counts",
+        "hit = (top == good[rows].to(logits.device)[:, None]).any(2)",
+        "hit = (top == good[rows].to(logits.device)[:, None])[..., 0]",
+        RANKS,
+    ),
+    ("alternatives multiply", "gather(1, chosen).logsumexp(1)", "gather(1, chosen).sum(1)", ANSWERS),
+    (
+        "the mean over an answer's tokens",
+        "gather(2, chosen[:, :, None])[:, :, 0].sum(1)",
+        "gather(2, chosen[:, :, None])[:, :, 0].mean(1)",
+        ANSWERS,
+    ),
+    (
+        "as many foils as answers",
+        "wide[..., width:].mean(2)",
+        "wide[..., width : 2 * width].mean(2)",
+        METRICS + "logit_and_logit_diff[gpt2-left]",
+    ),
+    (
+        "a loss of the padding",
+        "torch.arange(most) < (inputs.lengths - 1)[:, None]",
+        "torch.arange(most) < inputs.lengths[:, None]",
+        METRICS + "cross_entropy[gpt2-left]",
+    ),
+    (
+        "the loss of all columns",
+        "torch.where(counts, loss, 0).sum(1) / counts.sum(1)",
+        "torch.where(counts, loss, 0).mean(1)",
+        METRICS + "cross_entropy[gpt2-left]",
+    ),
+    (
+        "a mean over positions of the widest row",
+        "torch.where(counts, x, 0).sum(1) / counts.sum(1)",
+        "torch.where(counts, x, 0).mean(1)",
+        METRICS + "positions_that_are_more_in_some_rows_than_in_others[gpt2-left]",
+    ),
+    (
+        "half precision kept",
+        "x.to(torch.promote_types(x.dtype, torch.float32))",
+        "x",
+        METRICS + "metrics_of_a_world_and_of_half_precision",
+    ),
+    (
+        "answers of the first rows: rank",
+        "chosen = good[rows].to(logits.device)[:, None].expand",
+        "chosen = good[: len(logits)].to(logits.device)[:, None].expand",
+        ROWS,
+    ),
+    (
+        "answers of the first rows: log_prob",
+        "            chosen = good[rows].to(logits.device)\n",
+        "            chosen = good[: len(logits)].to(logits.device)\n",
+        ROWS,
+    ),
+    (
+        "answers of the first rows: accuracy",
+        "(top == good[rows].to(logits.device)[:, None])",
+        "(top == good[: len(logits)].to(logits.device)[:, None])",
+        ROWS,
+    ),
+    ("tokens of the first rows", "chosen, counts = target[rows].to", "chosen, counts = target[: len(logits)].to", ROWS),
+    ("positions of the first rows", "counts = real[rows].to(x.device)", "counts = real[: len(x)].to(x.device)", ROWS),
+    (
+        "references of the first rows",
+        "*(o[outcome.rows] for o in other)]",
+        "*(o[: len(outcome.values[0])] for o in other)]",
+        ROWS,
+    ),
+    # Grids
+    (
+        "groups counted from the end of the widest row",
+        "at = torch.where(listed < 0, listed + lengths, listed)",
+        "at = torch.where(listed < 0, listed + inputs.width, listed)",
+        GRIDS,
+    ),
+    ("no first token from the end", "(listed >= -lengths)).all(1)", "(listed > -lengths)).all(1)", GRIDS),
+    ("a group that a row has in part", "(listed >= -lengths)).all(1)", "(listed >= -lengths)).any(1)", GRIDS),
+    (
+        "positions by column",
+        "cols = inputs.order.gather(1, at)\n    return torch.zeros_like(inputs.mask)",
+        "cols = at\n    return torch.zeros_like(inputs.mask)",
+        ABSENT,
+    ),
+    ("labels of the first row only", "here = {r[value] for r in rows}", "here = {rows[0][value]}", GRIDS),
+    # First order, and the lens
+    (
+        "gradients at the edited value",
+        "world.visit(key, x) - x)",
+        "world.visit(key, x))",
+        FIRST_ORDER + "the_gradient_times_the_change[gpt2-left]",
+    ),
+    (
+        "references of the first rows, first order",
+        "*(r[window] for r in reference)]",
+        "*(r[: window.stop - window.start] for r in reference)]",
+        FIRST_ORDER + "chunks_of_rows_change_nothing",
+    ),
+    (
+        "the first token's gradient",
+        "* change).flatten(1).sum(1).to",
+        "* change)[:, 0].flatten(1).sum(1).to",
+        FIRST_ORDER + "the_gradient_times_the_change[gpt2-left]",
+    ),
+    (
+        "an unbiased variance",
+        "x.var(-1, unbiased=False",
+        "x.var(-1, unbiased=True",
+        LENS + "components_by_hand_and_their_sum[gpt2-left-1]",
+    ),
+    (
+        "a norm's gain without its eps",
+        "* (1 + eps) ** 0.5",
+        "* 1.0",
+        LENS + "components_by_hand_and_their_sum[llama-left-1]",
+    ),
+    (
+        "the lens at a column",
+        "column = int(self.inputs.order[row, pos % length])",
+        "column = pos % length",
+        LENS + "the_likeliest_tokens_at_each_point[gpt2-left]",
+    ),
+    (
+        "the sum of several answers",
+        "[tokens.to(weight.device)].mean(1)",
+        "[tokens.to(weight.device)].sum(1)",
+        LENS + "answers_of_each_row_and_of_several_tokens[gpt2]",
+    ),
+    # Resuming
+    (
+        "a cell of which one row is done",
+        "np.flatnonzero(~self.done.all(1))",
+        "np.flatnonzero(~self.done.any(1))",
+        STREAM,
+    ),
+    ("all rows done with one", "self.done[cell, rows] = True", "self.done[cell] = True", STREAM),
+    (
+        "skipped where one row is done",
+        "bool(stream.done[todo[i], rows].all())",
+        "bool(stream.done[todo[i], rows].any())",
+        STREAM,
+    ),
+    ("resumed with other buffers", "    yield from model.module.named_buffers()\n", "", STREAM),
+    ("resumed with another seed", '"seed": str(seed),\n        "executor"', '"seed": "",\n        "executor"', STREAM),
+    ("resumed on other inputs", '"inputs": fingerprint(base),', '"inputs": "",', STREAM),
+    ("resumed with another reference", 'fingerprint(m.reference) if m.reference is not None else ""', '""', STREAM),
+    # Random numbers
+    ("the last of n is never drawn", "(uniform(*counters) * n)", "(uniform(*counters) * (n - 1))", RANDOM),
+    ("radius and angle of one number", "uniform(*counters, 1)).cos()", "uniform(*counters, 0)).cos()", RANDOM),
+    ("noise whatever its seed", "normal(ctx.seed, self.seed, ctx.salt", "normal(ctx.seed, ctx.salt", RANDOM),
+    ("noise whatever the run's seed", "normal(ctx.seed, self.seed, ctx.salt", "normal(self.seed, ctx.salt", RANDOM),
+    (
+        "the same noise everywhere",
+        "normal(ctx.seed, self.seed, ctx.salt, *ctx",
+        "normal(ctx.seed, self.seed, *ctx",
+        RANDOM,
+    ),
+    (
+        "a donor whatever its seed",
+        "choice(len(reads[0]), ctx.seed, self.seed, ctx.row)",
+        "choice(len(reads[0]), ctx.seed, ctx.row)",
+        RANDOM,
+    ),
+    (
+        "a donor by the row's place",
+        "ctx.seed, self.seed, ctx.row)",
+        "ctx.seed, self.seed, torch.arange(len(x)))",
+        DRAWS,
+    ),
+    # Interventions
+    ("directions of any length", "(wide / wide.norm())[None]", "wide[None]", FORMULAS),
+    (
+        "directions at any angle",
+        "torch.linalg.qr(wide.T)[0].T.to(x.dtype)",
+        "torch.nn.functional.normalize(wide, dim=-1).to(x.dtype)",
+        FORMULAS,
+    ),
+    (
+        "an interchange that adds",
+        "x + ((reads[0] - x) @ basis.T) @ basis",
+        "x + (reads[0] @ basis.T) @ basis",
+        FORMULAS,
+    ),
+    (
+        "a mean over rows that lack the position",
+        "real.sum(dims, keepdim=True).clamp_min(1)",
+        "len(reference)",
+        MEANS + "means_over_a_reference_set[left-gpt2]",
+    ),
+    (
+        "a recomputation that stops",
+        '    name: ClassVar[str] = "recompute"\n    always: ClassVar[bool] = True\n',
+        '    name: ClassVar[str] = "recompute"\n',
+        SWEEPS + "what_a_result_says tests/hooks/test_interventions.py::test_recompute_changes_nothing[gpt2]",
+    ),
+    ("a constant that is none", "return reads[0].detach().expand_as(x)", "return reads[0].expand_as(x)", CONSTANTS),
+    (
+        "attention back from the first token that can",
+        "torch.where(query >= self.offset,",
+        "torch.where(query > self.offset,",
+        PATTERNS,
+    ),
+    (
+        "a forbidden key one off",
+        "key == query - self.offset)[:, None], -torch.inf",
+        "key == query - self.offset + 1)[:, None], -torch.inf",
+        PATTERNS,
+    ),
+    (
+        "queries taken for the first",
+        "return ctx.pos[:, :, None], ctx.key_pos[:, None, :]",
+        "return ctx.key_pos[:, :, None], ctx.key_pos[:, None, :]",
+        PATTERNS,
+    ),
+    ("the second mask alone", "mask = one & two if", "mask = two if", PARTS + "where_and_at[gpt2]"),
+    (
+        "the second strength alone",
+        "weight=s if plain else self.weight * s)",
+        "weight=s)",
+        PARTS + "strength_is_linear_in_between[gpt2]",
+    ),
+    (
+        "a parameter of the first rows",
+        "value = value[ctx.window]",
+        "value = value[: len(x)]",
+        CHUNKS + "a_chunked_run_equals_an_unchunked_one[gpt2-sequential-1]",
+    ),
+    # Positions
+    (
+        "a batch's rows are numbered anew",
+        "row_ids=self.row_ids[index]",
+        "row_ids=self.row_ids[: len(self.row_ids[index])]",
+        INPUTS + " " + CHUNKS + "random_interventions_draw_the_same_in_every_chunk",
+    ),
+    (
+        "rows that differ in their padding",
+        "return Alignment(clean, corrupt, (a != b).any(-1) & real)",
+        "return Alignment(clean, corrupt, (a != b).any(-1))",
+        INPUTS,
+    ),
+    ("where equal rows first differ", "torch.where(never, self.clean.lengths,", "torch.where(never, 0,", INPUTS),
+    (
+        "spans counted from the widest row's end",
+        "return lengths + value if value < 0",
+        "return lengths.max() + value if value < 0",
+        "tests/hooks/test_region.py",
+    ),
+    (
+        "positions of a source by column",
+        "found[axis] = source.order.gather(1, positions",
+        "found[axis] = (positions",
+        ELSEWHERE,
+    ),
+    (
+        "positions of a source as here",
+        "found[axis], _ = _columns(axis, index, source, None, site)",
+        "found[axis] = cols",
+        ELSEWHERE,
+    ),
+    ("draws by column", "pos=positions.gather(1, region.cols).to(device)", "pos=region.cols.to(device)", DRAWS),
+    # Attention
+    ("a kernel's own scale", "                scale=block.scaling,\n", "", SCALES),
+    (
+        "a cap on what is added",
+        CAP + BIAS,
+        BIAS + CAP,
+        ATTENTION + "scores_are_capped_before_anything_is_added_to_them",
+    ),
+    (
+        "nothing is dropped",
+        "    if dropout:\n        pattern =",
+        "    if False:\n        pattern =",
+        ATTENTION + "the_pattern_that_is_seen_is_the_one_before_dropout",
+    ),
+    (
+        "key/value heads in turn",
+        "k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)",
+        "k, v = k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)",
+        SCALES,
+    ),
+    (
+        "a window one wider",
+        "(key > own - window))[None, None]",
+        "(key >= own - window))[None, None]",
+        "tests/hooks/test_adapters.py::test_masks_that_do_not_tell_the_window",
+    ),
+    # The record
+    ("one record for like interventions", "same.pop(0) if same", "same[0] if same", RECORDS),
+    ("every row touched", "int(touched.any(1).sum()), int(touched.sum())", "len(touched), int(touched.sum())", COUNTS),
+    (
+        "the last change for the largest",
+        "self._sizes = [torch.stack(self._sizes).amax()]",
+        "self._sizes = [self._sizes[-1]]",
+        "tests/hooks/test_apply.py::test_the_audit_grows_with_every_call[gpt2] " + COUNTS,
+    ),
+    (
+        "pruned although it was applied",
+        "self.pruned |= other.pruned and not other.calls",
+        "self.pruned |= other.pruned",
+        "tests/hooks/test_apply.py::test_worlds_while_a_plan_is_held[gpt2-shared]",
+    ),
+]
