@@ -11,6 +11,7 @@ from torch import Tensor
 from hooks import Inputs, Model, Plan, Site, World, run_worlds
 from hooks.errors import PathError, UnfiredError, nearest
 from interp.metrics import Metric
+from interp.parts import head_outputs
 from interp.paths.exact import edge_sweep
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
@@ -18,7 +19,7 @@ from interp.paths.nodes import Edge, Reader, Writer
 from interp.paths.readers import check_norms, forced, responses
 from interp.paths.rewire import check_heads, rewire
 from interp.paths.sources import pair_of
-from interp.paths.streams import Streams, head_outputs, post_norm
+from interp.paths.streams import Streams
 from interp.results import Result
 
 SEMANTICS = ("edge", "set", "frozen")
@@ -204,8 +205,8 @@ def _node_change(measure: Measure, reader: Reader, plan: Plan) -> Tensor:
         return new - old
     block = base.model.architecture.blocks[layer]
     if reader.kind == "attn":
-        return head_outputs(block, new, post_norm(block, new)).sum(2) - base.heads(layer).sum(2)
+        return head_outputs(block, new).sum(2) - base.heads(layer).sum(2)
     # Of a key/value head's group only this query head is on the path.
     z = base.z[layer].clone()
     z[:, :, reader.head] = new[:, :, reader.head]
-    return head_outputs(block, z, post_norm(block, z))[:, :, reader.head] - base.head(layer, reader.head or 0)
+    return head_outputs(block, z)[:, :, reader.head] - base.head(layer, reader.head or 0)

@@ -17,10 +17,10 @@ from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
 from hooks.errors import PathError
 from hooks.plan import Read
 from hooks.region import resolve
+from interp.parts import head_outputs
 from interp.paths.graph import Graph
 from interp.paths.nodes import QKV, Reader, Writer
 from interp.paths.sources import Source
-from interp.paths.streams import head_outputs, post_norm
 
 SITES = {"q": "q_input", "k": "k_input", "v": "v_input", "attn": "attn_in", "mlp": "mlp_in"}
 
@@ -139,7 +139,7 @@ class Rewired:
             return (self._in_order(other, window, value) - value).unsqueeze(2)
         assert place.layer is not None
         block = self.model.architecture.blocks[place.layer]
-        own = head_outputs(block, value, post_norm(block, value))
+        own = head_outputs(block, value)
         heads = [writer.head for writer in writers]
         own = own.sum(2, keepdim=True) if heads[0] is None else own[:, :, heads]
         other = [self.source.writer(writer, self._whole(own[:, :, 0])) for writer in writers]

@@ -16,8 +16,9 @@ from hooks.adapters.architecture import linear_weight
 from hooks.errors import MetricError
 from hooks.plan import as_plan
 from interp.evaluation import evaluate
-from interp.lens import check_readout, frozen_norm, head_outputs
+from interp.lens import check_readout
 from interp.metrics import Metric
+from interp.parts import frozen_norm, head_outputs
 from interp.training.clamps import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
 
@@ -110,7 +111,7 @@ def copying(model: Model, inputs: Inputs) -> Tensor:
         frozen = frozen_norm(arch.norm, tape[last][row, column][:, None])
         found = []
         for place, block in zip(sites, arch.blocks, strict=True):
-            each, _ = head_outputs(block, tape[place][row, column])
+            each = head_outputs(block, tape[place][row, column])
             found.append(torch.einsum("nhm,nm,n->h", frozen(each), right, weight))
     return torch.stack(found)
 
