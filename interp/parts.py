@@ -57,8 +57,8 @@ def _gain(norm: nn.Module, x: Tensor, eps: float) -> Tensor:
     """What a norm multiplies its normalised input by, [M] or a number."""
     if isinstance(norm, nn.LayerNorm):
         return torch.ones((), dtype=x.dtype, device=x.device) if norm.weight is None else norm.weight
-    # An RMSNorm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones, whose mean square
-    # is 1. forward() rather than a call, which would run the hooks of a plan that is held.
+    # An RMSNorm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones, of mean square 1.
+    # forward() rather than a call, which would run the hooks of a plan that is held.
     return norm.forward(x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
 
 
@@ -107,7 +107,7 @@ def head_outputs(block: Block, z: Tensor, post: Linear | None = None) -> Tensor:
 
 
 def bias_output(block: Block, z: Tensor, post: Linear | None = None) -> Tensor | None:
-    """What attention adds beside its heads, [..., M] or [M]: the biases of its output and of the norm on that, or None."""
+    """What attention adds beside its heads, [..., M] or [M]: biases of its output and of the norm on that; or None."""
     _, bias = linear_weight(block.out)
     own = getattr(block.post1, "bias", None)
     if bias is not None and block.post1 is not None:

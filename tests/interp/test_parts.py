@@ -111,7 +111,7 @@ def test_logits_are_split_through_any_final_norm(norm):
     width = module.config.n_embd
     made = norm()
     made.normalized_shape = (width,)
-    for name, parameter in list(made.named_parameters()):
+    for name, _ in list(made.named_parameters()):
         setattr(made, name, nn.Parameter(torch.linspace(0.5, 2, width, dtype=torch.float64)))
     module.transformer.ln_f = made
     model = ip.wrap(module.double().eval())
