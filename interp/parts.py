@@ -57,7 +57,7 @@ def _gain(norm: nn.Module, x: Tensor, eps: float) -> Tensor:
     """What a norm multiplies its normalised input by, [M] or a number."""
     if isinstance(norm, nn.LayerNorm):
         return torch.ones((), dtype=x.dtype, device=x.device) if norm.weight is None else norm.weight
-    # An RMSNorm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones, of mean square 1.
+    # An RMSNorm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones.
     # forward() rather than a call, which would run the hooks of a plan that is held.
     return norm.forward(x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
 

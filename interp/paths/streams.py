@@ -109,7 +109,9 @@ def edits(held: Plan, kind: str, layer: int) -> bool:
 
 
 @torch.no_grad()
-def streams(model: Model, world: Inputs | World, budget: int | None = None, seed: int = 0) -> Streams:
+def streams(
+    model: Model, world: Inputs | World, budget: int | None = None, seed: int = 0, executor: str = "auto"
+) -> Streams:
     """Run inputs (or a world), under what is held on the model, and take the residual stream apart."""
     world = world if isinstance(world, World) else World(world)
     blocks = model.architecture.blocks
@@ -121,7 +123,7 @@ def streams(model: Model, world: Inputs | World, budget: int | None = None, seed
     held, _ = model.held_on(world.inputs)
     inside = [Site(f"{kind}_input", layer) for layer in range(len(blocks)) for kind in QKV if edits(held, kind, layer)]
     sites += inside
-    ran = run_worlds(model, [world], sites, executor="batched", budget=budget, seed=seed)
+    ran = run_worlds(model, [world], sites, executor=plainly(executor), budget=budget, seed=seed)
     pieces = [outcome.values for outcome in ran]
     values = iter([torch.cat([piece[i] for piece in pieces]) for i in range(len(sites))])
     embedded = next(values)
@@ -142,14 +144,27 @@ def streams(model: Model, world: Inputs | World, budget: int | None = None, seed
     )
 
 
+def additive(model: Model, inputs: Inputs, budget: int | None, seed: int, executor: str) -> Streams:
+    """`streams` of a run that is the sum of what writers add, or PathError."""
+    run = streams(model, inputs, budget, seed, executor)
+    require_additive(run)
+    return run
+
+
+def plainly(executor: str) -> str:
+    """How one world alone is run: by the model itself, which has nothing to share, unless the caller says otherwise."""
+    return "batched" if executor == "auto" else executor
+
+
 @torch.no_grad()
-def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = None) -> float:
+def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = None, executor: str = "auto") -> float:
     """Check that the residual stream is the sum of what the graph's writers add, at every reader.
 
     Args:
         model: a wrapped model.
         inputs: what it is checked on.
         tolerance: largest difference allowed, relative to the largest entry; default 1000 times the dtype's resolution.
+        executor: see `hooks.run_worlds`.
 
     Returns:
         The largest relative difference.
@@ -159,7 +174,7 @@ def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = No
         PathError: it is not, so that a graph of writers and readers does not describe this model.
     """
     check_model(model, "noising")
-    return require_additive(streams(model, inputs), tolerance)
+    return require_additive(streams(model, inputs, executor=executor), tolerance)
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from interp import paths
 from interp.paths import adaptive, quality, scores, search
 from interp.paths.circuits import Circuit
 from interp.paths.graph import Graph
+from interp.paths.pair import Pair
 from interp.paths.rewire import rewire
-from interp.paths.sources import Pair
 from tests.paths import checks, scoring
 from tests.paths.cases import METRIC, case
 from tests.paths.checks import TAU, random_scores

@@ -13,7 +13,7 @@ from interp import paths
 from interp.axes import Axis
 from interp.models import Transformer, TransformerConfig
 from interp.paths.adaptive import adaptive
-from interp.paths.sources import Pair
+from interp.paths.pair import Pair
 from tests import zoo
 from tests.paths import networks, scoring
 from tests.paths.cases import CLOSE, DIRECTIONS, METRIC, case, kl, oracle
