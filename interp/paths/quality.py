@@ -112,9 +112,9 @@ def _faithful(measure: Measure, circuits: Sequence[Circuit], graph: Graph) -> tu
     whole = difference.mean()
     if not abs(whole) > floor:
         raise PathError(
-            f"the two runs do not differ in {measure.metric.name!r}: it is {full.mean():.4g} for the whole model and "
-            f"{empty.mean():.4g} with every edge replaced, apart by {abs(whole):.1e}, within the noise of {floor:.1e}: "
-            "no difference that a circuit could keep"
+            f"the two runs do not differ in {measure.metric.name!r} on average: it is {full.mean():.4g} for the whole "
+            f"model and {empty.mean():.4g} with every edge replaced, apart by {abs(whole):.1e}, within the noise of "
+            f"{floor:.1e}: no difference that a circuit could keep"
         )
     kept = np.stack(found) - empty
     sizes = np.abs(difference)

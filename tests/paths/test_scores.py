@@ -200,6 +200,21 @@ def test_rows_of_an_ablation_taken_one_at_a_time_change_nothing(values):
     np.testing.assert_allclose(found[0], found[1], **CLOSE)
 
 
+def test_the_sample_of_adaptive_scores_is_drawn_by_name():
+    """Edges that are not there, or stand elsewhere, change nothing of what else is drawn."""
+    found = synthetic(np.linspace(2.0, 1.0, 12))
+    names, every = found.axes[0].values, synthetic(np.linspace(2.0, 1.0, 12))
+
+    def drawn(some: list[str], seed: int = 0) -> list[str]:
+        about = adaptive(found.sel(edge=some), lambda names: every.sel(edge=list(names)), top=0, sample=4, seed=seed)
+        return about.config["adaptive"]["sampled"]
+
+    whole = drawn(list(names))
+    assert len(whole) == 4 and set(drawn(list(names)[::-1])) == set(whole) != set(drawn(list(names), seed=1))
+    left_out = next(name for name in names if name not in whole)
+    assert drawn([name for name in names if name != left_out]) == whole
+
+
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "receiver-exact", "exact", "adaptive"])
 def test_changes_of_few_writers_are_held_at_once(method, monkeypatch):
     config = TransformerConfig(vocab_size=zoo.VOCAB, n_layers=3, d_model=24, n_heads=12, d_head=2, d_mlp=8, n_ctx=8)
