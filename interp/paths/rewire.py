@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
+from hooks import Context, Inputs, Intervention, Plan, Read, Site, here, intervene
 from hooks.errors import PathError
-from hooks.plan import Read
 from hooks.region import resolve
 from interp.parts import head_outputs
 from interp.paths.graph import Graph

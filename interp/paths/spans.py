@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from hooks import Span
 from hooks.errors import PathError
-from hooks.sites import Index, Span
+from hooks.sites import Index
 
 
 def spans_of(positions: Any) -> tuple[tuple[str, Index], ...] | None:

@@ -395,3 +395,17 @@ def test_runs_of_references_and_of_query_heads_are_too(executors):
     paths.repair(given.model, SOME[2:], measured, reference=reference, executor="sequential")
     paths.check_additive(given.model, reference, executor="sequential")
     assert set(executors) == {"sequential"} and len(executors) > 8
+
+
+def test_a_circuit_is_a_plan_on_the_clean_prompts():
+    """Whatever the pair's direction, and of the model as it is now."""
+    model = ip.wrap(copy.deepcopy(zoo.make("gpt2")))
+    clean = pair_of(model).clean
+    for direction in ("denoising", "noising"):
+        pair = pair_of(model, direction=direction)
+        for _ in range(2):
+            expected = paths.circuit_metric(model, CIRCUIT, pair.clean, pair.corrupt, metric=METRIC)
+            found = ip.evaluate(model, ip.World(pair.clean, CIRCUIT.plan(pair)), METRIC)
+            np.testing.assert_allclose(found, expected, **CLOSE)
+            assert np.abs(expected - ip.evaluate(model, clean, METRIC).numpy()).max() > 1e-3
+            louder_unseen(model)
