@@ -54,8 +54,9 @@ class Measure:
         if not bound.reads:
             raise MetricError(f"metric {metric.name!r} reads no site, so nothing that is done to the model moves it")
         (others,) = pair.once(
-            ("compared", metric),
+            "compared",
             lambda: references(model, [metric], [bound], pair.other, inputs, pair.seed, pair.executor),
+            metric,
         )
         return cls(metric, bound, pair, others, Meter(model.architecture))
 
@@ -141,7 +142,7 @@ class Measure:
         """
         source = None
         if self.pair.other is not None:
-            source = self.pair.once(("source metric", self.metric), self._source)
+            source = self.pair.once("source metric", self._source, self.metric)
         axes = () if edges is None else (Axis("edge", tuple(edge.name for edge in edges)),)
         cells = [None] if edges is None else _cells(graph, edges, self.inputs)
         result = assemble(values[None], status, axes, cells, [self.metric], False, source, self.inputs, self.model)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from hooks import Inputs, Model, World, align
 from hooks.errors import InputsError, PathError, nearest
+from interp.metrics import Metric
 from interp.paths.nodes import Writer
 from interp.paths.sources import VALUES, Means, Source, check_reference, donors, laid_like
 from interp.paths.state import state_of
@@ -23,10 +25,24 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Kept:
-    """What has been computed of a pair by now, and the state of the model that it is of."""
+    """What has been computed of a pair by now, and the state of the model that it is of.
+
+    Attributes:
+        state: of the model; see `state_of`.
+        values: by name.
+        measured: by metric, as long as that is in use, and name.
+    """
 
     state: Any = None
     values: dict[Any, Any] = field(default_factory=dict)
+    measured: WeakKeyDictionary[Metric, dict[Any, Any]] = field(default_factory=WeakKeyDictionary)
+
+    def begin(self, state: Any) -> None:
+        """Keep nothing of another state; None is of none."""
+        if state is None or state != self.state:
+            self.values.clear()
+            self.measured.clear()
+            self.state = state
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +163,7 @@ class Pair:
         """The means over the reference prompts."""
         reference = self.reference
         assert reference is not None
-        return self._keep("means", lambda: Means.over(self._stream(reference), self.pooled))
+        return _first("means", lambda: Means.over(self._stream(reference), self.pooled), self._kept.values)
 
     def noising(self) -> Pair:
         """The same runs, the clean one edited."""
@@ -164,15 +180,13 @@ class Pair:
             ModelError: the model is in training mode by now.
         """
         check_model(self.model, self.direction)
-        state = state_of(self.model)
-        if state is None or state != self._kept.state:
-            self._kept.values.clear()
-            self._kept.state = state
+        self._kept.begin(state_of(self.model))
         return self
 
-    def once(self, name: Any, make: Callable[[], T]) -> T:
-        """What `make` gives of this pair and direction, computed the first time only."""
-        return self._keep((name, self._edited), make)
+    def once(self, name: str, make: Callable[[], T], metric: Metric | None = None) -> T:
+        """What `make` gives of this pair and direction (and a metric), computed the first time only."""
+        values = self._kept.values if metric is None else self._kept.measured.setdefault(metric, {})
+        return _first((name, self._edited), make, values)
 
     def rows(self, window: slice) -> Pair:
         """The same for a range of rows, with what has been run of them."""
@@ -210,17 +224,12 @@ class Pair:
         assert found is not None
         return found
 
-    def _keep(self, name: Any, make: Callable[[], T]) -> T:
-        if name not in self._kept.values:
-            self._kept.values[name] = make()
-        return self._kept.values[name]
-
     def _run(self, name: str) -> Streams:
         """A run of the clean or the corrupt prompts, laid as those that are edited."""
         laid = laid_like(self._prompts(name), self.edited)
         # Where both are padded alike, one run serves both directions.
         alike = laid is self._prompts(name)
-        return self._keep(("run", name, None if alike else self._edited), lambda: self._stream(laid))
+        return _first(("run", name, None if alike else self._edited), lambda: self._stream(laid), self._kept.values)
 
     def _stream(self, inputs: Inputs) -> Streams:
         return additive(self.model, inputs, self.budget, self.seed, self.executor)
@@ -234,3 +243,9 @@ class Pair:
         if self.values == "mean":
             return Source(self.values, self.edited, means=self.means)
         return Source(self.values, self.edited, run=self._stream(donors(self.reference, self.edited, self.seed)))
+
+
+def _first(name: Any, make: Callable[[], T], values: dict[Any, Any]) -> T:
+    if name not in values:
+        values[name] = make()
+    return values[name]

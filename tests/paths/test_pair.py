@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import sys
 from collections.abc import Callable
 
@@ -249,6 +250,18 @@ def test_scores_effects_and_faithfulness_run_the_prompts_once(monkeypatch):
     assert forwards(monkeypatch, model, apart) - forwards(monkeypatch, model, together) == 5
     # The gradient is one call and the plain world none: nothing is left to run but the scores themselves.
     assert forwards(monkeypatch, model, lambda: of_pair("eap", pair)) == 1
+
+
+def test_what_is_kept_of_a_metric_goes_with_it():
+    """A metric made anew for every call leaves nothing behind, and the divergence that a search makes for itself."""
+    pair = pair_of(case("gpt2").model)
+    for _ in range(2):
+        paths.edge_sweep(pair, metric=ip.kl(), edges=SOME[-1:])
+        of_pair("acdc", pair)
+    gc.collect()
+    assert len(pair._kept.measured) == 0
+    of_pair("edge_sweep", pair)
+    assert list(pair._kept.measured) == [METRIC]
 
 
 def test_prompts_that_are_padded_apart_are_laid_alike():
