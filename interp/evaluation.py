@@ -31,7 +31,7 @@ def evaluate(model: Model, inputs: Inputs | World, measured: Metric, *, executor
     if measured.reference is not None:
         if not isinstance(measured.reference, World):
             raise MetricError(f"{measured.name} compares with a sweep's source; here, name a World: reference=")
-        others = {0: read_reference(model, measured, measured.reference, bound, world.inputs)}
+        others = {0: read_reference(model, measured, measured.reference, bound, world.inputs, executor=executor)}
     values = read_world(model, world, bound.reads, executor)
     return call(bound, measured.name, slice(0, len(world.inputs)), [*values, *others.get(0, [])])
 
@@ -71,7 +71,13 @@ def read_world(
 
 
 def read_reference(
-    model: Model, measured: Metric, reference: World, bound: Bound, inputs: Inputs, seed: int = 0
+    model: Model,
+    measured: Metric,
+    reference: World,
+    bound: Bound,
+    inputs: Inputs,
+    seed: int = 0,
+    executor: str = "auto",
 ) -> list[Tensor]:
     """What a metric compares with, row by row.
 
@@ -87,7 +93,7 @@ def read_reference(
         raise MetricError(
             f"{measured.name} compares position by position, and the reference has prompts of other lengths"
         )
-    values = read_world(model, reference, measured.bind(model, reference.inputs).reads, seed=seed)
+    values = read_world(model, reference, measured.bind(model, reference.inputs).reads, executor, seed)
     for place, value in zip(bound.reads, values, strict=True):
         region = model.region(place, inputs)
         if [region.shape[axis] for axis in place.axes] != list(value.shape):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooks import Inputs, Model, Plan, Site
 from hooks.errors import InputsError, MetricError, ModelError, PlanError
-from hooks.models.blocks import Block
 from hooks.models.projections import linear_weight
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
 from interp.evaluation import require_eval
 from interp.metrics import Metric, call
+from interp.parts import bias_output, frozen_norm, head_outputs, post_norm
 from interp.provenance import describe_run
 from interp.results import Result
 from interp.sweeps import assemble
@@ -160,7 +159,9 @@ def direct_logit_attribution(
         for layer, block in enumerate(arch.blocks):
             out = tape[Site("attn_out", layer, pos=pos)][:, 0]
             if heads:
-                each, bias = head_outputs(block, tape[Site("z", layer, pos=pos)][:, 0])
+                z = tape[Site("z", layer, pos=pos)][:, 0]
+                post = post_norm(block, z)
+                each, bias = head_outputs(block, z, post), bias_output(block, z, post)
                 names += [f"{layer}.h{h}" for h in range(block.attention.q.heads)]
                 parts += [onto(each[:, h]) for h in range(block.attention.q.heads)]
                 if bias is not None:
@@ -215,38 +216,6 @@ def check_readout(model: Model, inputs: Inputs) -> Plan:
 def _columns(weight: Tensor, tokens: Tensor) -> Tensor:
     """The mean, over each row's tokens [B, n], of their part of the unembedding's weight [V, M] or bias [V]."""
     return weight.detach()[tokens.to(weight.device)].mean(1)
-
-
-def head_outputs(block: Block, z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What each head [B, H, M] and the biases together ([B, M] or [M], None without any) add to the residual."""
-    weight, bias = linear_weight(block.attention.out)
-    each = torch.einsum("bhd,mhd->bhm", z, weight.unflatten(1, (block.attention.q.heads, block.attention.q.width)))
-    if block.of_attention.post is None:
-        return each, bias
-    frozen, own = (
-        frozen_norm(block.of_attention.post, block.attention.out(z.flatten(1))[:, None]),
-        getattr(block.of_attention.post, "bias", None),
-    )
-    if bias is not None:
-        bias = frozen(bias)[:, 0]
-    return frozen(each), own if bias is None else bias if own is None else bias + own
-
-
-def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A norm without its bias, as a linear function of parts of x [..., M]: the scale is that of x."""
-    if isinstance(norm, nn.Identity):
-        return lambda part: part
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise ModelError(f"the final norm, {type(norm).__name__}, is not a LayerNorm or an RMSNorm with a weight")
-    eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if getattr(norm, n, None) is not None), 0.0)
-    if isinstance(norm, nn.LayerNorm):
-        scale = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
-        return lambda part: (part - part.mean(-1, keepdim=True)) / scale * weight
-    scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    # A norm may keep its gain as 1 + weight. Whatever it keeps, the gain is what it makes of ones, whose scale is 1.
-    gain = norm.forward(x.new_ones(x.shape[-1])) * (1 + eps) ** 0.5
-    return lambda part: part / scale * gain
 
 
 def _as_result(values: np.ndarray, axis: Axis, name: str, inputs: Inputs, model: Model, what: str) -> Result:

@@ -224,6 +224,7 @@ def references(
     source: World | None,
     inputs: Inputs,
     seed: int = 0,
+    executor: str = "auto",
 ) -> list[list[Tensor]]:
     """For each metric, the values that it compares with, on all rows."""
     out = []
@@ -236,7 +237,7 @@ def references(
         world = own if m.reference == "source" else m.reference
         if not isinstance(world, World):
             raise MetricError(f"{m.name} compares with the source of a sweep, and this sweep patches from nothing")
-        out.append(read_reference(model, m, world, b, inputs, seed))
+        out.append(read_reference(model, m, world, b, inputs, seed, executor))
     return out
 
 
@@ -247,12 +248,13 @@ def source_metrics(
     compared: Sequence[Sequence[Tensor]],
     budget: int | None,
     seed: int = 0,
+    executor: str = "auto",
 ) -> np.ndarray:
     """The metrics of the source world itself, [metric, row]."""
     bound = [m.bind(model, source.inputs) for m in metrics]
     reads, spans = _all_reads(bound)
     out = np.full((len(metrics), len(source.inputs)), np.nan)
-    for outcome in run_worlds(model, [World(source.inputs)], reads, budget=budget, seed=seed):
+    for outcome in run_worlds(model, [World(source.inputs)], reads, executor=executor, budget=budget, seed=seed):
         out[:, outcome.rows] = _measured(metrics, bound, spans, compared, outcome, " of the source")
     return out
 

@@ -2,10 +2,13 @@
 
 from interp import paths
 
-effects = paths.edge_sweep(model, clean, corrupt, metric=metric)
+pair = paths.Pair.of(model, clean, corrupt)
+effects = paths.edge_sweep(pair, metric=metric)
 graph = paths.Graph.of(model)
 circuit = paths.greedy(effects, graph, 20)
-curve = paths.faithfulness(model, clean, corrupt, effects, graph, metric=metric)
+curve = paths.faithfulness(pair, effects, graph, metric=metric)
+
+What takes a pair takes ``model, clean, corrupt`` in its place too.
 """
 
 from interp.paths.circuits import Circuit, circuit_metric
@@ -14,6 +17,7 @@ from interp.paths.exact import edge_sweep
 from interp.paths.files import from_eap_ig, to_eap_ig
 from interp.paths.graph import Graph
 from interp.paths.nodes import Edge, Reader, Writer
+from interp.paths.pair import Pair
 from interp.paths.quality import Curve, auroc, completeness, faithfulness, minimality, split_half, stability
 from interp.paths.repair import Repair, repair, repair_plan
 from interp.paths.scores import METHODS, edge_scores
@@ -26,6 +30,7 @@ __all__ = [
     "Curve",
     "Edge",
     "Graph",
+    "Pair",
     "Reader",
     "Repair",
     "Writer",

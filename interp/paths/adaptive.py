@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from hooks.errors import PathError
+from interp.paths.draws import lots
 from interp.results import Result
 
 CONFIDENCE = 0.95
@@ -38,7 +39,7 @@ def adaptive(fast: Result, exactly: Callable[[Sequence[str]], Result], top: int,
     check_counts(top, sample)
     order = np.argsort(-np.abs(fast.mean()), kind="stable")
     verified, rest = order[:top], order[top:]
-    drawn = np.sort(np.random.default_rng(seed).permutation(rest)[:sample])
+    drawn = np.sort(rest[np.argsort(lots([names[i] for i in rest], seed), kind="stable")][:sample])
     chosen = np.concatenate([verified, drawn]).astype(int)
     exact = exactly([names[i] for i in chosen])
     effect, status = fast.effect.copy(), fast.status.copy()

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hooks import Inputs, Model, Plan, World
+from hooks import Plan, World
 from hooks.errors import PathError
 from hooks.html import table
 from interp.metrics import Metric
+from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
 from interp.paths.nodes import Edge
+from interp.paths.pair import Pair
 from interp.paths.rewire import rewire
-from interp.paths.sources import Pair, pair_of
 from interp.results import Result
 
 if TYPE_CHECKING:
@@ -169,9 +170,9 @@ class Circuit:
                 return Circuit(self.graph, members, self.scores, self.config)
             members = kept
 
-    def plan(self, model: Model, pair: Pair) -> Plan:
-        """The plan that runs it: every edge outside it carries the values of the pair's source."""
-        return rewire(self.graph, ~self.members, pair.source, model)
+    def plan(self, pair: Pair) -> Plan:
+        """The plan that runs it on the pair's clean prompts: every edge outside it carries the other values."""
+        return rewire(self.graph, ~self.members, pair.noising().current().source, pair.model)
 
     def compare(self, other: Circuit) -> dict[str, Any]:
         """Edges in common and apart, and their Jaccard overlap.
@@ -259,26 +260,21 @@ def check_size(graph: Graph, k: int, least: int = 0) -> None:
         raise PathError(f"k is a number of edges, {least} to {len(graph)}, not {k!r}")
 
 
+@on_pair(first=1, directed=False)
 @torch.no_grad()
 def circuit_metric(
-    model: Model,
+    pair: Pair,
     circuits: Circuit | Sequence[Circuit] | np.ndarray | torch.Tensor,
-    clean: Inputs,
-    corrupt: Inputs | None,
     *,
     metric: Metric,
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
-    executor: str = "auto",
-    budget: int | None = None,
-    seed: int = 0,
 ) -> np.ndarray:
     """The metric of the model reduced to circuits: on clean prompts, every edge outside carries other values.
 
     Args:
-        model, clean, corrupt, metric, values, reference, pooled, executor, budget, seed: as in `edge_sweep`, noising.
+        pair: the two runs, of which the clean one is edited; or a model in its place, clean and corrupt prompts after
+            the circuits, and the other attributes of `Pair` but the direction by name.
         circuits: one, or several; or bool [edges] or [n, edges] over the edges of ``Graph.of(model)``.
+        metric: what is measured.
 
     Returns:
         float64 [rows], or [circuits, rows].
@@ -287,11 +283,10 @@ def circuit_metric(
         PathError: a circuit of another model's graph.
     """
     if isinstance(circuits, (np.ndarray, torch.Tensor)):
-        graph, masks = Graph.of(model), np.array(circuits.tolist())
+        graph, masks = Graph.of(pair.model), np.array(circuits.tolist())
         made = [Circuit(graph, mask, score_array(graph, None)) for mask in np.atleast_2d(masks)]
         circuits = made[0] if masks.ndim == 1 else made
-    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
-    measure = Measure.of(metric, pair, executor=executor, budget=budget, seed=seed)
+    measure = Measure.of(metric, pair)
     found = run_circuits(measure, [circuits] if isinstance(circuits, Circuit) else circuits)
     return found[0] if isinstance(circuits, Circuit) else found
 
@@ -302,5 +297,6 @@ def run_circuits(measure: Measure, circuits: Sequence[Circuit]) -> np.ndarray:
     for circuit in circuits if isinstance(circuits, (list, tuple)) else [circuits]:
         if not isinstance(circuit, Circuit):
             raise PathError(f"expected circuits, as Circuit.of(graph, edges), or bool [n, edges], not {circuit!r}")
-    plans = [circuit.plan(measure.model, measure.pair) for circuit in circuits]
+    source = measure.pair.source
+    plans = [rewire(circuit.graph, ~circuit.members, source, measure.model) for circuit in circuits]
     return measure.all([World(measure.inputs, plan) for plan in plans])[0]

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, run_worlds
+from hooks import Model, Plan, Site, World, run_worlds
 from hooks.errors import PathError, UnfiredError, nearest
 from interp.metrics import Metric
+from interp.parts import head_outputs
 from interp.paths.exact import edge_sweep
+from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
 from interp.paths.nodes import Edge, Reader, Writer
+from interp.paths.pair import Pair
 from interp.paths.readers import check_norms, forced, responses
 from interp.paths.rewire import check_heads, rewire
-from interp.paths.sources import pair_of
-from interp.paths.streams import Streams, head_outputs, post_norm
+from interp.paths.streams import Streams, plainly
 from interp.results import Result
 
 SEMANTICS = ("edge", "set", "frozen")
@@ -26,24 +28,16 @@ PlanOf = Callable[[Measure], Plan]
 """What is done to the run that is edited, once it is known."""
 
 
+@on_pair()
 @torch.no_grad()
 def path_patch(
-    model: Model,
-    clean: Inputs,
-    corrupt: Inputs | None,
+    pair: Pair,
     what: str | Edge | Sequence[Any],
     *,
     semantics: str,
     metric: Metric,
     graph: Graph | None = None,
-    direction: str = "denoising",
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
     norms: str = "recompute",
-    executor: str = "auto",
-    budget: int | None = None,
-    seed: int = 0,
 ) -> Result:
     """Measure the effect of an edge, a set of edges, or a path.
 
@@ -59,9 +53,9 @@ def path_patch(
       key/value head that one is entered by is its group's.
 
     Args:
+        pair: the two runs; or a model, clean and corrupt prompts in its place, as in `edge_sweep`.
         what: as `semantics` needs it.
-        model, clean, corrupt, metric, graph, direction, values, reference, pooled, norms, executor, budget, seed: as in
-            `edge_sweep`.
+        metric, graph, norms: as in `edge_sweep`.
 
     Returns:
         A `Result` of one cell, whose config says the semantics.
@@ -76,21 +70,16 @@ def path_patch(
             f"semantics is one of {', '.join(SEMANTICS)}, not {semantics!r}{nearest(str(semantics), SEMANTICS)}"
         )
     check_norms(norms)
-    graph = graph_of(model, graph)
+    graph = graph_of(pair.model, graph)
     if semantics == "edge":
         if not isinstance(what, (str, Edge)):
             raise PathError(f"semantics='edge' takes the name of one edge, not {what!r}; for several, 'set'")
-        swept = edge_sweep(
-            model, clean, corrupt, metric=metric, graph=graph, edges=[what], norms=norms, direction=direction,
-            values=values, reference=reference, pooled=pooled, seed=seed, executor=executor, budget=budget,
-            progress=False,
-        )  # fmt: skip
+        swept = edge_sweep.bare(pair, metric=metric, graph=graph, edges=[what], norms=norms, progress=False)
         return swept.sel(edge=swept.axes[0].values[0])
     plan_of, writers, text = (_set_plan if semantics == "set" else _path_plan)(graph, what, norms)
-    pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
     if not any(bool((pair.stack([writer]) != 0).any()) for writer in writers):
         raise UnfiredError(f"no writer's output differs between the two runs, so {what!r} has no effect")
-    measure = Measure.of(metric, pair, executor=executor, budget=budget, seed=seed)
+    measure = Measure.of(metric, pair)
     found = measure.all([*measure.plain, World(measure.inputs, plan_of(measure))])
     result = measure.result(graph, *found, None, semantics=semantics, norms=norms)
     result.config["what"] = text
@@ -191,7 +180,7 @@ def _node_change(measure: Measure, reader: Reader, plan: Plan) -> Tensor:
             base.model,
             [World(base.inputs, plan)],
             [place],
-            executor="batched",
+            executor=plainly(measure.pair.executor),
             budget=measure.budget,
             seed=measure.seed,
             meter=measure.meter,
@@ -204,8 +193,8 @@ def _node_change(measure: Measure, reader: Reader, plan: Plan) -> Tensor:
         return new - old
     block = base.model.architecture.blocks[layer]
     if reader.kind == "attn":
-        return head_outputs(block, new, post_norm(block, new)).sum(2) - base.heads(layer).sum(2)
+        return head_outputs(block, new).sum(2) - base.heads(layer).sum(2)
     # Of a key/value head's group only this query head is on the path.
     z = base.z[layer].clone()
     z[:, :, reader.head] = new[:, :, reader.head]
-    return head_outputs(block, z, post_norm(block, z))[:, :, reader.head] - base.head(layer, reader.head or 0)
+    return head_outputs(block, z)[:, :, reader.head] - base.head(layer, reader.head or 0)

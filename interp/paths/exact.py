@@ -11,18 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, patch, run_worlds
+from hooks import Inputs, Plan, Site, World, patch, run_worlds
 from hooks.budget import budget_of
 from hooks.digest import digest_of
 from hooks.errors import UnfiredError
 from hooks.meter import Meter
 from hooks.plan.saving import fingerprint
 from interp.metrics import Metric
+from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
 from interp.paths.nodes import QKV, Edge, Writer
+from interp.paths.pair import Pair
 from interp.paths.readers import changed_tokens, check_norms, forced, key_value_head, responses, suffix
-from interp.paths.sources import pair_of
 from interp.paths.streams import edits
 from interp.progress import tqdm
 from interp.provenance import metric_identity, model_identity
@@ -31,27 +32,19 @@ from interp.streaming import Stream, finished
 from interp.sweeps import require_finite
 
 
+@on_pair()
 @torch.no_grad()
 def edge_sweep(
-    model: Model,
-    clean: Inputs,
-    corrupt: Inputs | None,
+    pair: Pair,
     *,
     metric: Metric,
     graph: Graph | None = None,
     edges: Iterable[str | Edge] | None = None,
     writers: Iterable[str] | str | None = None,
     readers: Iterable[str] | str | None = None,
-    direction: str = "denoising",
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
     norms: str = "recompute",
-    executor: str = "auto",
-    budget: int | None = None,
     path: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-    seed: int = 0,
 ) -> Result:
     """Measure the exact effect of every edge, or of some.
 
@@ -62,18 +55,13 @@ def edge_sweep(
     positions before the first that differs.
 
     Args:
-        model: a wrapped model, in evaluation mode.
-        clean: the prompts that show the behaviour.
-        corrupt: the prompts that do not, row by row of the same lengths; None where `values` needs none.
+        pair: the two runs; or a model, clean and corrupt prompts in its place, and the other attributes of `Pair` by
+            name: ``edge_sweep(model, clean, corrupt, metric=metric, direction="noising")``.
         metric: what is measured.
         graph: default ``Graph.of(model)``.
         edges: names of edges; or `writers` and `readers`, whose edges are measured; default all.
-        direction: "denoising" edits the corrupt run with clean values, "noising" the reverse.
-        values: c_u: "patch" (the other run's), "zero", "mean" (over `reference`, at each position; at all of them
-            if `pooled`), "resample" (a random row of `reference`). All but "patch" edit the clean run, or, where
-            `corrupt` is given and the direction is denoising, the corrupt one.
         norms: "recompute" the reader's norm on the changed stream, or hold it "frozen" at its scale in a.
-        executor, budget, path, progress, seed: as in `interp.sweep`.
+        path, progress: as in `interp.sweep`.
 
     Returns:
         A `Result` with one axis, "edge". Its config has "semantics", "values", "norms", and "forward_equivalents": the
@@ -81,20 +69,20 @@ def edge_sweep(
 
     Raises:
         PathError: an edge that the model lacks or that runs backwards; a model that the graph does not describe.
-        InputsError: prompts that do not correspond, or no reference for a mean.
+        InputsError, PathError: as `Pair`, or a pair and other arguments that contradict it.
         MetricError: the metric is nan, or infinite in the run that is edited.
         ResultError: there is a result of another sweep at `path`.
         UnfiredError: no writer's output changes.
     """
     check_norms(norms)
-    graph = graph_of(model, graph)
+    graph = graph_of(pair.model, graph)
     chosen = graph.select(edges, writers, readers)
-    pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
-    measure = Measure.of(metric, pair, executor=executor, budget=budget, seed=seed)
+    measure = Measure.of(metric, pair)
     rows = len(measure.inputs)
     identity: dict[str, str] = {}
     if path is not None:
-        identity = _identity(measure, chosen, graph, (values, pooled, norms, seed, executor), reference)
+        options = (pair.values, pair.pooled, norms, pair.seed, pair.executor)
+        identity = _identity(measure, chosen, graph, options, pair.reference)
         known = finished(path, identity)
         if known is not None:
             return known
@@ -203,7 +191,13 @@ def _only_query_heads(edges: list[Edge], plans: list[Plan], measure: Measure) ->
     found: dict[int, list[Tensor]] = {}
     worlds = [World(measure.inputs, plan) for plan in plans]
     for outcome in run_worlds(
-        measure.model, worlds, [place], budget=measure.budget, seed=measure.seed, meter=measure.meter
+        measure.model,
+        worlds,
+        [place],
+        executor=measure.pair.executor,
+        budget=measure.budget,
+        seed=measure.seed,
+        meter=measure.meter,
     ):
         found.setdefault(outcome.index, []).append(outcome.values[0])
     out = []

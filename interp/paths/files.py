@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from hooks import Span
 from hooks.errors import PathError
 from hooks.files import pair, write_all
-from hooks.plan.sites import Span
 from interp.paths.circuits import Circuit
 from interp.paths.graph import GRANULARITIES, Graph
 

@@ -18,7 +18,7 @@ from interp.grids import Cell
 from interp.metrics import Bound, Metric, call
 from interp.paths.graph import Graph
 from interp.paths.nodes import Edge
-from interp.paths.sources import Pair
+from interp.paths.pair import Pair
 from interp.provenance import describe_run
 from interp.results import STATUS, Result
 from interp.sweeps import assemble, references, source_metrics
@@ -33,9 +33,6 @@ class Measure:
         pair: the run that is edited, and what it is edited with.
         others: what the metric compares with, on all rows.
         meter: counts the work.
-        executor: see `hooks.run_worlds`.
-        budget: bytes that the activations of a chunk may take.
-        seed: of random interventions.
     """
 
     metric: Metric
@@ -43,36 +40,45 @@ class Measure:
     pair: Pair
     others: list[Tensor]
     meter: Meter
-    executor: str
-    budget: int | None
-    seed: int
 
     @classmethod
-    def of(
-        cls, metric: Metric, pair: Pair, *, executor: str = "auto", budget: int | None = None, seed: int = 0
-    ) -> Measure:
+    def of(cls, metric: Metric, pair: Pair) -> Measure:
         """Bind a metric.
 
         Raises:
             MetricError: it is not one metric, it reads nothing, or it compares with a source that there is not.
         """
         check_metrics([metric])
-        model, inputs = pair.base.model, pair.base.inputs
+        model, inputs = pair.model, pair.edited
         bound = metric.bind(model, inputs)
         if not bound.reads:
             raise MetricError(f"metric {metric.name!r} reads no site, so nothing that is done to the model moves it")
-        (others,) = references(model, [metric], [bound], pair.other, inputs, seed)
-        return cls(metric, bound, pair, others, Meter(model.architecture), executor, budget, seed)
+        (others,) = pair.once(
+            "compared",
+            lambda: references(model, [metric], [bound], pair.other, inputs, pair.seed, pair.executor),
+            metric,
+        )
+        return cls(metric, bound, pair, others, Meter(model.architecture))
 
     @property
     def model(self) -> Model:
         """The model that is edited."""
-        return self.pair.base.model
+        return self.pair.model
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the activations of a chunk may take."""
+        return self.pair.budget
+
+    @property
+    def seed(self) -> int:
+        """Of random interventions."""
+        return self.pair.seed
 
     @property
     def inputs(self) -> Inputs:
         """The prompts of the run that is edited."""
-        return self.pair.base.inputs
+        return self.pair.edited
 
     @property
     def plain(self) -> list[World]:
@@ -91,7 +97,7 @@ class Measure:
             self.model,
             worlds,
             self.bound.reads,
-            executor=self.executor,
+            executor=self.pair.executor,
             budget=self.budget,
             seed=self.seed,
             meter=self.meter,
@@ -135,19 +141,25 @@ class Measure:
         """
         source = None
         if self.pair.other is not None:
-            source = source_metrics(self.model, [self.metric], self.pair.other, [self.others], self.budget, self.seed)
+            source = self.pair.once("source metric", self._source, self.metric)
         axes = () if edges is None else (Axis("edge", tuple(edge.name for edge in edges)),)
         cells = [None] if edges is None else _cells(graph, edges, self.inputs)
         result = assemble(values[None], status, axes, cells, [self.metric], False, source, self.inputs, self.model)
-        told = describe_run(self.model, graph, None, None, self.pair.direction, self.seed)
+        told = describe_run(self.model, graph, None, None, self.pair.role, self.seed)
         del told["intervention"]
         result.config.update(told)
         result.config.update(
-            direction=self.pair.direction, semantics=semantics, values=self.pair.source.kind, norms=norms,
+            direction=self.pair.role, semantics=semantics, values=self.pair.source.kind, norms=norms,
             granularity=graph.granularity, query_heads=graph.query_heads,
             forward_equivalents=self.meter.forwards(self.tokens),
         )  # fmt: skip
         return result
+
+    def _source(self) -> np.ndarray:
+        other = self.pair.other
+        assert other is not None
+        told = (self.budget, self.seed, self.pair.executor)
+        return source_metrics(self.model, [self.metric], other, [self.others], *told)
 
     @property
     def tokens(self) -> float:

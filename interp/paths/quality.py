@@ -7,20 +7,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from hooks import Inputs, Model
+from hooks import World
 from hooks.errors import PathError
+from hooks.random import choice
 from interp.metrics import Metric
 from interp.paths.circuits import Circuit, check_size, run_circuits, score_array
+from interp.paths.draws import lots
+from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
+from interp.paths.pair import Pair
+from interp.paths.rewire import rewire
 from interp.paths.search import greedy
-from interp.paths.sources import pair_of
+from interp.paths.sources import Source
 from interp.results import Result
 from interp.stats import row_mean
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of edges at which the MIB circuit track measures faithfulness (Mueller et al. 2025)."""
+TOLERANCE = 0.1
+"""A row's own share is masked where its difference is below this share of the mean: as in `Result.normalized`."""
 Choose = Callable[[Any, Graph, int], Circuit]
 
 
@@ -34,6 +42,7 @@ class Curve:
         faithfulness: f = (m(C) - m(empty)) / (m(N) - m(empty)).
         cpr: area under f over the sizes (trapezoid, linear axis, from the smallest size to the largest).
         cmd: area of |1 - f|, likewise.
+        rows: f of each row, [sizes][rows], where it was asked for; nan where the row's own m(N) - m(empty) is small.
     """
 
     sizes: tuple[float, ...]
@@ -41,23 +50,19 @@ class Curve:
     faithfulness: tuple[float, ...]
     cpr: float
     cmd: float
+    rows: tuple[tuple[float, ...], ...] | None = None
 
 
+@on_pair(directed=False)
 def faithfulness(
-    model: Model,
-    clean: Inputs,
-    corrupt: Inputs | None,
+    pair: Pair,
     scores: Result | np.ndarray,
     graph: Graph,
     *,
     metric: Metric,
     sizes: Sequence[float] = SIZES,
     choose: Choose = greedy,
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
-    budget: int | None = None,
-    seed: int = 0,
+    per_row: bool = False,
 ) -> Curve:
     """Measure how much of the behaviour circuits of growing size keep.
 
@@ -65,28 +70,33 @@ def faithfulness(
     replaced. The ratio is of means over rows. CPR and CMD are those of the MIB circuit track (Mueller et al. 2025).
 
     Args:
-        model, clean, corrupt, metric, values, reference, pooled, budget, seed: as in `circuit_metric`.
+        pair: the two runs, of which the clean one is edited; or a model, clean and corrupt prompts in its place, as in
+            `edge_sweep`.
+        metric: what is measured.
         scores: of every edge.
         graph: the graph.
         sizes: shares of its edges, ascending, at most 1.
         choose: `greedy` or `top_k`, or a function of yours of scores, graph and k.
+        per_row: give the curve of each row too. A row is masked with nan where |m(N) - m(empty)| is below a tenth of
+            its mean, or within noise.
 
     Raises:
-        PathError: sizes out of range, a whole difference of zero, or a `choose` that gives no circuits of the graph.
+        PathError: sizes out of range, two runs that do not differ beyond noise in the metric, or a `choose` that gives
+            no circuits of the graph.
     """
     if list(sizes) != sorted(set(sizes)) or not sizes or not 0 <= sizes[0] <= sizes[-1] <= 1:
         raise PathError(f"sizes are ascending shares of the edges, 0 to 1, not {tuple(sizes)}")
     circuits = [choose(scores, graph, round(size * len(graph))) for size in sizes]
     if any(not isinstance(c, Circuit) or (c.graph is not graph and c.graph.edges != graph.edges) for c in circuits):
         raise PathError(f"choose gives circuits of {graph}, not {circuits[0]!r}")
-    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
-    shares = _faithful(Measure.of(metric, pair, budget=budget, seed=seed), circuits, graph)
+    shares, rows = _faithful(Measure.of(metric, pair), circuits, graph)
     return Curve(
         sizes=tuple(float(s) for s in sizes),
         edges=tuple(len(c) for c in circuits),
         faithfulness=tuple(float(f) for f in shares),
         cpr=_area(shares, sizes),
         cmd=_area(np.abs(1 - shares), sizes),
+        rows=tuple(map(tuple, rows.tolist())) if per_row else None,
     )
 
 
@@ -94,36 +104,45 @@ def _area(values: np.ndarray, sizes: Sequence[float]) -> float:
     return float(((values[1:] + values[:-1]) / 2 * np.diff(sizes)).sum())
 
 
-def _faithful(measure: Measure, circuits: Sequence[Circuit], graph: Graph) -> np.ndarray:
+def _faithful(measure: Measure, circuits: Sequence[Circuit], graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """(m(C) - m(empty)) / (m(N) - m(empty)) of circuits: of the means over rows, and of each row, nan where noise."""
     nothing, everything = Circuit.all(graph).without(graph.edges), Circuit.all(graph)
-    found = run_circuits(measure, [nothing, everything, *circuits]).mean(1)
-    whole = found[1] - found[0]
-    if not abs(whole) > 1e-9 * (abs(found[0]) + abs(found[1])):
+    empty, full, *found = run_circuits(measure, [nothing, everything, *circuits])
+    difference, floor = full - empty, _noise(measure, graph, full)
+    whole = difference.mean()
+    if not abs(whole) > floor:
         raise PathError(
-            f"the metric is {found[1]:.4g} for the whole model and {found[0]:.4g} with every edge replaced: no "
-            "difference that a circuit could keep"
+            f"the two runs do not differ in {measure.metric.name!r} on average: it is {full.mean():.4g} for the whole "
+            f"model and {empty.mean():.4g} with every edge replaced, apart by {abs(whole):.1e}, within the noise of "
+            f"{floor:.1e}: no difference that a circuit could keep"
         )
-    return (found[2:] - found[0]) / whole
+    kept = np.stack(found) - empty
+    sizes = np.abs(difference)
+    large = (sizes >= TOLERANCE * sizes.mean()) & (sizes > floor)
+    return kept.mean(1) / whole, kept / np.where(large, difference, np.nan)
 
 
+def _noise(measure: Measure, graph: Graph, full: np.ndarray) -> float:
+    """The largest change of the metric where every edge is replaced by what it carries anyway: rounding."""
+    itself = Source("patch", measure.inputs, run=measure.pair.base)
+    same = World(measure.inputs, rewire(graph, np.ones(len(graph), bool), itself, measure.model))
+    again = measure.all([same])[0][0]
+    return float(max(np.abs(again - full).max(), torch.finfo(measure.model.dtype).eps * np.abs(full).max()))
+
+
+@on_pair(first=1, directed=False)
 def completeness(
-    model: Model,
+    pair: Pair,
     circuit: Circuit,
-    clean: Inputs,
-    corrupt: Inputs | None,
     *,
     metric: Metric,
     subsets: int = 20,
     size: int = 3,
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Whether a circuit fails as the model does when parts of both are taken out (Wang et al. 2022, section 4).
 
     Args:
-        model, clean, corrupt, metric, values, reference, pooled, seed: as in `circuit_metric`.
+        pair, metric: as in `circuit_metric`; the pair's seed is of the sets too.
         circuit: the circuit C.
         subsets: how many random sets K of its nodes are drawn.
         size: largest number of nodes in K.
@@ -133,20 +152,16 @@ def completeness(
         difference of the two as a share of m(N) - m(empty): 0 is complete.
 
     Raises:
-        PathError: the circuit has no nodes but input and logits, or no set of them is asked for.
+        PathError: the circuit has no nodes but input and logits, no set of them is asked for, or the two runs do not
+            differ beyond noise in the metric.
     """
     inner = _inner(circuit)
     if subsets < 1 or size < 1:
         raise PathError(f"completeness takes out one or more sets of one or more nodes, not {subsets} of up to {size}")
-    draw = np.random.default_rng(seed)
-    sets = [
-        sorted(draw.choice(inner, size=int(draw.integers(1, min(size, len(inner)) + 1)), replace=False).tolist())
-        for _ in range(subsets)
-    ]
+    sets = [_drawn(inner, 1 + int(choice(min(size, len(inner)), pair.seed, n)), pair.seed, n) for n in range(subsets)]
     graph = circuit.graph
-    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed)
     small, large = ([_without(whole, names) for names in sets] for whole in (circuit, Circuit.all(graph)))
-    share = _faithful(Measure.of(metric, pair, seed=seed), [*small, *large], graph)
+    share, _ = _faithful(Measure.of(metric, pair), [*small, *large], graph)
     mine, theirs = share[: len(sets)], share[len(sets) :]
     return {
         "subsets": sets,
@@ -156,30 +171,19 @@ def completeness(
     }
 
 
-def minimality(
-    model: Model,
-    circuit: Circuit,
-    clean: Inputs,
-    corrupt: Inputs | None,
-    *,
-    metric: Metric,
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
-    seed: int = 0,
-) -> dict[str, float]:
+@on_pair(first=1, directed=False)
+def minimality(pair: Pair, circuit: Circuit, *, metric: Metric) -> dict[str, float]:
     """What each node of a circuit is good for: the share of the behaviour that the circuit loses without it.
 
     Near 0 for a node that the circuit could do without (Wang et al. 2022, section 4, with K empty). Arguments as in
     `completeness`; input and logits are not nodes to be taken out.
 
     Raises:
-        PathError: the circuit has no nodes but input and logits.
+        PathError: the circuit has no nodes but input and logits, or the two runs do not differ beyond noise.
     """
     inner = _inner(circuit)
-    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed)
     smaller = [circuit.without(node=name) for name in inner]
-    share = _faithful(Measure.of(metric, pair, seed=seed), [circuit, *smaller], circuit.graph)
+    share, _ = _faithful(Measure.of(metric, pair), [circuit, *smaller], circuit.graph)
     return {name: float(share[0] - found) for name, found in zip(inner, share[1:], strict=True)}
 
 
@@ -188,6 +192,11 @@ def _inner(circuit: Circuit) -> list[str]:
     if not inner:
         raise PathError("nodes are taken out of a circuit, and this one has none but input and logits")
     return inner
+
+
+def _drawn(nodes: Sequence[str], size: int, *counters: int) -> list[str]:
+    """A random set of nodes, by name."""
+    return sorted(nodes[int(i)] for i in np.argsort(lots(nodes, *counters), kind="stable")[:size])
 
 
 def _without(circuit: Circuit, nodes: Sequence[str]) -> Circuit:

@@ -8,8 +8,9 @@ from torch import Tensor
 from hooks import Intervention, Model, Plan, Site, patch
 from hooks.errors import PathError, nearest
 from hooks.plan.sites import Index
+from interp.parts import frozen_norm
 from interp.paths.nodes import QKV, Reader
-from interp.paths.streams import Streams, edits, frozen_norm
+from interp.paths.streams import Streams, edits
 
 NORMS = ("recompute", "frozen")
 

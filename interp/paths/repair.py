@@ -14,11 +14,13 @@ from hooks.errors import InputsError, nearest
 from hooks.html import table
 from interp.evaluation import evaluate
 from interp.metrics import Metric
+from interp.paths.fronts import require_agreement
 from interp.paths.graph import Graph, graph_of
 from interp.paths.nodes import Edge
+from interp.paths.pair import Pair
 from interp.paths.rewire import check_heads, rewire
 from interp.paths.sources import Means, Source, check_reference
-from interp.paths.streams import check_additive, require_additive, streams
+from interp.paths.streams import additive, check_additive
 from interp.sweeps import check_model
 
 CONSTANTS = ("mean", "zero")
@@ -62,25 +64,27 @@ class Repair:
 
 @torch.no_grad()
 def repair(
-    model: Model,
+    model: Model | Pair,
     edges: Iterable[str | Edge] | str | Edge,
     measured: Mapping[str, tuple[Inputs, Metric]],
     *,
     graph: Graph | None = None,
-    values: str = "mean",
+    values: str | None = None,
     reference: Inputs | None = None,
-    pooled: bool = False,
+    pooled: bool | None = None,
+    executor: str | None = None,
     budget: int | None = None,
 ) -> Repair:
     """Ablate edges and measure a metric on several sets of prompts, before and after.
 
     Args:
-        model: a wrapped model.
+        model: a wrapped model; or a pair, whose model, values, reference, executor and budget are used, and whose means
+            are kept.
         edges: the edges that are ablated, all at once: each carries a constant instead of its writer's output.
         measured: by name, prompts and what is measured on them: what is to be fixed, and what is not to be lost.
         graph: default ``Graph.of(model)``.
-        values: "mean" (over `reference`) or "zero".
-        reference, pooled, budget: as in `edge_sweep`.
+        values: "mean" (over `reference`), the default, or "zero".
+        reference, pooled, executor, budget: as in `Pair`.
 
     Returns:
         The metrics before and after. `repair_plan` gives what is held on the model, for any forward pass of yours.
@@ -89,19 +93,23 @@ def repair(
         PathError, InputsError: as `repair_plan`, or nothing that is measured.
         ModelError: the model is in training mode.
     """
+    constants = Constants.of(model, values, reference, pooled, executor, budget)
+    model, executor = constants.model, constants.executor
     graph = graph_of(model, graph)
     chosen = graph.select(edges=edges)
     _check_measured(measured)
     check_model(model, "noising")
-    repaired = repair_plan(model, chosen, graph=graph, values=values, reference=reference, pooled=pooled, budget=budget)
+    repaired = _plan_of(constants, graph, chosen)
     before, after, rows = {}, {}, {}
     for name, (inputs, metric) in measured.items():
         # One prompt is enough to see how the model is built; a plan that is held may be of all of them.
-        check_additive(model, inputs if model.holds else inputs.rows(slice(0, 1)))
+        check_additive(model, inputs if model.holds else inputs.rows(slice(0, 1)), executor=executor)
         worlds = (inputs, World(inputs, repaired(inputs)))
-        before[name], after[name] = (float(evaluate(model, world, metric).double().mean()) for world in worlds)
+        before[name], after[name] = (
+            float(evaluate(model, world, metric, executor=executor).double().mean()) for world in worlds
+        )
         rows[name] = len(inputs)
-    return Repair(tuple(edge.name for edge in chosen), values, before, after, rows)
+    return Repair(tuple(edge.name for edge in chosen), constants.values, before, after, rows)
 
 
 def _check_measured(measured: Mapping[str, tuple[Inputs, Metric]]) -> None:
@@ -116,13 +124,14 @@ def _check_measured(measured: Mapping[str, tuple[Inputs, Metric]]) -> None:
 
 @torch.no_grad()
 def repair_plan(
-    model: Model,
+    model: Model | Pair,
     edges: Iterable[str | Edge] | str | Edge,
     *,
     graph: Graph | None = None,
-    values: str = "mean",
+    values: str | None = None,
     reference: Inputs | None = None,
-    pooled: bool = False,
+    pooled: bool | None = None,
+    executor: str | None = None,
     budget: int | None = None,
 ) -> Callable[[Inputs], Plan]:
     """The plan that ablates edges on whatever the model is run on: ``with model.apply(repair_plan(...)):``.
@@ -133,27 +142,75 @@ def repair_plan(
         a function from inputs to the plan on them, which `Model.apply` takes.
 
     Raises:
-        PathError: an edge that the model lacks, or a model that the graph does not describe.
+        PathError: an edge that the model lacks, a model that the graph does not describe, or a pair and other arguments
+            that contradict it.
         InputsError: values that are not constants, or no reference for a mean; of the function, prompts longer than
             the reference's, where the means are not pooled.
         ModelError: the model is in training mode while the means are computed, or the budget is no number of bytes.
     """
+    constants = Constants.of(model, values, reference, pooled, executor, budget)
+    graph = graph_of(constants.model, graph)
+    return _plan_of(constants, graph, graph.select(edges=edges))
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """What edges carry instead of what their writers add, in a repair.
+
+    Attributes:
+        model: the wrapped model.
+        values: "mean" or "zero".
+        means: gives the means; None of zeros.
+        executor: see `hooks.run_worlds`.
+    """
+
+    model: Model
+    values: str
+    means: Callable[[], Means] | None
+    executor: str
+
+    @classmethod
+    def of(
+        cls,
+        model: Model | Pair,
+        values: str | None,
+        reference: Inputs | None,
+        pooled: bool | None,
+        executor: str | None,
+        budget: int | None,
+    ) -> Constants:
+        """The constants of a pair, or of a model and what is given."""
+        if isinstance(model, Pair):
+            given = {"values": values, "reference": reference, "pooled": pooled, "executor": executor, "budget": budget}
+            require_agreement(model, {name: value for name, value in given.items() if value is not None})
+            _check_values(model.values)
+            pair = model.current()
+            means = None if pair.reference is None else lambda: pair.means
+            return cls(pair.model, pair.values, means, pair.executor)
+        values, pooled, executor = values or "mean", bool(pooled), executor or "auto"
+        _check_values(values)
+        check_reference(values, reference, pooled)
+        graph_of(model, None)
+        budget_of(model, budget)
+        if reference is None:
+            return cls(model, values, None, executor)
+        check_model(model, "noising")
+        return cls(model, values, lambda: Means.over(additive(model, reference, budget, 0, executor), pooled), executor)
+
+
+def _check_values(values: str) -> None:
     if values not in CONSTANTS:
         hint = nearest(str(values), CONSTANTS)
         raise InputsError(f"a repair puts in constants: values is 'mean' or 'zero', not {values!r}{hint}")
-    check_reference(values, reference, pooled)
-    budget_of(model, budget)
-    graph = graph_of(model, graph)
-    chosen = graph.select(edges=edges)
+
+
+def _plan_of(constants: Constants, graph: Graph, chosen: tuple[Edge, ...]) -> Callable[[Inputs], Plan]:
     mask, means = graph.mask(chosen), None
     check_heads(graph, "repairs")
-    if reference is not None:
-        check_model(model, "noising")
-        run = streams(model, reference, budget)
-        require_additive(run)
-        means = Means.over(run, pooled).only({edge.writer for edge in chosen})
+    if constants.means is not None:
+        means = constants.means().only({edge.writer for edge in chosen})
 
-    return _Repaired(model, graph, mask, values, means)
+    return _Repaired(constants.model, graph, mask, constants.values, means)
 
 
 @dataclass(frozen=True, eq=False)

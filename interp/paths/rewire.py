@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Context, Inputs, Intervention, Plan, Site, here, intervene
+from hooks import Context, Inputs, Intervention, Plan, Read, Site, here, intervene
 from hooks.errors import PathError
-from hooks.plan.plan import Read
+from interp.parts import head_outputs
 from interp.paths.graph import Graph
 from interp.paths.nodes import QKV, Reader, Writer
 from interp.paths.sources import Source
-from interp.paths.streams import head_outputs, post_norm
 
 SITES = {"q": "q_input", "k": "k_input", "v": "v_input", "attn": "attn_in", "mlp": "mlp_in"}
 
@@ -138,7 +137,7 @@ class Rewired:
             return (self._in_order(other, window, value) - value).unsqueeze(2)
         assert place.layer is not None
         block = self.model.architecture.blocks[place.layer]
-        own = head_outputs(block, value, post_norm(block, value))
+        own = head_outputs(block, value)
         heads = [writer.head for writer in writers]
         own = own.sum(2, keepdim=True) if heads[0] is None else own[:, :, heads]
         other = [self.source.writer(writer, self._whole(own[:, :, 0])) for writer in writers]

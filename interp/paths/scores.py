@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
-from hooks import Inputs, Model
 from hooks.budget import budget_of, rows_per_pass
 from hooks.errors import MetricError, PathError, nearest
 from interp.metrics import Metric
 from interp.paths.adaptive import adaptive, check_counts
 from interp.paths.exact import edge_sweep
+from interp.paths.fronts import on_pair
 from interp.paths.gradients import Gradients
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
+from interp.paths.pair import Pair
 from interp.paths.rewire import check_heads, span_tokens
-from interp.paths.sources import Pair, pair_of
 from interp.results import Result
 
 METHODS = ("eap", "eap-ig", "receiver-exact", "exact", "adaptive")
@@ -25,25 +25,18 @@ WRITERS = 16
 """How many writers' changes are held at once, so that memory does not grow with their number."""
 
 
+@on_pair()
 @torch.no_grad()
 def edge_scores(
-    model: Model,
-    clean: Inputs,
-    corrupt: Inputs | None,
+    pair: Pair,
     *,
     metric: Metric,
     method: str = "eap",
     graph: Graph | None = None,
-    direction: str = "denoising",
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
     steps: int = 5,
     top: int = 100,
     sample: int = 100,
-    budget: int | None = None,
     progress: bool | None = None,
-    seed: int = 0,
 ) -> Result:
     """Score every edge of a graph.
 
@@ -60,8 +53,8 @@ def edge_scores(
     Memory grows with rows x tokens x heads x width, and not with the number of writers.
 
     Args:
-        model, clean, corrupt, metric, graph, direction, values, reference, pooled, budget, progress, seed: as in
-            `edge_sweep`; the metric is differentiable.
+        pair: the two runs; or a model, clean and corrupt prompts in its place, as in `edge_sweep`.
+        metric, graph, progress: as in `edge_sweep`; the metric is differentiable.
         method: one of `METHODS`.
         steps: points of "eap-ig".
         top, sample: of "adaptive".
@@ -76,33 +69,27 @@ def edge_scores(
     """
     if method not in METHODS:
         raise PathError(f"method is one of {', '.join(METHODS)}, not {method!r}{nearest(str(method), METHODS)}")
-    graph = graph_of(model, graph)
-    options: dict[str, Any] = {
-        "metric": metric, "graph": graph, "direction": direction, "values": values, "reference": reference,
-        "pooled": pooled, "budget": budget, "progress": progress, "seed": seed,
-    }  # fmt: skip
+    model, graph = pair.model, graph_of(pair.model, graph)
+    exactly = partial(edge_sweep.bare, pair, metric=metric, graph=graph, progress=progress)
     if method == "exact":
-        result = edge_sweep(model, clean, corrupt, **options)
+        result = exactly()
         result.config["method"] = "exact"
         return result
     if method == "adaptive":
         check_counts(top, sample)
-        fast = edge_scores(model, clean, corrupt, method="receiver-exact", **options)
-        return adaptive(
-            fast, lambda edges: edge_sweep(model, clean, corrupt, edges=edges, **options), top, sample, seed
-        )
+        fast = edge_scores.bare(pair, metric=metric, method="receiver-exact", graph=graph, progress=progress)
+        return adaptive(fast, lambda edges: exactly(edges=edges), top, sample, pair.seed)
     check_heads(graph, "first-order scores")
     if method == "eap-ig" and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise PathError(f"eap-ig averages over one or more steps, not {steps!r}")
-    pair = pair_of(model, clean, corrupt, direction, values, reference, pooled, seed, budget)
-    measure = Measure.of(metric, pair, budget=budget, seed=seed)
+    measure = Measure.of(metric, pair)
     inputs = measure.inputs
     spans = [span_tokens(graph, span, inputs, model) for span in graph.span_names]
     points = _points(pair, method, steps)
     base = np.full(len(inputs), np.nan) if 0.0 in points else measure.all(measure.plain[:1])[0][0]
     scores = np.zeros((len(graph), len(inputs)))
     # The graph of a backward pass keeps every layer's activations, and readers' gradients come on top.
-    limit = budget_of(model, budget) // (2 * model.n_layers)
+    limit = budget_of(model, pair.budget) // (2 * model.n_layers)
     step = rows_per_pass(model, inputs, limit)
     for start in range(0, len(inputs), step):
         window = slice(start, min(start + step, len(inputs)))
@@ -120,7 +107,7 @@ def edge_scores(
         missing = np.flatnonzero(np.isnan(scores).any(0)).tolist()
         raise MetricError(f"the gradient of metric {metric.name!r} is nan on rows {missing}: use method='exact'")
     if method == "receiver-exact":
-        exact = edge_sweep(model, clean, corrupt, readers="logits", **options)
+        exact = exactly(readers="logits")
         at = [graph.index[name] + 2 for name in exact.axes[0].values]
         found[at] = base + exact.effect
         measure.meter.work += exact.config["forward_equivalents"] * measure.meter.row(measure.tokens)
@@ -134,7 +121,7 @@ def _points(pair: Pair, method: str, steps: int) -> list[float]:
     if method != "eap-ig":
         return [0.0]
     fractions = [k / steps for k in range(1, steps + 1)]  # of the way from corrupt to clean
-    return fractions if pair.direction == "denoising" else [1 - f for f in fractions]
+    return fractions if pair.role == "denoising" else [1 - f for f in fractions]
 
 
 def _scores(graph: Graph, pair: Pair, gradients: Gradients, exactly: bool) -> np.ndarray:

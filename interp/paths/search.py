@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hooks import Inputs, Model, World
+from hooks import World
 from hooks.errors import PathError
 from interp.metrics import Metric, kl
 from interp.paths.circuits import Circuit, check_size, run_circuits, score_array
+from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph, graph_of
 from interp.paths.measuring import Measure
-from interp.paths.sources import pair_of
+from interp.paths.pair import Pair
 from interp.progress import tqdm
 from interp.results import Result
 
@@ -74,22 +75,16 @@ def greedy(scores: Result | np.ndarray, graph: Graph, k: int, *, absolute: bool 
     return found.pruned() if prune else found
 
 
+@on_pair(directed=False)
 def acdc(
-    model: Model,
-    clean: Inputs,
-    corrupt: Inputs | None,
+    pair: Pair,
     *,
     tau: float,
     metric: Metric | None = None,
     graph: Graph | None = None,
     lower_is_better: bool = True,
-    values: str = "patch",
-    reference: Inputs | None = None,
-    pooled: bool = False,
     batch: int = 32,
-    budget: int | None = None,
     progress: bool | None = None,
-    seed: int = 0,
 ) -> Circuit:
     """Remove every edge that can be spared, from the logits down (ACDC, Conmy et al. 2023, algorithm 1).
 
@@ -98,7 +93,9 @@ def acdc(
     was refused. The decisions are those of the serial algorithm, which `batch=1` is.
 
     Args:
-        model, clean, corrupt, graph, values, reference, pooled, budget, progress, seed: as in `edge_sweep`.
+        pair: the two runs, of which the clean one is edited; or a model, clean and corrupt prompts in its place, as in
+            `edge_sweep`.
+        graph, progress: as in `edge_sweep`.
         tau: largest rise, in the metric's unit.
         metric: default the KL divergence from the whole model on the clean prompts.
         lower_is_better: whether a rise is what removal costs; False for a metric such as a logit difference.
@@ -114,10 +111,9 @@ def acdc(
         raise PathError(f"tau is at least 0, and batch a whole number, at least 1; got {tau!r} and {batch!r}")
     if metric is None and not lower_is_better:
         raise PathError("a rise of the KL divergence is what a removal costs: lower_is_better=False goes with a metric")
-    graph = graph_of(model, graph)
-    measured = kl(World(clean)) if metric is None else metric
-    pair = pair_of(model, clean, corrupt, "noising", values, reference, pooled, seed, budget)
-    bound = Measure.of(measured, pair, budget=budget, seed=seed)
+    graph = graph_of(pair.model, graph)
+    measured = kl(World(pair.clean)) if metric is None else metric
+    bound = Measure.of(measured, pair)
     sign = 1.0 if lower_is_better else -1.0
 
     def measure(masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -148,7 +144,14 @@ def acdc(
                     size = max(1, some.index(i))
                     break
                 members, now = mask, value
-    told = {"found by": "acdc", "tau": tau, "metric": measured.name, "values": values, "batch": batch, "tried": tried}
+    told = {
+        "found by": "acdc",
+        "tau": tau,
+        "metric": measured.name,
+        "values": pair.values,
+        "batch": batch,
+        "tried": tried,
+    }
     return Circuit(graph, members, rises, told)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, World, align
-from hooks.errors import InputsError, PathError, nearest
+from hooks import Inputs
+from hooks.errors import InputsError
+from hooks.random import choice
 from interp.paths.nodes import Writer
-from interp.paths.streams import Streams, require_additive, streams
-from interp.sweeps import check_model
+from interp.paths.streams import Streams
 
 VALUES = ("patch", "zero", "mean", "resample")
 
@@ -101,105 +100,6 @@ class Source:
         return mean.expand_as(base) if mean.ndim == 1 else mean[self.inputs.positions.to(mean.device)]
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """The run that is edited, and what its writers' outputs are replaced by.
-
-    Attributes:
-        base: the edited run a.
-        source: the values c.
-        direction: "denoising", "noising" or "ablation".
-    """
-
-    base: Streams
-    source: Source
-    direction: str
-
-    @property
-    def other(self) -> World | None:
-        """The world that values are patched from; None where they are no counterpart's, as in an ablation."""
-        run = self.source.run
-        return World(run.inputs) if run is not None and self.source.kind == "patch" else None
-
-    def rows(self, window: slice) -> Pair:
-        """The same for a range of rows."""
-        return Pair(self.base.rows(window), self.source.rows(window), self.direction)
-
-    def stack(self, writers: Sequence[Writer]) -> Tensor:
-        """d_u = c_u - a_u of several writers, [U, B, T, M]; zero at padding."""
-        real = self.base.inputs.mask.to(self.base.embedded.device)[..., None]
-        found: dict[Writer, Tensor] = {}
-        for layer, group in groupby(sorted(writers, key=lambda w: w.time), key=lambda w: w.layer):
-            mine = list(group)
-            heads = [w for w in mine if w.head is not None]
-            if len(heads) > 2 and (self.source.run is not None or self.source.kind == "zero"):
-                # All heads of a layer in one product.
-                own = self.base.heads(layer)
-                change = -own if self.source.run is None else self.source.run.heads(layer) - own
-                found |= {w: change[:, :, w.head] for w in heads}
-            for w in mine:
-                if w not in found:
-                    own = self.base.writer(w)
-                    found[w] = self.source.writer(w, own) - own
-        return torch.stack([torch.where(real, found[w], 0) for w in writers])
-
-
-def pair_of(
-    model: Model,
-    clean: Inputs,
-    corrupt: Inputs | None,
-    direction: str,
-    values: str,
-    reference: Inputs | None,
-    pooled: bool,
-    seed: int,
-    budget: int | None = None,
-) -> Pair:
-    """Run what is edited and what it is edited with, and check that the graph of a transformer describes the model.
-
-    Raises:
-        ModelError: the model is in training mode.
-        InputsError: prompts that are missing or do not correspond.
-        PathError: an unknown kind of values, or a residual stream that is not the sum of what the writers add.
-    """
-    check_model(model, direction)
-    if values not in VALUES:
-        raise PathError(f"values is one of {', '.join(VALUES)}, not {values!r}{nearest(str(values), VALUES)}")
-    for name, given in (("clean", clean), ("corrupt", corrupt)):
-        if not isinstance(given, Inputs) and (given is not None or name == "clean"):
-            raise InputsError(f"{name} is {type(given).__name__}: prepare prompts with model.inputs(...)")
-    check_reference(values, reference, pooled)
-    edited = corrupt if corrupt is not None and direction == "denoising" else clean
-    if values == "patch":
-        if corrupt is None:
-            raise InputsError("patching takes values from another run: give corrupt prompts, or values='zero'")
-        align(clean, corrupt)
-        other = laid_like(clean if edited is corrupt else corrupt, edited)
-        source = Source(values, edited, run=streams(model, other, budget, seed))
-    else:
-        source, direction = _ablating(model, values, edited, reference, pooled, seed, budget), "ablation"
-    base = streams(model, edited, budget, seed)
-    require_additive(base)
-    return Pair(base, source, direction)
-
-
-def _ablating(
-    model: Model, values: str, edited: Inputs, reference: Inputs | None, pooled: bool, seed: int, budget: int | None
-) -> Source:
-    if reference is None:
-        return Source(values, edited)
-    if values == "mean":
-        return Source(values, edited, means=Means.over(streams(model, reference, budget, seed), pooled))
-    drawn = torch.randint(len(reference), (len(edited),), generator=torch.Generator().manual_seed(seed))
-    shortest, longest = int(reference.lengths.min()), int(edited.lengths.max())
-    if shortest < longest:
-        raise InputsError(
-            f"a reference prompt of {shortest} tokens cannot stand for one of {longest}: give longer ones"
-        )
-    drawn_run = laid_like(_take(reference, drawn), edited)
-    return Source(values, edited, run=streams(model, drawn_run, budget, seed))
-
-
 def check_reference(values: str, reference: Inputs | None, pooled: bool) -> None:
     """Raise InputsError unless there are reference prompts exactly where values are taken from some."""
     takes = values in ("mean", "resample")
@@ -227,3 +127,18 @@ def _take(inputs: Inputs, rows: Tensor) -> Inputs:
     pixels = None if inputs.pixels is None else inputs.pixels[rows]
     ids, mask, row_ids = inputs.ids[rows], inputs.mask[rows], inputs.row_ids[rows]
     return replace(inputs, ids=ids, mask=mask, row_ids=row_ids, tokens=tokens, pixels=pixels)
+
+
+def donors(reference: Inputs, edited: Inputs, seed: int) -> Inputs:
+    """A reference row for each row that is edited, drawn by that row's id and the seed, and laid as it is.
+
+    Raises:
+        InputsError: a reference row is shorter than one that it may stand for.
+    """
+    shortest, longest = int(reference.lengths.min()), int(edited.lengths.max())
+    if shortest < longest:
+        raise InputsError(
+            f"a reference prompt of {shortest} tokens cannot stand for one of {longest}: give longer ones"
+        )
+    # Not by the row's place in the batch: alone, or in another batch, it has the same donor.
+    return laid_like(_take(reference, choice(len(reference), seed, edited.row_ids)), edited)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooks import Span
 from hooks.errors import PathError
-from hooks.plan.sites import Index, Span
+from hooks.plan.sites import Index
 
 
 def spans_of(positions: Any) -> tuple[tuple[str, Index], ...] | None:

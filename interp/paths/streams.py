@@ -1,52 +1,20 @@
-"""The residual stream taken apart: what each writer adds to it, and how a norm scales a part of it."""
+"""The residual stream of a run taken apart: what each writer adds to it, and what each reader reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World
-from hooks.errors import ModelError, PathError
-from hooks.models.blocks import Block
+from hooks import Inputs, Model, Plan, Site, World, run_worlds
+from hooks.errors import PathError
 from hooks.models.projections import linear_weight
-from hooks.record import run_worlds
+from interp.parts import Linear, bias_output, head_outputs, post_norm
 from interp.paths.nodes import QKV, Writer
 from interp.sweeps import check_model
-
-
-def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A norm as a linear function, its scale held at what it is for x.
-
-    ``frozen_norm(norm, x)(d)`` is norm(x + d) - norm(x), had d not changed the scale; for an RMSNorm
-    ``frozen_norm(norm, x)(x)`` is norm(x).
-
-    Args:
-        norm: LayerNorm, RMSNorm or an identity.
-        x: [..., M].
-
-    Raises:
-        ModelError: another kind of norm.
-    """
-    if isinstance(norm, nn.Identity):
-        return lambda d: d
-    if isinstance(norm, nn.LayerNorm):
-        scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
-        weight = torch.ones_like(x[..., :1]) if norm.weight is None else norm.weight
-        return lambda d: (d - d.mean(-1, keepdim=True)) * scale * weight
-    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-    if eps is None or "RMSNorm" not in type(norm).__name__:
-        raise ModelError(f"{type(norm).__name__} is no norm whose scale is known: LayerNorm and RMSNorm are")
-    with torch.no_grad():
-        # The gain as the module applies it, weight or 1 + weight: read off where the eps is too small to matter.
-        large = torch.full((x.shape[-1],), 1e4, dtype=x.dtype, device=x.device)
-        # forward() rather than a call, which would run the hooks of a plan that is held.
-        gain = norm.forward(large) * ((1e8 + eps) ** 0.5 / 1e4)
-    scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-    return lambda d: d * scale * gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +43,7 @@ class Streams:
     final: Tensor
     held: Plan = field(default_factory=Plan)
     per_head: dict[Site, Tensor] = field(default_factory=dict)
-    _posts: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    _posts: dict[int, Linear] = field(default_factory=dict)
 
     def rows(self, window: slice) -> Streams:
         """The same for a range of rows."""
@@ -111,7 +79,7 @@ class Streams:
             return value
         return self.heads(writer.layer).sum(2) if writer.head is None else self.head(writer.layer, writer.head)
 
-    def _post(self, layer: int) -> Callable[[Tensor], Tensor]:
+    def _post(self, layer: int) -> Linear:
         if layer not in self._posts:
             self._posts[layer] = post_norm(self.model.architecture.blocks[layer], self.z[layer])
         return self._posts[layer]
@@ -140,30 +108,10 @@ def edits(held: Plan, kind: str, layer: int) -> bool:
     return any(item.site.key in keys for item in held)
 
 
-def head_outputs(block: Block, z: Tensor, post: Callable[[Tensor], Tensor]) -> Tensor:
-    """What each head adds to the residual stream, [..., H, M], of z [..., H, D]."""
-    weight, _ = linear_weight(block.attention.out)
-    return post(
-        torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (block.attention.q.heads, block.attention.q.width)))
-    )
-
-
-def post_norm(block: Block, z: Tensor) -> Callable[[Tensor], Tensor]:
-    """How the norm on a layer's attention output, where there is one, scales a head's part [..., H, M] or [..., M]."""
-    norm = block.of_attention.post
-    if norm is None:
-        return lambda part: part
-    scaled = frozen_norm(norm, block.attention.out.forward(z.flatten(-2)))
-
-    def each(part: Tensor) -> Tensor:
-        # Over heads, the scale is that of their sum.
-        return scaled(part.movedim(-2, 0)).movedim(0, -2) if part.ndim == z.ndim else scaled(part)
-
-    return each
-
-
 @torch.no_grad()
-def streams(model: Model, world: Inputs | World, budget: int | None = None, seed: int = 0) -> Streams:
+def streams(
+    model: Model, world: Inputs | World, budget: int | None = None, seed: int = 0, executor: str = "auto"
+) -> Streams:
     """Run inputs (or a world), under what is held on the model, and take the residual stream apart."""
     world = world if isinstance(world, World) else World(world)
     blocks = model.architecture.blocks
@@ -175,7 +123,7 @@ def streams(model: Model, world: Inputs | World, budget: int | None = None, seed
     held, _ = model.held_on(world.inputs)
     inside = [Site(f"{kind}_input", layer) for layer in range(len(blocks)) for kind in QKV if edits(held, kind, layer)]
     sites += inside
-    ran = run_worlds(model, [world], sites, executor="batched", budget=budget, seed=seed)
+    ran = run_worlds(model, [world], sites, executor=plainly(executor), budget=budget, seed=seed)
     pieces = [outcome.values for outcome in ran]
     values = iter([torch.cat([piece[i] for piece in pieces]) for i in range(len(sites))])
     embedded = next(values)
@@ -196,14 +144,27 @@ def streams(model: Model, world: Inputs | World, budget: int | None = None, seed
     )
 
 
+def additive(model: Model, inputs: Inputs, budget: int | None, seed: int, executor: str) -> Streams:
+    """`streams` of a run that is the sum of what writers add, or PathError."""
+    run = streams(model, inputs, budget, seed, executor)
+    require_additive(run)
+    return run
+
+
+def plainly(executor: str) -> str:
+    """How one world alone is run: by the model itself, which has nothing to share, unless the caller says otherwise."""
+    return "batched" if executor == "auto" else executor
+
+
 @torch.no_grad()
-def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = None) -> float:
+def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = None, executor: str = "auto") -> float:
     """Check that the residual stream is the sum of what the graph's writers add, at every reader.
 
     Args:
         model: a wrapped model.
         inputs: what it is checked on.
         tolerance: largest difference allowed, relative to the largest entry; default 1000 times the dtype's resolution.
+        executor: see `hooks.run_worlds`.
 
     Returns:
         The largest relative difference.
@@ -213,7 +174,7 @@ def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = No
         PathError: it is not, so that a graph of writers and readers does not describe this model.
     """
     check_model(model, "noising")
-    return require_additive(streams(model, inputs), tolerance)
+    return require_additive(streams(model, inputs, executor=executor), tolerance)
 
 
 @torch.no_grad()
@@ -241,12 +202,8 @@ def require_additive(run: Streams, tolerance: float | None = None) -> float:
 
     for layer, block in enumerate(arch.blocks):
         compare(run.attn_in[layer], f"attention of layer {layer}")
-        _, bias = linear_weight(block.attention.out)
-        attended = run.heads(layer).sum(2)
-        if bias is not None:
-            attended = attended + (
-                bias if block.of_attention.post is None else run._post(layer)(bias.expand_as(attended))
-            )
+        bias = bias_output(block, run.z[layer], run._post(layer))
+        attended = run.heads(layer).sum(2) if bias is None else run.heads(layer).sum(2) + bias
         before = total
         total = total + attended
         if block.mlp is None:

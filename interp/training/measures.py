@@ -17,8 +17,9 @@ from hooks.errors import MetricError
 from hooks.models.projections import linear_weight
 from hooks.plan.plan import as_plan
 from interp.evaluation import evaluate
-from interp.lens import check_readout, frozen_norm, head_outputs
+from interp.lens import check_readout
 from interp.metrics import Metric
+from interp.parts import frozen_norm, head_outputs
 from interp.training.heads import ablate_heads
 from interp.training.targets import Positions, induction_targets, table
 from interp.training.untouched import evaluating
@@ -118,7 +119,7 @@ def _copying(model: Model, inputs: Inputs) -> Tensor:
         frozen = frozen_norm(arch.norm, tape[last][row, column][:, None])
         found = []
         for place, block in zip(sites, arch.blocks, strict=True):
-            each, _ = head_outputs(block, tape[place][row, column])
+            each = head_outputs(block, tape[place][row, column])
             found.append(torch.einsum("nhm,nm,n->h", frozen(each), right, weight))
     return torch.stack(found)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import interp as ip
 from hooks.errors import InputsError, InterpError, MetricError, ModelError, ResultError, SiteError
+from hooks.random import choice
 from interp import paths
 from interp.streaming import Stream
 from tests import oracle, zoo
@@ -355,7 +356,7 @@ def test_edges_between_patches_and_the_class_token(model, clean, corrupt):
 
 def test_edges_resampled_from_other_images(model, clean):
     reference, names = model.inputs(zoo.random_images(4, 8)), ["a0.h1->logits", "m1->m2", "input->a2.h3<v>"]
-    drawn = torch.randint(4, (ROWS,), generator=torch.Generator().manual_seed(5))
+    drawn = choice(4, 5, clean.row_ids)
     here, there = (writers(values(model, x)) for x in (clean, model.inputs(reference.pixels[drawn])))
     expected = edges_by_hand(model, clean, {name: there[name] - here[name] for name in here}, names)
     options = {"metric": METRIC, "edges": names, "values": "resample", "reference": reference, "seed": 5}

@@ -10,7 +10,7 @@ import interp as ip
 from hooks.errors import InputsError, MetricError, ModelError, PathError, ResultError, UnfiredError
 from interp import paths
 from tests import zoo
-from tests.paths.cases import CLOSE, METRIC, case
+from tests.paths.cases import ANSWER, CLOSE, FOIL, METRIC, RAGGED, case
 
 SEMANTICS = {"edge": "a0.h0->m1", "set": ["a0.h0->m1"], "frozen": "a0.h0->m1->logits"}
 
@@ -337,6 +337,64 @@ def test_a_gradient_that_is_nan():
     flat = ip.metric(lambda x: (0 * x[:, 0, 0]).sqrt(), ip.site("logits", pos=-1), name="flat")
     with pytest.raises(MetricError, match=r"gradient of metric 'flat' is nan on rows \[0, 1, 2\]"):
         paths.edge_scores(given.model, *given.pair(), metric=flat)
+
+
+CHANGED = {
+    "norms": {"norms": "frozen"},
+    "values": {"values": "zero"},
+    "reference": {"values": "mean"},
+    "pooled": {"values": "mean", "pooled": True},
+    "another reference": {"values": "mean", "reference": "clean"},
+    "direction": {"direction": "noising"},
+    "seed": {"seed": 1},
+    "executor": {"executor": "batched"},
+    "metric": {"metric": ip.logit_diff(ANSWER, FOIL, pos=1)},
+    "edges": {"edges": ["input->m0", "a0.h0->m1", "m0->m1"]},
+    "graph": {"granularity": "blocks"},
+    "clean": {"tokens": "reference"},
+}
+
+
+def interrupted(metric: ip.Metric) -> ip.Metric:
+    """The same metric, by name and by what was stated, which stops the sweep."""
+    calls = []
+
+    def bind(model, inputs):
+        bound = metric.bind(model, inputs)
+
+        def fn(rows, *values):
+            calls.append(rows)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return bound.fn(rows, *values)
+
+        return ip.metrics.Bound(bound.reads, fn)
+
+    return ip.Metric(metric.name, bind, metric.reference, metric.stated)
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_sweep_goes_on_where_nothing_has_changed_and_nowhere_else(tmp_path, changed):
+    """As it was left it goes on, and gives what it would have given; with any option changed it is refused."""
+    given, path = case("gpt2"), tmp_path / "edges"
+
+    def run(granularity="heads", tokens="corrupt", **options) -> ip.Result:
+        names = ["input->m0", "a0.h0->m1", "m0->logits"] if granularity == "heads" else ["input->m0", "m0->logits"]
+        told = {"metric": METRIC, "edges": names, "executor": "sequential", "path": path} | options
+        if isinstance(told.get("reference"), str) or told.get("values") == "mean":
+            told["reference"] = given.model.inputs([[3, 4, 5, 6, 7, 8], [9] * (6 + (told.get("reference") == "clean"))])
+        graph = paths.Graph.of(given.model, granularity)
+        corrupt = given.inputs("corrupt") if tokens == "corrupt" else given.model.inputs([[3] * n for n in RAGGED])
+        return paths.edge_sweep(given.model, given.inputs("clean"), corrupt, graph=graph, **told)
+
+    start = {"values": "mean"} if changed in ("pooled", "another reference") else {}
+    with pytest.raises(KeyboardInterrupt):
+        run(**start, metric=interrupted(METRIC))
+    with pytest.raises(ResultError, match="belongs to another sweep"):
+        run(**CHANGED[changed])
+    found, whole = run(**start), run(**start, path=None)
+    np.testing.assert_allclose(found.effect, whole.effect, **CLOSE)
+    assert np.abs(whole.effect).max() > 1e-3
 
 
 def test_a_sweep_does_not_go_on_from_one_that_compared_with_another_run(tmp_path):

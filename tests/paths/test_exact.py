@@ -91,6 +91,26 @@ def test_prompts_that_start_alike(family, shared, direction):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+@each_direction
+def test_ragged_prompts_that_differ_in_their_last_token_alone(family, direction):
+    """Padded on the left they differ in one column, which is another position of each row."""
+    given = case(family)
+    clean = given.tokens["clean"]
+    corrupt = [[*row[:-1], 1 + row[-1] % (zoo.VOCAB - 1)] for row in clean]
+    left, right = (
+        paths.edge_sweep(
+            given.model,
+            *(given.model.inputs(rows, padding=padding) for rows in (clean, corrupt)),
+            metric=METRIC,
+            direction=direction,
+        )
+        for padding in ("left", "right")
+    )
+    np.testing.assert_allclose(left.effect, right.effect, **CLOSE)
+    assert (np.abs(left.effect).max(0) > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_clean_and_corrupt_padded_on_different_sides(family):
     """Position p is the p-th real token of its row, in both."""
     given = case(family)
@@ -235,6 +255,27 @@ def test_edges_from_random_rows(family):
         assert [sum(fit) for fit in fits] == [1] * rows
         draws.add(tuple(fit.index(True) for fit in fits))
     assert len(draws) > 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_has_one_donor_in_whatever_batch_it_stands(seed):
+    """Alone, beside others, in another order and a few at a time: the donor is drawn by the row's id."""
+    given = case("gpt2", (4, 3, 4, 2), 0)
+    reference = given.inputs("reference")
+    ids = torch.tensor([40, 7, -3, 2**40])
+
+    def effect(rows: list[int], **options) -> np.ndarray:
+        tokens = [given.tokens["clean"][row] for row in rows]
+        inputs = given.model.inputs(tokens, row_ids=ids[rows])
+        told = {"metric": METRIC, "values": "resample", "reference": reference, "seed": seed, "edges": given.edges[::9]}
+        return paths.edge_sweep(given.model, inputs, None, **(told | options)).effect
+
+    whole = effect([0, 1, 2, 3])
+    assert np.abs(whole).max() > 1e-3 and np.abs(whole - effect([0, 1, 2, 3], seed=seed + 10)).max() > 1e-3
+    for rows in ([2], [3, 1], [1, 0, 3, 2]):
+        np.testing.assert_allclose(effect(rows), whole[:, rows], **CLOSE)
+    for options in ({"budget": 1}, {"executor": "sequential"}):
+        np.testing.assert_allclose(effect([0, 1, 2, 3], **options), whole, **CLOSE)
 
 
 # Norms

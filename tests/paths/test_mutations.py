@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from interp import paths
-from interp.paths import adaptive, quality, scores, search
+from interp.paths import adaptive, circuits, quality, scores, search
 from interp.paths.circuits import Circuit
 from interp.paths.graph import Graph
+from interp.paths.pair import Pair
 from interp.paths.rewire import rewire
-from interp.paths.sources import Pair
 from tests.paths import checks, scoring
 from tests.paths.cases import METRIC, case
 from tests.paths.checks import TAU, random_scores
@@ -136,19 +136,19 @@ def test_scores_that_were_not_verified_are_caught():
 
 def test_a_circuit_run_inside_out_is_caught():
     def mutate(patched: pytest.MonkeyPatch) -> None:
-        patched.setattr(Circuit, "plan", lambda self, model, pair: rewire(self.graph, self.members, pair.source, model))
+        patched.setattr(circuits, "rewire", lambda graph, replaced, *rest: rewire(graph, ~replaced, *rest))
 
     caught(lambda: checks.circuits_run_as_written(GIVEN, GRAPH), mutate)
 
 
 def test_a_circuit_that_loses_an_edge_is_caught():
     def mutate(patched: pytest.MonkeyPatch) -> None:
-        def plan(self: Circuit, model, pair):
-            replaced = ~self.members
-            replaced[np.flatnonzero(self.members)[-1]] = True
-            return rewire(self.graph, replaced, pair.source, model)
+        def forgetful(graph: Graph, replaced: np.ndarray, *rest):
+            more = replaced.copy()
+            more[np.flatnonzero(~replaced)[-1]] = True
+            return rewire(graph, more, *rest)
 
-        patched.setattr(Circuit, "plan", plan)
+        patched.setattr(circuits, "rewire", forgetful)
 
     caught(lambda: checks.circuits_run_as_written(GIVEN, GRAPH), mutate)
 

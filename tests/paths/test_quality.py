@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
+import torch
 
 import interp as ip
 from interp import paths
+from tests import zoo
 from tests.paths import checks, networks
 from tests.paths.cases import METRIC, case
 from tests.paths.checks import made_up, random_scores
@@ -96,6 +99,50 @@ def test_a_whole_difference_of_zero_is_refused():
         paths.faithfulness(model, clean, clean, made_up(graph, np.ones((len(graph), 1))), graph, metric=ip.logit(1))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("executor", ["auto", "sequential"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_prompt_against_itself_has_no_quality(family, executor, dtype):
+    """Numerator and denominator are rounding, which is not a share of anything."""
+    model = ip.wrap(copy.deepcopy(zoo.make(family)).to(dtype))
+    rows = torch.arange(1, 37).reshape(3, 12) % (zoo.VOCAB - 1) + 1
+    inputs, graph = model.inputs(rows), paths.Graph.of(model)
+    draw = np.random.default_rng(0)
+    scores = draw.normal(size=len(graph))
+    circuit = paths.Circuit(graph, draw.random(len(graph)) < 0.5, scores)
+    for other in (inputs, model.inputs(rows)):
+        told = {"metric": METRIC, "executor": executor}
+        for measured in (
+            lambda other=other, told=told: paths.faithfulness(model, inputs, other, scores, graph, **told),
+            lambda other=other, told=told: paths.completeness(model, circuit, inputs, other, subsets=3, **told),
+            lambda other=other, told=told: paths.minimality(model, circuit, inputs, other, **told),
+        ):
+            with pytest.raises(ip.InterpError, match="two runs do not differ"):
+                measured()
+
+
+def test_rows_that_do_not_differ_are_masked():
+    """Of four pairs one is of a prompt and itself, and one hardly differs: neither has a share of its own."""
+    given = case("gpt2", (4, 4, 4, 4))
+    corrupt = list(given.tokens["corrupt"])
+    corrupt[1] = given.tokens["clean"][1]
+    pair = paths.Pair.of(given.model, given.inputs("clean"), given.model.inputs(corrupt))
+    scores, graph = random_scores("gpt2")
+    told = {"metric": METRIC, "sizes": (0.3, 0.6, 1.0)}
+    curve = paths.faithfulness(pair, scores, graph, per_row=True, **told)
+    assert curve.rows is not None
+    shares, circuits = np.array(curve.rows), [paths.greedy(scores, graph, round(s * len(graph))) for s in curve.sizes]
+    nothing, everything = paths.Circuit.of(graph, []), paths.Circuit.all(graph)
+    empty, full, *found = paths.circuit_metric(pair, [nothing, everything, *circuits], metric=METRIC)
+    difference = full - empty
+    large = np.abs(difference) >= 0.1 * np.abs(difference).mean()
+    assert not large[1] and large.sum() >= 2
+    np.testing.assert_allclose(shares[:, large], (found - empty)[:, large] / difference[large], rtol=0, atol=1e-9)
+    assert np.isnan(shares[:, ~large]).all() and shares[-1, large] == pytest.approx(1, abs=1e-9)
+    np.testing.assert_allclose(curve.faithfulness, (found - empty).mean(1) / difference.mean(), rtol=0, atol=1e-9)
+    assert paths.faithfulness(pair, scores, graph, **told).rows is None
+
+
 def test_choices_that_are_no_circuits_of_the_graph():
     model, clean, corrupt = linear()
     graph = paths.Graph.of(model)
@@ -149,6 +196,21 @@ def test_completeness_takes_out_sets_of_nodes():
         assert share == pytest.approx(carried(left.edges), abs=1e-10)
     again = paths.completeness(model, whole, clean, corrupt, metric=ip.logit(1), subsets=12, size=3, seed=1)
     assert again["subsets"] == found["subsets"]
+
+
+def test_sets_of_nodes_are_drawn_by_name():
+    """One node more in the circuit changes the sets that it gets into, and no other."""
+    graph = paths.Graph.of(case("gpt2").model)
+    whole = paths.Circuit.all(graph)
+    pair, told = paths.Pair.of(case("gpt2").model, *case("gpt2").pair(), seed=4), {"metric": METRIC, "size": 1}
+    some, more = (
+        paths.completeness(pair, circuit, subsets=12, **told)["subsets"]
+        for circuit in (whole.without(node="m1"), whole)
+    )
+    apart = [(a, b) for a, b in zip(some, more, strict=True) if a != b]
+    assert len({name for names in some for name in names}) > 3 and 0 < len(apart) < 6
+    assert all(b == ["m1"] for _, b in apart)
+    assert paths.completeness(pair, whole, subsets=5, **told)["subsets"] == more[:5]
 
 
 @pytest.mark.parametrize("edges", [[], ["input->logits"]])

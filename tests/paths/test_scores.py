@@ -13,7 +13,7 @@ from interp import paths
 from interp.axes import Axis
 from interp.models import Transformer, TransformerConfig
 from interp.paths.adaptive import adaptive
-from interp.paths.sources import Pair
+from interp.paths.pair import Pair
 from tests import zoo
 from tests.paths import networks, scoring
 from tests.paths.cases import CLOSE, DIRECTIONS, METRIC, case, kl, oracle
@@ -198,6 +198,21 @@ def test_rows_of_an_ablation_taken_one_at_a_time_change_nothing(values):
         for b in (None, 1)
     ]
     np.testing.assert_allclose(found[0], found[1], **CLOSE)
+
+
+def test_the_sample_of_adaptive_scores_is_drawn_by_name():
+    """Edges that are not there, or stand elsewhere, change nothing of what else is drawn."""
+    found = synthetic(np.linspace(2.0, 1.0, 12))
+    names, every = found.axes[0].values, synthetic(np.linspace(2.0, 1.0, 12))
+
+    def drawn(some: list[str], seed: int = 0) -> list[str]:
+        about = adaptive(found.sel(edge=some), lambda names: every.sel(edge=list(names)), top=0, sample=4, seed=seed)
+        return about.config["adaptive"]["sampled"]
+
+    whole = drawn(list(names))
+    assert len(whole) == 4 and set(drawn(list(names)[::-1])) == set(whole) != set(drawn(list(names), seed=1))
+    left_out = next(name for name in names if name not in whole)
+    assert drawn([name for name in names if name != left_out]) == whole
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "receiver-exact", "exact", "adaptive"])

@@ -247,6 +247,20 @@ def test_all_but_one(family):
 
 
 @each_family
+def test_all_but_heads_that_are_counted_from_the_end(family):
+    """Head -1 is the last: it is kept, alone and beside others."""
+    model = wrapped(family)
+    x = example(model)
+    for keep, named in ((-1, 3), ((-1, 0), (3, 0)), ([-4, 3], [0, 3])):
+        counted, plain = (model.run(x, tr.all_but(model, 0, heads)).logits for heads in (keep, named))
+        torch.testing.assert_close(counted, plain, rtol=0, atol=0)
+        assert float((plain - model.run(x).logits).abs().max()) > 1e-3
+    (item,) = tr.all_but(model, 0, -1)
+    assert item.site.head == (0, 1, 2)
+    assert len(tr.all_but(model, 0, (0, 1, -2, -1))) == 0
+
+
+@each_family
 @each_padding
 @pytest.mark.parametrize(("what", "name"), [("pattern", "pattern"), ("value", "v"), ("query", "q"), ("key", "k")])
 def test_preserving(family, padding, what, name):

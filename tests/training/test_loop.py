@@ -518,6 +518,9 @@ def test_level():
         with pytest.raises(PlanError, match="at step 3"):
             level(given)(3)
     assert [level([(2, 0.0), (4, 1.0), (5, 0.5)])(s) for s in range(7)] == [0, 0, 0, 0.5, 1, 0.5, 0.5]
+    # Before its first knot it stays at that one's value, whatever that is.
+    assert [level([(2, 0.5), (4, 1.0)])(s) for s in range(6)] == [0.5, 0.5, 0.5, 0.75, 1, 1]
+    assert [level([(3, 0.25)])(s) for s in (0, 3, 9)] == [0.25] * 3
 
 
 @pytest.mark.parametrize(

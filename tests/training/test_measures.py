@@ -259,6 +259,10 @@ def test_phase_times():
     assert "2 of 5 runs never changed" in str(some) and "more than 1000" in str(some)
     most = tr.phase_times([100, None, math.nan], 1000)
     assert most.median == math.inf and most.changed == 1
+    even = tr.phase_times([400, 100, 300, 200], 1000)
+    assert even.median == 250 and 100 <= even.low < 250 < even.high <= 400
+    assert tr.phase_times([100, 300], 1000).median == 200
+    assert tr.phase_times([100, 200, None, None], 1000).median == math.inf
     one = tr.phase_times([7], 10)
     assert (one.low, one.median, one.high) == (7, 7, 7)
     assert tr.phase_times([1, 2, 9], 10, seed=1) == tr.phase_times([1, 2, 9], 10, seed=1)
