@@ -3,10 +3,30 @@
 It knows models and tensors, and no method; `interp` is the package that users import.
 """
 
-from .audit import Audit, Entry
+from .audit import PRUNED, Audit, Entry
 from .backends.job import Outcome
-from .errors import InterpError
+from .budget import budget_of, rows_per_pass
+from .digest import digest_of, structure
+from .errors import (
+    CycleError,
+    InputsError,
+    InterpError,
+    MetricError,
+    ModelError,
+    PathError,
+    PlanError,
+    ResultError,
+    ShapeError,
+    SiteError,
+    UnfiredError,
+    nearest,
+)
+from .files import pair, read_record, read_tensors, sha256, write_all
+from .html import table
+from .meter import Meter
 from .model import Model, Run, wrap
+from .models.blocks import Block
+from .models.projections import linear_weight
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
@@ -26,48 +46,102 @@ from .plan.interventions import (
     steer,
     zero,
 )
-from .plan.plan import Intervention, Plan, Read, World
-from .plan.sites import KINDS, Site, Span, site
+from .plan.operations.attention import Attend, AttendBack, ForbidBack
+from .plan.operations.moving import CopyScores, FromPositions
+from .plan.pieces import joined
+from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
+from .plan.region import listed, resolve
+from .plan.saving import fingerprint
+from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
 from .plan.tape import Tape
-from .record import Edits, record, run_worlds
+from .random import choice, hash_counters, normal, uniform
+from .record import Edits, choose, record, run_worlds
 
 __all__ = [
+    "DIM",
+    "HEAD",
+    "KEY",
     "KINDS",
+    "POS",
+    "PRUNED",
     "Alignment",
+    "Attend",
+    "AttendBack",
     "Audit",
+    "Block",
     "Context",
+    "CopyScores",
+    "CycleError",
     "Edits",
     "Entry",
+    "ForbidBack",
+    "FromPositions",
+    "Index",
     "Inputs",
+    "InputsError",
     "InterpError",
     "Intervention",
+    "Meter",
+    "MetricError",
     "Model",
+    "ModelError",
+    "Origin",
     "Outcome",
+    "PathError",
     "Plan",
+    "PlanError",
     "Read",
+    "ResultError",
     "Run",
+    "ShapeError",
     "Site",
+    "SiteError",
     "Span",
     "Tape",
+    "UnfiredError",
     "World",
     "align",
+    "as_plan",
+    "budget_of",
+    "choice",
+    "choose",
     "clamp",
+    "digest_of",
+    "execution_order",
+    "fingerprint",
     "freeze",
+    "hash_counters",
     "here",
     "interchange",
     "intervene",
+    "joined",
     "knockout",
+    "linear_weight",
+    "listed",
     "mean",
+    "nearest",
     "noise",
+    "normal",
+    "pair",
     "patch",
     "project_out",
+    "read_record",
+    "read_tensors",
     "recompute",
     "record",
     "resample",
+    "resolve",
+    "rows_per_pass",
     "run_worlds",
     "scale",
+    "sha256",
     "site",
+    "sites_of",
     "steer",
+    "structure",
+    "table",
+    "uniform",
     "wrap",
+    "write_all",
     "zero",
 ]

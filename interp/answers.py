@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Model
-from hooks.errors import MetricError
+from hooks import MetricError, Model
 
 Token = int | str
 Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Sequence[Tensor] | Tensor

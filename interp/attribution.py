@@ -8,10 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Edits, Inputs, Model, Site, World, record
-from hooks.errors import MetricError, PlanError
-from hooks.plan.plan import Origin, Plan
-from hooks.plan.sites import execution_order
+from hooks import Edits, Inputs, MetricError, Model, Origin, Plan, PlanError, Site, World, execution_order, record
 from interp.evaluation import check_metrics
 from interp.grids import Factory, Grid
 from interp.metrics import Metric, call

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hooks.errors import ResultError, nearest
+from hooks import ResultError, nearest
 
 COLUMNS = ("metric", "row", "effect", "base", "source", "status", "low", "high")
 """What the columns of a result's table are called, which no axis can be."""

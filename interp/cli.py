@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hooks import KINDS, Model
-from hooks.errors import InputsError, InterpError, UnfiredError, nearest
+from hooks import KINDS, InputsError, InterpError, Model, UnfiredError, nearest
 
 AXES = ("layer", "head", "pos", "key_pos")
 EXAMPLE = (

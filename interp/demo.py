@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooks import Inputs, Model, Plan, Site, World, align, patch
-from hooks.errors import InputsError
+from hooks import Inputs, InputsError, Model, Plan, Site, World, align, patch
 from interp import plots
 from interp.evaluation import evaluate
 from interp.grids import grid
@@ -263,7 +262,9 @@ def _confirm(
 ) -> Check:
     """Put the heads back, and knock them out, together; then as many others."""
     picked = [(h["layer"], h["head"]) for h in found]
-    every = [(layer, h) for layer in range(model.n_layers) for h in range(model.architecture.blocks[layer].q.heads)]
+    every = [
+        (layer, h) for layer in range(model.n_layers) for h in range(model.architecture.blocks[layer].attention.q.heads)
+    ]
     others = [head for head in every if head not in picked]
     whole = (evaluate(model, clean, metric) - evaluate(model, corrupt, metric)).mean()
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, World, run_worlds
-from hooks.errors import MetricError, ModelError
-from hooks.plan.region import listed
+from hooks import Inputs, MetricError, Model, ModelError, Site, World, listed, run_worlds
 from interp.metrics import Bound, Metric, call
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from interp.effects import Effects
+
 if TYPE_CHECKING:
     import pandas as pd
 
-    from interp.results import Result
 
-
-def frame(result: Result, status: Sequence[str]) -> pd.DataFrame:
+def frame(result: Effects, status: Sequence[str]) -> pd.DataFrame:
     """Return a table with one line a metric x cell x row, for pandas, seaborn, statsmodels.
 
     Columns: metric, one an axis (its values), row, effect, base, source (nan for ablations), status ("fired", ...).

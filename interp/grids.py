@@ -11,10 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import KINDS, Inputs, Intervention, Model, Plan, Site, Span
-from hooks.digest import digest_of
-from hooks.errors import SiteError, nearest
-from hooks.plan.sites import DIM, HEAD, KEY, POS
+from hooks import (
+    DIM,
+    HEAD,
+    KEY,
+    KINDS,
+    POS,
+    Inputs,
+    Intervention,
+    Model,
+    Plan,
+    Site,
+    SiteError,
+    Span,
+    digest_of,
+    nearest,
+)
 from interp.axes import Axis
 
 Factory = Callable[[Site], Intervention]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from hooks.html import table
+from hooks import table
+from interp.axes import Axis
+from interp.effects import Effects
+from interp.selection import select, top
 from interp.typesetting import visible
-
-if TYPE_CHECKING:
-    from interp.axes import Axis
-    from interp.results import Result
 
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)
 MOST_CELLS = 20_000
 """Past this many cells a picture is lighter than hoverable squares."""
 
 
-def heatmap(result: Result, cell: int = 18) -> str:
+def heatmap(result: Effects, cell: int = 18) -> str:
     """A result with one or two axes as an SVG heatmap whose squares tell their effect on hover.
 
     Args:
@@ -80,9 +79,9 @@ def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
     )
 
 
-def summary(result: Result) -> str:
+def summary(result: Effects) -> str:
     """Return a summary, the five largest effects, and a heatmap that tells every effect on hover, for notebooks."""
-    best = result.top(5)
+    best = top(result, 5, None)
     of = f" on {best[0]['metric']}" if best and result.several else ""
     head = [*(axis.name for axis in result.axes), f"mean effect{of}", "95% interval", "rows"]
     lines = [
@@ -93,7 +92,7 @@ def summary(result: Result) -> str:
     about = "; ".join(f"{key} {visible(str(value))[:80]}" for key, value in told.items())
     drawn = ""
     if len(result.axes) in (1, 2) and result.status.size <= MOST_CELLS:
-        drawn = heatmap(result.sel(metric=result.metrics[0]) if result.several else result)
+        drawn = heatmap(select(result, {"metric": result.metrics[0]}) if result.several else result)
     small = f"<div><small>{html.escape(about)}</small></div>" if about else ""
     return table(head, lines, caption=repr(result)) + small + drawn
 
@@ -105,10 +104,10 @@ def _shown(axis: Axis, cell: dict[str, Any]) -> str:
     return str(value) if label == str(value) else f"{value} {visible(label)}"
 
 
-def _rows(result: Result, cell: dict[str, Any]) -> int:
+def _rows(result: Effects, cell: dict[str, Any]) -> int:
     """Return how many rows have the cell."""
-    one = result.sel(metric=cell.get("metric", result.metrics[0]))
-    return int(one.sel(**{axis.name: cell[axis.name] for axis in result.axes}).counts())
+    one = select(result, {"metric": cell.get("metric", result.metrics[0])})
+    return int(select(one, {axis.name: cell[axis.name] for axis in result.axes}).counts())
 
 
 def _interval(cell: dict[str, Any]) -> str:

@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site
-from hooks.errors import InputsError, MetricError, ModelError, PlanError
-from hooks.models.projections import linear_weight
+from hooks import Inputs, InputsError, MetricError, Model, ModelError, Plan, PlanError, Site, linear_weight
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
 from interp.evaluation import require_eval

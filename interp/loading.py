@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hooks import Model, wrap
-from hooks.errors import ModelError, nearest
+from hooks import Model, ModelError, nearest, wrap
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
 IMAGE_CLASSIFIERS = ("vit",)

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, World
-from hooks.errors import MetricError
-from hooks.plan.sites import Index, sites_of
+from hooks import Index, Inputs, MetricError, Model, Site, World, sites_of
 from interp import readouts
 from interp.answers import Tokens, repeats, token_ids
 from interp.readouts import Places

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hooks.errors import ModelError
-from hooks.models.blocks import Block
-from hooks.models.projections import linear_weight
+from hooks import Block, ModelError, linear_weight
 
 Linear = Callable[[Tensor], Tensor]
 """From a part of the residual stream [..., M] to what becomes of it, [..., M]."""

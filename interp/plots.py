@@ -8,12 +8,16 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooks.errors import ResultError, nearest
+from hooks import ResultError, nearest
+from interp.axes import Axis
+from interp.effects import Effects
+from interp.selection import select
 from interp.typesetting import (
     LONGEST,
     SMALLEST,
@@ -33,15 +37,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from interp.axes import Axis
-    from interp.results import Result
-
 # Red-white-blue keeps its two ends apart in every common form of colour blindness.
 _COLOURS = "RdBu_r"
 _TITLES = {"pos": "position", "key_pos": "key position"}
 
 
-def heatmap(result: Result, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
+def heatmap(result: Effects, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
     """Draw the mean effects of a result with one, two or three axes.
 
     Two axes make a heatmap: layers upwards, positions or heads to the right; zero is white, more is red, less is blue,
@@ -60,7 +61,7 @@ def heatmap(result: Result, ax: Any = None, metric: str | None = None, value: st
     Raises:
         ResultError: no such metric or value, nothing to normalize by, not one to three axes, or not one `ax` a panel.
     """
-    one = result.sel(metric=result.metrics[0] if metric is None else metric)
+    one = select(result, {"metric": result.metrics[0] if metric is None else metric})
     if not 1 <= len(one.axes) <= 3:
         names = ", ".join(axis.name for axis in one.axes) or "none"
         raise ResultError(
@@ -80,7 +81,7 @@ def heatmap(result: Result, ax: Any = None, metric: str | None = None, value: st
     return _maps(one, np.moveaxis(values, dim, 0), normalized, rest, titles, given)
 
 
-def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None) -> Axes:
+def ranked(result: Effects, k: int = 12, ax: Any = None, value: str | None = None) -> Axes:
     """Draw the k cells of the largest effect as bars, largest first, with 95 % bootstrap intervals.
 
     Args:
@@ -96,7 +97,6 @@ def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None
         ResultError: the result has several metrics.
     """
     from interp.axes import Axis
-    from interp.results import Result
 
     if result.several:
         raise ResultError(
@@ -110,17 +110,12 @@ def ranked(result: Result, k: int = 12, ax: Any = None, value: str | None = None
         for cell in zip(*index, strict=True)
     )
     title = ".".join(axis.name for axis in result.axes)
-    flat = Result(
+    flat = replace(
+        result,
         effect=result.effect[index],
         axes=(Axis(title, names),),
-        metrics=result.metrics,
         several=False,
-        base=result.base,
-        source=result.source,
         status=result.status[index],
-        noise_floor=result.noise_floor,
-        rows=result.rows,
-        config=result.config,
     )
     drawn = heatmap(flat, ax=ax, value=value)
     assert not isinstance(drawn, list)
@@ -161,7 +156,7 @@ def attention(pattern: Any, tokens: Sequence[str], ax: Any = None, title: str = 
     return ax
 
 
-def _values(result: Result, value: str | None) -> tuple[np.ndarray, bool]:
+def _values(result: Effects, value: str | None) -> tuple[np.ndarray, bool]:
     """Return what to draw [*axes], and whether it is normalized."""
     options = ("normalized", "effect")
     if value not in (None, *options):
@@ -176,7 +171,7 @@ def _values(result: Result, value: str | None) -> tuple[np.ndarray, bool]:
 
 
 def _maps(
-    result: Result,
+    result: Effects,
     grids: np.ndarray,
     normalized: bool,
     axes: Sequence[Axis],
@@ -228,7 +223,7 @@ def _maps(
     return panels
 
 
-def _bars(result: Result, values: np.ndarray, normalized: bool, given: list[Axes] | None) -> Axes:
+def _bars(result: Effects, values: np.ndarray, normalized: bool, given: list[Axes] | None) -> Axes:
     from matplotlib import colormaps
 
     (axis,) = result.axes
@@ -258,14 +253,14 @@ def _title(axis: Axis) -> str:
     return _TITLES.get(axis.name, axis.name)
 
 
-def _meaning(result: Result, normalized: bool) -> list[str]:
+def _meaning(result: Effects, normalized: bool) -> list[str]:
     """Return what the numbers are, in pieces."""
     over = f"mean of {len(result.rows)} row{'s' * (len(result.rows) != 1)}"
     what, scale = ("normalized effect", "0 = base, 1 = source") if normalized else ("effect", "edited − base")
     return [f"{what} on {shortened(visible(result.metrics[0]), 40)}", scale, over]
 
 
-def _selected(result: Result) -> str:
+def _selected(result: Effects) -> str:
     """Return what `sel` picked."""
     picked = result.config.get("selected")
     return ", ".join(f"{name} {value}" for name, value in picked.items()) if isinstance(picked, dict) else ""

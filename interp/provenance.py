@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from hooks import Inputs, Model, Plan, World
-from hooks.digest import digest_of, structure
-from hooks.plan.saving import fingerprint
+from hooks import Inputs, Model, Plan, World, digest_of, fingerprint, structure
 from interp.axes import Axis
 from interp.grids import Factory
 from interp.metrics import Bound, Metric

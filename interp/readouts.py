@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, Span
-from hooks.errors import MetricError
-from hooks.plan.region import resolve
-from hooks.plan.sites import POS, Index
+from hooks import POS, Index, Inputs, MetricError, Model, Site, Span, resolve
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
 
-from hooks.errors import ResultError
-from hooks.files import pair, read_record, read_tensors, sha256, write_all
+from hooks import ResultError, pair, read_record, read_tensors, sha256, write_all
 from interp.axes import Axis
-from interp.results import Result
+from interp.effects import Effects
+
+T = TypeVar("T")
 
 SCHEMA, VERSION = "interp.result", 1
 _ARRAYS = ("effect", "base", "source", "status", "noise_floor")
 _DATA = ("axes", "metrics", "several", "rows", "config")
 
 
-def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
+def save_result(result: Effects, path: str | os.PathLike[str]) -> Path:
     """Write `path`.json (everything but the arrays) and `path`.safetensors (the arrays).
 
     Both are written under temporary names and then renamed, so a file is never half written, and the JSON holds the
@@ -57,8 +59,8 @@ def save_result(result: Result, path: str | os.PathLike[str]) -> Path:
     return json_path
 
 
-def load_result(path: str | os.PathLike[str]) -> Result:
-    """Return what `save_result` wrote; see `Result.load`."""
+def load_result(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
+    """What is made of the fields of a result that `save_result` wrote; see `Result.load`."""
     json_path, arrays_path = pair(path)
     record = read_record(json_path, "result", ("schema", SCHEMA), VERSION, ("arrays_sha256", *_DATA), ResultError)
     tensors = read_tensors(arrays_path, record["arrays_sha256"], json_path, ResultError)
@@ -66,7 +68,7 @@ def load_result(path: str | os.PathLike[str]) -> Result:
         arrays = safetensors.numpy.load(tensors)
         axes = tuple(Axis(a["name"], tuple(a["values"]), tuple(a["labels"])) for a in record["axes"])
         data = {name: record[name] for name in _DATA} | {"axes": axes}
-        return Result(**{"source": None, **arrays, **data})
+        return make(**{"source": None, **arrays, **data})
     except (ResultError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ResultError(f"{json_path} is not a saved result: {error}") from None
 

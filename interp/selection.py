@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from hooks.errors import ResultError, nearest
+from hooks import ResultError, nearest
 from interp import stats
 from interp.axes import Axis, find, some
+from interp.effects import Effects
 
-if TYPE_CHECKING:
-    from interp.results import Result
+E = TypeVar("E", bound=Effects)
 
 
-def select(result: Result, wanted: Mapping[str, Any]) -> Result:
+def select(result: E, wanted: Mapping[str, Any]) -> E:
     """Restrict a result to some values of some axes; see `Result.sel`.
 
     Raises:
@@ -31,9 +31,9 @@ def select(result: Result, wanted: Mapping[str, Any]) -> Result:
     return result
 
 
-def top(result: Result, k: int, metric: str | None) -> list[dict[str, Any]]:
+def top(result: Effects, k: int, metric: str | None) -> list[dict[str, Any]]:
     """The cells with the largest |mean effect|, largest first; see `Result.top`."""
-    one = result.sel(metric=result.metrics[0] if metric is None else metric)
+    one = select(result, {"metric": result.metrics[0] if metric is None else metric})
     mean = one.mean().ravel()
     order = np.argsort(-np.abs(mean), kind="stable")  # nan comes last
     order = order[~np.isnan(mean[order])][: max(k, 0)]
@@ -48,7 +48,7 @@ def top(result: Result, k: int, metric: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def _of_metric(result: Result, wanted: Any) -> Result:
+def _of_metric(result: E, wanted: Any) -> E:
     at = find("metric", result.metrics, wanted)
     if not result.several:
         return result
@@ -63,7 +63,7 @@ def _of_metric(result: Result, wanted: Any) -> Result:
     )
 
 
-def _of_axis(result: Result, name: str, wanted: Any) -> Result:
+def _of_axis(result: E, name: str, wanted: Any) -> E:
     dim = [axis.name for axis in result.axes].index(name)
     axis = result.axes[dim]
     at = find(f"axis {name!r}", axis.values, wanted)

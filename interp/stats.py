@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hooks.errors import ResultError
+from hooks import ResultError
 
 MEMORY = 2**26
 

@@ -12,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hooks import Model
-from hooks.errors import ResultError
-from hooks.files import pair
-from interp.result_files import load_result
+from hooks import Model, ResultError, pair
 from interp.results import Result
 
 VERSION = 1
@@ -35,7 +32,7 @@ def finished(path: str | os.PathLike[str], identity: dict[str, str]) -> Result |
             raise ResultError(f"{arrays} is there already, and no sweep's result. {hint}")
         return None
     try:
-        result = load_result(words)
+        result = Result.load(words)
     except (ResultError, OSError) as error:
         raise ResultError(f"{words} is no result that can be read ({error}). {hint}") from None
     found = result.config.get("identity")

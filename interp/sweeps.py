@@ -12,11 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Outcome, Plan, Site, World, align, patch, recompute, run_worlds
-from hooks.audit import PRUNED
-from hooks.errors import InputsError, MetricError, PlanError, UnfiredError, nearest
-from hooks.plan.pieces import joined
-from hooks.record import choose
+from hooks import (
+    PRUNED,
+    Inputs,
+    InputsError,
+    MetricError,
+    Model,
+    Outcome,
+    Plan,
+    PlanError,
+    Site,
+    UnfiredError,
+    World,
+    align,
+    choose,
+    joined,
+    nearest,
+    patch,
+    recompute,
+    run_worlds,
+)
 from interp.axes import Axis
 from interp.evaluation import check_metrics, read_reference, require_eval
 from interp.grids import Cell, Factory, Grid

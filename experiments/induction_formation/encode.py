@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.induction_formation.task import Task
-from hooks.digest import digest_of
-from hooks.errors import InputsError
-from hooks.random import choice, hash_counters
+from hooks import InputsError, choice, digest_of, hash_counters
 from interp.training.ensemble import Ensemble, from_modules
 
 SIDE, WIDTH = 28, 512

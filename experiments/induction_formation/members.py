@@ -16,7 +16,7 @@ from experiments.induction_formation.network import Output, Shape, forward, loss
 from experiments.induction_formation.stacked import stack
 from experiments.induction_formation.task import Batch, Task, draw, source
 from experiments.induction_formation.treatments import Held, Treatment
-from hooks.errors import InputsError, ShapeError
+from hooks import InputsError, ShapeError
 from interp.training.ensemble import Params, Program
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from experiments.induction_formation.task import QUERY, TOKENS, Batch
 from experiments.induction_formation.treatments import EXEMPLARS_BESIDE
-from hooks.errors import ModelError
-from hooks.random import hash_counters
+from hooks import ModelError, hash_counters
 
 Params = dict[str, Tensor]
 BLOCKED = -1e9

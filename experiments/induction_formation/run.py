@@ -31,8 +31,7 @@ from experiments.induction_formation.network import Shape
 from experiments.induction_formation.settings import QUICK, SHORT, Roster, Settings, roster
 from experiments.induction_formation.task import Task, exemplars
 from experiments.machine import commit
-from hooks.digest import digest_of
-from hooks.errors import InputsError
+from hooks import InputsError, digest_of
 from interp.training.ensemble import Ensemble
 
 HERE = Path(__file__).parent

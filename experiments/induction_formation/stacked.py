@@ -16,7 +16,7 @@ from torch import Tensor
 import interp as ip
 from experiments.induction_formation.task import QUERY, TOKENS, Batch, Task, every_sequence
 from experiments.induction_formation.treatments import EXEMPLARS_BESIDE, FIRST, LABELS, LAST, STREAMS, Held
-from hooks.errors import PlanError
+from hooks import PlanError
 from interp import training
 
 GROUPS = (

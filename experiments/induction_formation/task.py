@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hooks.errors import InputsError, nearest
-from hooks.random import hash_counters, normal, uniform
+from hooks import InputsError, hash_counters, nearest, normal, uniform
 
 SPLITS = ("train", "labels", "classes")
 TOKENS = 5

@@ -14,7 +14,7 @@ import torch
 
 import interp as ip
 from experiments.induction_formation.task import QUERY, TOKENS, Batch
-from hooks.errors import PlanError
+from hooks import PlanError
 from interp import training
 
 FIRST, LAST = 0, 1

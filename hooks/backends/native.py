@@ -257,7 +257,7 @@ class Pass:
 def _packing() -> Any:
     """What autograd packs saved tensors with at the moment: something else within a checkpoint than around it."""
     try:
-        return torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
     except RuntimeError:  # where packing is disabled, nothing is checkpointed
         return None
 

@@ -20,7 +20,7 @@ _FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary(
 """The function that each attention module calls at the moment: not on the config, which users save and copy."""
 
 
-def unembedding(model: Any) -> nn.Module:
+def unembedding(model: Any) -> Any:
     """The module from the final norm to logits.
 
     Raises:
@@ -38,9 +38,11 @@ def own_attention(module: Any, implementation: str) -> AttentionFunction:
     from transformers import AttentionInterface
 
     # An eager function is not registered: each family has one beside its classes, whoever derives from them.
-    homes = [sys.modules.get(kind.__module__) for kind in type(module).__mro__]
+    homes: list[Any] = [sys.modules.get(kind.__module__) for kind in type(module).__mro__]
     eager = next((home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")), None)
-    return AttentionInterface().get_interface(implementation, eager)
+    if eager is None and implementation == "eager":
+        raise ModelError(f"nobody knows the eager attention function of {type(module).__name__}: use sdpa attention")
+    return AttentionInterface().get_interface(implementation, eager)  # type: ignore[arg-type]
 
 
 def _dispatch(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from hooks.errors import InputsError, nearest
+from hooks import InputsError, nearest
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from hooks.errors import InputsError, nearest
+from hooks import InputsError, nearest
 
 SCHEMA = "interp.words/1"
 BEGIN = "<s>"

@@ -14,7 +14,7 @@ What takes a pair takes ``model, clean, corrupt`` in its place too.
 from interp.paths.circuits import Circuit, circuit_metric
 from interp.paths.effects import path_patch
 from interp.paths.exact import edge_sweep
-from interp.paths.files import from_eap_ig, to_eap_ig
+from interp.paths.exchange import from_eap_ig, to_eap_ig
 from interp.paths.graph import Graph
 from interp.paths.nodes import Edge, Reader, Writer
 from interp.paths.pair import Pair

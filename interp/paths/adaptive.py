@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hooks.errors import PathError
+from hooks import PathError
 from interp.paths.draws import lots
 from interp.results import Result
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hooks import Plan, World
-from hooks.errors import PathError
-from hooks.html import table
+from hooks import PathError, Plan, World, table
 from interp.metrics import Metric
+from interp.paths import drawing
+from interp.paths.files import load_circuit, save_circuit
 from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph
 from interp.paths.measuring import Measure
@@ -193,8 +193,6 @@ class Circuit:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON; see `interp.paths.files`."""
-        from interp.paths.files import save_circuit
-
         return save_circuit(self, path)
 
     @staticmethod
@@ -204,29 +202,21 @@ class Circuit:
         Raises:
             PathError: the file is not a saved circuit.
         """
-        from interp.paths.files import load_circuit
-
-        return load_circuit(path)
+        return Circuit(*load_circuit(path))
 
     def draw(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw it as a layered graph; see `interp.paths.drawing.draw`."""
-        from interp.paths.drawing import draw
-
-        return draw(self, ax, **options)
+        return drawing.draw(self, ax, **options)
 
     def figure(self, **options: Any) -> Figure:
         """A figure of it, sized to its layers and heads."""
-        from interp.paths.drawing import figure
-
-        return figure(self, **options)
+        return drawing.figure(self, **options)
 
     def _repr_html_(self) -> str:
-        from interp.paths.drawing import svg
-
         strongest = sorted(self._listed, key=lambda e: -abs(np.nan_to_num(self.scores[self.graph.index[e.name]])))[:5]
         scores = [self.scores[self.graph.index[edge.name]] for edge in strongest]
         rows = [(e.name, "" if np.isnan(s) else f"{s:+.4g}") for e, s in zip(strongest, scores, strict=True)]
-        return table(("edge", "score"), rows, caption=repr(self)) + svg(self)
+        return table(("edge", "score"), rows, caption=repr(self)) + drawing.svg(self)
 
 
 def score_array(graph: Graph, scores: Result | np.ndarray | None) -> np.ndarray:

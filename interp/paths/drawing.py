@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.paths.members import Members
 from interp.paths.nodes import QKV, Edge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from interp.paths.circuits import Circuit
-
 POSITIVE, NEGATIVE, UNSIGNED = "#b2182b", "#2166ac", "#666666"
 MOST_EDGES = 400
 Place = tuple[str, str | None]
 
 
-def layout(circuit: Circuit) -> dict[Place, tuple[float, float]]:
+def layout(circuit: Members) -> dict[Place, tuple[float, float]]:
     """Where each node stands: (x, y) by its name and span, in units of a node's width.
 
     One row for the input, then two a layer (heads, and above them the MLP), and one for the logits; rows without a node
@@ -46,11 +45,11 @@ def layout(circuit: Circuit) -> dict[Place, tuple[float, float]]:
     return places
 
 
-def _edges(circuit: Circuit) -> list[Edge]:
+def _edges(circuit: Members) -> list[Edge]:
     return [circuit.graph.listed[i] for i in np.flatnonzero(circuit.members)]
 
 
-def draw(circuit: Circuit, ax: Axes | None = None, *, title: str | None = None, widest: float = 4.0) -> Axes:
+def draw(circuit: Members, ax: Axes | None = None, *, title: str | None = None, widest: float = 4.0) -> Axes:
     """Draw a circuit as a layered graph.
 
     Args:
@@ -102,7 +101,7 @@ def draw(circuit: Circuit, ax: Axes | None = None, *, title: str | None = None, 
     return ax
 
 
-def _nodes(ax: Axes, places: dict[Place, tuple[float, float]], circuit: Circuit) -> None:
+def _nodes(ax: Axes, places: dict[Place, tuple[float, float]], circuit: Members) -> None:
     read: dict[Place, set[str]] = {}
     for edge in _edges(circuit):
         if edge.reader.kind in QKV:
@@ -143,7 +142,7 @@ def _key(ax: Axes, scores: np.ndarray, largest: float) -> None:
     ax.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
 
 
-def figure(circuit: Circuit, **options: Any) -> Figure:
+def figure(circuit: Members, **options: Any) -> Figure:
     """A figure of a circuit, as large as its layers and heads need."""
     from matplotlib.figure import Figure
 
@@ -155,7 +154,7 @@ def figure(circuit: Circuit, **options: Any) -> Figure:
     return made
 
 
-def svg(circuit: Circuit) -> str:
+def svg(circuit: Members) -> str:
     """A circuit as a piece of SVG for a notebook; a sentence where it has too many edges to be seen."""
     if len(circuit) > MOST_EDGES:
         return f"<div>{len(circuit)} edges: too many to draw; take the strongest</div>"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hooks.random import uniform
+from hooks import uniform
 
 
 def lots(names: Sequence[str], *counters: int) -> np.ndarray:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Model, Plan, Site, World, run_worlds
-from hooks.errors import PathError, UnfiredError, nearest
+from hooks import Model, PathError, Plan, Site, UnfiredError, World, nearest, run_worlds
 from interp.metrics import Metric
 from interp.parts import head_outputs
 from interp.paths.exact import edge_sweep

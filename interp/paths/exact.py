@@ -11,12 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Plan, Site, World, patch, run_worlds
-from hooks.budget import budget_of
-from hooks.digest import digest_of
-from hooks.errors import UnfiredError
-from hooks.meter import Meter
-from hooks.plan.saving import fingerprint
+from hooks import Inputs, Meter, Plan, Site, UnfiredError, World, budget_of, digest_of, fingerprint, patch, run_worlds
 from interp.metrics import Metric
 from interp.paths.fronts import on_pair
 from interp.paths.graph import Graph, graph_of

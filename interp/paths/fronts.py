@@ -8,8 +8,7 @@ from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from hooks import Inputs, Model
-from hooks.errors import PathError
+from hooks import Inputs, Model, PathError
 from interp.paths.pair import Pair
 
 P = ParamSpec("P")

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hooks import Site, World, patch, record
-from hooks.errors import MetricError, PathError
+from hooks import MetricError, PathError, Plan, Site, World, patch, record
 from interp.attribution import require_rows_apart
 from interp.metrics import call
 from interp.paths.measuring import Measure
@@ -62,7 +61,7 @@ class Gradients:
         if embedded is not None:
             whole = embedded.new_zeros((len(inputs), *embedded.shape[1:]))
             whole[window] = embedded
-            world = World(inputs, patch(Site("resid_pre", 0), whole))
+            world = World(inputs, Plan((patch(Site("resid_pre", 0), whole),)))
         captures = [*sites, *measure.bound.reads]
         (outcome,) = record(
             model, [world], captures, grad=True, seed=measure.seed, budget=measure.budget, rows=window, together=True
@@ -129,11 +128,11 @@ class Gradients:
         if kind != "mlp":
             # At `attn_in` every head reads the same, so its q, k and v are what those of each head's readers would be.
             return {n: responses(self.base, n, layer, change)[n] for n in (QKV if kind == "attn" else (kind,))}
-        assert block.mlp is not None
-        assert block.of_mlp.pre is not None
+        around = block.of_mlp
+        assert around is not None
         with self.base.model.suspended():
-            out = block.mlp.module(block.of_mlp.pre(self.base.read_by(kind, layer) + change))
-            return {"mlp_out": out if block.of_mlp.post is None else block.of_mlp.post(out)}
+            read = around.pre(self.base.read_by(kind, layer) + change)
+            return {"mlp_out": around.added(around.fn.module(read))}
 
     def _of_input(self, kind: str, layer: int) -> Tensor:
         """The gradient at what each reader of a kind reads, [b, T, R, M]."""

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hooks import Inputs, Model
-from hooks.errors import ModelError, PathError, SiteError, nearest
-from hooks.plan.sites import Index
+from hooks import Index, Inputs, Model, ModelError, PathError, SiteError, nearest
 from interp.grids import row_positions
 from interp.paths.nodes import QKV, Edge, Reader, Writer
 from interp.paths.spans import spans_of

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, recompute, run_worlds
-from hooks.errors import MetricError
-from hooks.meter import Meter
+from hooks import Inputs, Meter, MetricError, Model, Plan, Site, World, recompute, run_worlds
 from interp.axes import Axis
 from interp.evaluation import check_metrics
 from interp.grids import Cell

@@ -11,8 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, World, align
-from hooks.errors import InputsError, PathError, nearest
+from hooks import Inputs, InputsError, Model, PathError, World, align, nearest
 from interp.metrics import Metric
 from interp.paths.nodes import Writer
 from interp.paths.sources import VALUES, Means, Source, check_reference, donors, laid_like

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hooks import World
-from hooks.errors import PathError
-from hooks.random import choice
+from hooks import PathError, World, choice
 from interp.metrics import Metric
 from interp.paths.circuits import Circuit, check_size, run_circuits, score_array
 from interp.paths.draws import lots

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hooks import Intervention, Model, Plan, Site, patch
-from hooks.errors import PathError, nearest
-from hooks.plan.sites import Index
+from hooks import Index, Intervention, Model, PathError, Plan, Site, nearest, patch
 from interp.parts import frozen_norm
 from interp.paths.nodes import QKV, Reader
 from interp.paths.streams import Streams, edits
@@ -61,12 +59,12 @@ def _responses(base: Streams, kind: str, layer: int, change: Tensor, norms: str)
         return {"ln_final": arch.norm(read) + frozen_norm(arch.norm, read)(change)}
     block = arch.blocks[layer]
     if kind == "mlp":
-        assert block.mlp is not None
-        assert block.of_mlp.pre is not None
+        around = block.of_mlp
+        assert around is not None
         if norms == "recompute":
             return {"mlp_in": read + change}
-        out = block.mlp.module(block.of_mlp.pre(read) + frozen_norm(block.of_mlp.pre, read)(change))
-        return {"mlp_out": out if block.of_mlp.post is None else block.of_mlp.post(out)}
+        normed = around.pre(read) + frozen_norm(around.pre, read)(change)
+        return {"mlp_out": around.added(around.fn.module(normed))}
     if norms == "recompute":
         if kind == "attn":
             return {"attn_in": read + change}

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hooks import Inputs, Model, Plan, World
-from hooks.budget import budget_of
-from hooks.errors import InputsError, nearest
-from hooks.html import table
+from hooks import Inputs, InputsError, Model, Plan, World, budget_of, nearest, table
 from interp.evaluation import evaluate
 from interp.metrics import Metric
 from interp.paths.fronts import require_agreement

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Context, Inputs, Intervention, Plan, Read, Site, here, intervene
-from hooks.errors import PathError
+from hooks import Context, Inputs, Intervention, PathError, Plan, Read, Site, here, intervene
 from interp.parts import head_outputs
 from interp.paths.graph import Graph
 from interp.paths.nodes import QKV, Reader, Writer

@@ -7,8 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from hooks.budget import budget_of, rows_per_pass
-from hooks.errors import MetricError, PathError, nearest
+from hooks import MetricError, PathError, budget_of, nearest, rows_per_pass
 from interp.metrics import Metric
 from interp.paths.adaptive import adaptive, check_counts
 from interp.paths.exact import edge_sweep

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hooks import World
-from hooks.errors import PathError
+from hooks import PathError, World
 from interp.metrics import Metric, kl
 from interp.paths.circuits import Circuit, check_size, run_circuits, score_array
 from interp.paths.fronts import on_pair

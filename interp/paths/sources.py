@@ -9,9 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hooks import Inputs
-from hooks.errors import InputsError
-from hooks.random import choice
+from hooks import Inputs, InputsError, choice
 from interp.paths.nodes import Writer
 from interp.paths.streams import Streams
 

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Span
-from hooks.errors import PathError
-from hooks.plan.sites import Index
+from hooks import Index, PathError, Span
 
 
 def spans_of(positions: Any) -> tuple[tuple[str, Index], ...] | None:

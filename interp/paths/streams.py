@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Plan, Site, World, run_worlds
-from hooks.errors import PathError
-from hooks.models.projections import linear_weight
+from hooks import Inputs, Model, PathError, Plan, Site, World, linear_weight, run_worlds
 from interp.parts import Linear, bias_output, head_outputs, post_norm
 from interp.paths.nodes import QKV, Writer
 from interp.sweeps import check_model

@@ -17,10 +17,19 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hooks import Audit, Inputs, Intervention, Model, Plan
-from hooks.errors import MetricError, PlanError, ResultError, UnfiredError
-from hooks.files import write_all
-from hooks.plan.plan import as_plan
+from hooks import (
+    Audit,
+    Inputs,
+    Intervention,
+    MetricError,
+    Model,
+    Plan,
+    PlanError,
+    ResultError,
+    UnfiredError,
+    as_plan,
+    write_all,
+)
 from interp.training.phase import Drop
 from interp.training.records import plain
 from interp.training.schedules import Every, Level, When, due, during, level

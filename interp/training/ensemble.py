@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hooks.errors import ModelError, ResultError, ShapeError
-from hooks.files import pair, write_all
+from hooks import ModelError, ResultError, ShapeError, pair, write_all
 from interp.training.replay import Replayed
 
 SCHEMA, VERSION = "interp.ensemble", 1

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from hooks import Model
-from hooks.errors import ModelError
+from hooks import Model, ModelError
 
 
 @contextmanager

@@ -15,12 +15,29 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Intervention, Model, Plan, Site, here, patch, scale, site, zero
-from hooks.errors import PlanError, ShapeError, SiteError, nearest
-from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
-from hooks.plan.operations.moving import CopyScores, FromPositions
-from hooks.plan.plan import as_plan
-from hooks.plan.sites import Index
+from hooks import (
+    Attend,
+    AttendBack,
+    CopyScores,
+    ForbidBack,
+    FromPositions,
+    Index,
+    Inputs,
+    Intervention,
+    Model,
+    Plan,
+    PlanError,
+    ShapeError,
+    Site,
+    SiteError,
+    as_plan,
+    here,
+    nearest,
+    patch,
+    scale,
+    site,
+    zero,
+)
 from interp.training.targets import Positions, induction_pattern_of, match_targets, table
 
 Heads = int | Sequence[int] | None

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Model, Site, World, site
-from hooks.errors import MetricError
-from hooks.models.projections import linear_weight
-from hooks.plan.plan import as_plan
+from hooks import Inputs, MetricError, Model, Site, World, as_plan, linear_weight, site
 from interp.evaluation import evaluate
 from interp.lens import check_readout
 from interp.metrics import Metric

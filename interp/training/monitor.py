@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooks import Model
-from hooks.errors import MetricError, ModelError
+from hooks import MetricError, Model, ModelError
 from interp.training.callbacks import Callback, Clamp, PhaseChange, Probe
 from interp.training.records import JsonLines, scalars
 

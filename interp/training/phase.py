@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hooks.errors import MetricError
+from hooks import MetricError
 
 
 def phase_change(

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hooks.errors import ResultError
-from hooks.files import write_all
+from hooks import ResultError, write_all
 
 
 class JsonLines:

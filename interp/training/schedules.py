@@ -7,7 +7,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
-from hooks.errors import PlanError
+from hooks import PlanError
 
 When = None | range | tuple[int, int | None] | Sequence[tuple[int, int | None]] | Callable[[int], bool]
 """Steps: None for all; a range; ``(start, stop)`` up to but not including `stop` (None: open), or several of these; or

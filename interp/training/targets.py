@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hooks import Inputs
-from hooks.errors import InputsError, ShapeError
+from hooks import Inputs, InputsError, ShapeError
 
 Positions = int | Sequence[int] | Tensor
 """Absolute positions: one for all rows and queries, or int [B] (one query a row), or int [B, n]."""

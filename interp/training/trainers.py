@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooks.errors import ModelError
+from hooks import ModelError
 from interp.training.monitor import Monitor
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hooks.errors import ModelError
+from hooks import ModelError
 
 
 @contextmanager
