@@ -42,12 +42,14 @@ class Entry:
             self._sizes = [torch.stack(self._sizes).amax()]
 
     def absorb(self, other: Entry) -> None:
-        """Count what another record of the same intervention counted."""
+        """Count what another record of the same intervention counted; it is pruned if it was wherever it was applied."""
+        if other.calls or other.pruned:
+            fresh = not self.calls and not self.pruned
+            self.pruned = other.pruned and (fresh or self.pruned)
         self.calls += other.calls
         self.rows += other.rows
         self.positions += other.positions
         self._sizes += other._sizes
-        self.pruned |= other.pruned and not other.calls
 
     @property
     def change(self) -> float:
