@@ -237,8 +237,8 @@ MUTANTS = [
     ),
     (
         "an unbiased variance",
-        "x.var(-1, unbiased=False",
-        "x.var(-1, unbiased=True",
+        "(x.var(-1, unbiased=False, keepdim=True) + eps)",
+        "(x.var(-1, unbiased=True, keepdim=True) + eps)",
         LENS + "components_by_hand_and_their_sum[gpt2-left-1]",
     ),
     (
@@ -324,7 +324,7 @@ MUTANTS = [
         "a recomputation that stops",
         '    name: ClassVar[str] = "recompute"\n    always: ClassVar[bool] = True\n',
         '    name: ClassVar[str] = "recompute"\n',
-        SWEEPS + "what_a_result_says tests/hooks/test_interventions.py::test_recompute_changes_nothing[gpt2]",
+        "tests/hooks/test_audit.py::test_a_recomputation_reaches_what_is_after_it",
     ),
     ("a constant that is none", "return reads[0].detach().expand_as(x)", "return reads[0].expand_as(x)", CONSTANTS),
     (
@@ -356,7 +356,19 @@ MUTANTS = [
         "a parameter of the first rows",
         "value = value[ctx.window]",
         "value = value[: len(x)]",
-        CHUNKS + "a_chunked_run_equals_an_unchunked_one[gpt2-sequential-1]",
+        CHUNKS + "what_is_given_for_each_row_in_chunks",
+    ),
+    (
+        "a strength of the first rows",
+        "weight = weight[window].reshape",
+        "weight = weight[: len(x)].reshape",
+        CHUNKS + "what_is_given_for_each_row_in_chunks",
+    ),
+    (
+        "a row of the first rows' tensor",
+        "return region.get(source[window])",
+        "return region.get(source[: len(x)])",
+        CHUNKS + "what_is_given_for_each_row_in_chunks",
     ),
     # Positions
     (
@@ -424,12 +436,12 @@ MUTANTS = [
         "the last change for the largest",
         "self._sizes = [torch.stack(self._sizes).amax()]",
         "self._sizes = [self._sizes[-1]]",
-        "tests/hooks/test_apply.py::test_the_audit_grows_with_every_call[gpt2] " + COUNTS,
+        "tests/hooks/test_audit.py::test_the_largest_change_of_many_calls",
     ),
     (
         "pruned although it was applied",
         "self.pruned |= other.pruned and not other.calls",
         "self.pruned |= other.pruned",
-        "tests/hooks/test_apply.py::test_worlds_while_a_plan_is_held[gpt2-shared]",
+        "tests/hooks/test_audit.py::test_what_fired_once_is_not_pruned",
     ),
 ]

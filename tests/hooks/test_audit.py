@@ -126,3 +126,38 @@ def test_the_audit_says_how_many_rows_and_positions(family):
     z = model.run(x, capture=site("z", 0, head=1)).tape[site("z", 0, head=1)]
     real = torch.arange(z.shape[1]) < x.lengths[:, None]
     assert expected[0].change == pytest.approx(float(z[real].abs().max()))
+
+
+def test_the_largest_change_of_many_calls():
+    """However many there are: the largest comes first here, and is not forgotten."""
+    model = wrapped("small_ln_learned")
+    ids = torch.arange(1, 30)[:, None]
+    sizes = model.run(model.inputs(ids), capture=site("embed")).tape[site("embed")].abs().amax((1, 2))
+    order = sizes.argsort(descending=True)
+    with model.apply(hk.zero(site("embed"))) as audit, torch.no_grad():
+        for call in range(140):
+            model.module(ids[order[min(call, len(order) - 1)]][None])
+    assert audit[0].calls == 140 and audit[0].positions == 140
+    assert audit[0].change == float(sizes.max()) > float(sizes.min())
+
+
+@pytest.mark.parametrize("layout", ["flat", "left"])
+def test_a_recomputation_reaches_what_is_after_it(layout):
+    """It is carried on though its value is the same: pruned where nothing that is read can see it, else inert."""
+    model = wrapped("small_ln_learned")
+    x = inputs(model, layout, 1)
+    worlds = [World(x, hk.recompute(site("resid_pre", 1, pos=pos))) for pos in (3, 1)]
+    ran = Ran(model, worlds, [site("logits", pos=2)], "shared")
+    assert ran.statuses == [["pruned"], ["inert"]]
+
+
+def test_what_fired_once_is_not_pruned():
+    """A plan that is held in two runs, of which only one reads what it reaches."""
+    model = wrapped("small_ln_learned")
+    x = inputs(model, "flat", 1)
+    late = hk.zero(site("resid_pre", 1, pos=3))
+    for reads in ((1, 4), (4, 1)):
+        with model.apply(late) as audit:
+            for pos in reads:
+                list(hk.run_worlds(model, [World(x)], [site("logits", pos=pos)], executor="shared"))
+        assert (audit[0].status, audit[0].calls) == ("fired", 2)

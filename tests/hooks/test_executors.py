@@ -236,6 +236,37 @@ def test_a_source_that_mixes_rows_sees_all_of_them_in_chunks(executor):
 
 
 @each_executor
+def test_what_is_given_for_each_row_in_chunks(executor):
+    """Values, strengths, masks, positions and entries with an axis of rows: a chunk of rows takes its own."""
+    model = wrapped("small_ln_learned")
+    x, width = inputs(model, "left", 1), model.architecture.width
+    draw = torch.randn(len(x), 2, width, generator=torch.Generator().manual_seed(3)).double()
+    place, each = site("resid_pre", 1, pos=(1, -1)), torch.tensor([0.25, 1.5, -0.5]).double()
+    plans = [
+        hk.clamp(place, draw),
+        hk.steer(place, draw, 2.0),
+        hk.steer(place, draw, draw.square()),
+        hk.scale(place, draw),
+        hk.noise(place, draw.abs()),
+        patch(place, draw),
+        patch(place, torch.linspace(-1, 1, x.mask.numel() * width).double().reshape(*x.mask.shape, width)),
+        hk.zero(place).strength(each),
+        hk.zero(place).where(torch.tensor([False, True, True])),
+        hk.zero(site("attn_out", 1)).where(x.mask & (x.positions == torch.tensor([[1], [3], [0]]))),
+        hk.zero(site("resid_pre", 1, pos=torch.tensor([3, 0, 2]))),
+        hk.mean(site("z", 0, pos=torch.tensor([[3, 1], [0, 2], [2, 1]])), World(full_rows(model, x))),
+    ]
+    worlds = [World(x, plan) for plan in plans]
+    reads = [site("logits", pos=-1), site("logits", pos=3, dim=torch.tensor([[1, 2], [3, 4], [9, 0]]))]
+    whole, cut = Ran(model, worlds, reads, "sequential"), Ran(model, worlds, reads, executor, budget=1)
+    assert cut.chunks > whole.chunks or executor == "batched"
+    agree(whole, cut, worlds, reads)
+    base = model.run(x).logits[torch.arange(len(x)), x.order.gather(1, x.lengths[:, None] - 1)[:, 0]]
+    for values in whole.values:
+        assert float((values[0][:, 0] - base).abs().amax(1).max()) > 1e-3
+
+
+@each_executor
 def test_random_interventions_draw_the_same_in_every_chunk(executor):
     """A row draws by its id, not by its place in a chunk; another seed draws something else."""
     model = wrapped("small_ln_learned")

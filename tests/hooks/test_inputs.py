@@ -310,6 +310,14 @@ def test_alignment_is_by_position_not_by_column(one, two):
     assert pairs.first_difference.tolist() == [4, 2, 3]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_stands_at_padding_is_no_difference(side):
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1] if side == "left" else [1, 1, 0, 0]])
+    ids = torch.where(mask.bool(), torch.tensor([[3, 4, 5, 6], [7, 8, 7, 8]]), 1)
+    pairs = align(Inputs.of(ids, mask), Inputs.of(torch.where(mask.bool(), ids, 2), mask))
+    assert not pairs.differs.any() and pairs.first_difference.tolist() == [4, 2]
+
+
 def test_unequal_lengths_print_the_tokens_that_differ():
     clean, corrupt = model().inputs(["a b", "the cat sat"]), model().inputs(["a c", "the unhappy sat"])
     with pytest.raises(InputsError) as caught:

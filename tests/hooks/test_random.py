@@ -157,6 +157,23 @@ def test_a_row_s_donor_is_the_same_wherever_it_stands(padding):
         close(model.run(other, item).logits[(row + 2) % 3][other.mask[(row + 2) % 3]], alone)
 
 
+def test_donors_of_another_seed_are_others():
+    """The intervention's own seed and the run's: with twenty donors, five rows hardly draw the same."""
+    model = hooks.wrap(zoo.make("small_ln_learned"))
+    pool = World(model.inputs([[i, i + 1, i + 2] for i in range(20)]))
+    x = model.inputs([[3, 1, 4]] * 5)
+
+    def drawn(seed: int, run: int) -> list[int]:
+        place = site("embed", pos=0)
+        taken = model.run(x, hooks.resample(place, pool, seed=seed), capture=place, seed=run).tape[place][:, 0]
+        table = model.run(pool.inputs, capture=place).tape[place][:, 0]
+        return (taken[:, None] == table).all(-1).long().argmax(1).tolist()
+
+    draws = [drawn(seed, run) for seed, run in ((0, 0), (1, 0), (0, 1), (2, 0))]
+    assert len(set(map(tuple, draws))) == 4 and drawn(0, 0) == draws[0]
+    assert all(len(set(draw)) > 1 for draw in draws)
+
+
 def test_the_moments_of_the_noise():
     model = hooks.wrap(zoo.make("small_ln_learned"))
     ids = torch.randint(1, zoo.VOCAB, (20, 64))

@@ -176,6 +176,15 @@ def test_labels_are_the_tokens_that_all_rows_share(stories):
     assert axis.labels[1] == "(0, 1)"
 
 
+def test_labels_of_words_that_need_no_tokenizer(model):
+    words = (("the", " cat", " sat"), ("the", " dog", " sat"), ("the", " cat", " ran"))
+    inputs = ip.Inputs.of(torch.tensor([[1, 2, 3], [1, 4, 3], [1, 2, 5]]), tokens=words)
+    (axis,), _ = ip.grid("embed", pos="all").cells(model, inputs)
+    assert axis.labels == ("the", " cat…", " sat…")
+    (axis,), _ = ip.grid("embed", pos=[-3, (0, 1)]).cells(model, inputs)
+    assert axis.labels == ("the", "(0, 1)")
+
+
 def test_a_grid_says_what_it_is():
     assert repr(ip.grid("z", layer="all", head="all")) == "Grid(z over layer, head)"
     assert repr(ip.grid(["resid_pre", "mlp_out"])) == "Grid(resid_pre + mlp_out over everything at once)"

@@ -118,6 +118,15 @@ def test_a_cell_of_which_some_rows_are_missing_is_not_done(model, tmp_path, afte
     same(result, run(model, None))
 
 
+def test_rows_that_were_done_one_by_one_do_not_stand_for_those_beside_them(model, tmp_path):
+    """Begun a row at a time and gone on with all rows at once."""
+    (*_, (cell, rows)) = interrupt(model, tmp_path / "z", 11, budget=1)
+    assert (rows.start, rows.stop) != (0, 3) and cell < WORLDS
+    result = run(model, tmp_path / "z")
+    assert np.isfinite(result.effect).all()
+    same(result, run(model, None))
+
+
 def test_interrupted_in_the_middle_of_the_metric(model, tmp_path):
     calls = []
 
@@ -308,6 +317,14 @@ def test_another_sweep_is_refused_by_name(model, tmp_path, change, how):
         run(model, tmp_path / "z", **options)
     assert named in str(caught.value) and place in str(caught.value) and "Delete it" in str(caught.value)
     assert contents(tmp_path) == before, "what was there is lost"
+
+
+def test_buffers_are_weights_too(tmp_path):
+    model = ip.wrap(zoo.make("llama"))
+    interrupt(model, tmp_path / "z")
+    model.module.model.rotary_emb.inv_freq.mul_(1.0 + 1e-6)
+    with pytest.raises(ResultError, match="weights"):
+        run(model, tmp_path / "z")
 
 
 def own(column: int, name: str = "own") -> ip.Metric:

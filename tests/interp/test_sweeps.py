@@ -676,7 +676,9 @@ def test_the_noise_floor_is_the_largest_change_without_an_edit():
     for dtype, eps in ((torch.float64, 2.0**-52), (torch.float32, 2.0**-23)):
         model = ip.wrap(zoo.make("gpt2", dtype=dtype))
         clean, corrupt = (model.inputs(pair.rows[name]) for name in ("clean", "corrupt"))
-        result = ip.sweep(model, clean, corrupt, ip.grid("attn_out", layer="all"), metric=METRIC)
+        grid = ip.grid("attn_out", layer="all")
+        # Computed again by the same pass, the base is the same to the last bit.
+        result = ip.sweep(model, clean, corrupt, grid, metric=METRIC, executor="sequential")
         assert result.noise_floor >= eps * np.abs(result.base).max() > 0
 
 
