@@ -42,7 +42,7 @@ class Entry:
             self._sizes = [torch.stack(self._sizes).amax()]
 
     def absorb(self, other: Entry) -> None:
-        """Count what another record of the same intervention counted; it is pruned if it was wherever it was applied."""
+        """Count what another record of the same intervention counted; pruned is what was pruned everywhere."""
         if other.calls or other.pruned:
             fresh = not self.calls and not self.pruned
             self.pruned = other.pruned and (fresh or self.pruned)

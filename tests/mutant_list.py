@@ -26,6 +26,9 @@ GRIDS = "tests/interp/test_grids.py"
 LENS = "tests/interp/test_lens.py::test_"
 FIRST_ORDER = "tests/interp/test_attribution.py::test_"
 PARTS = "tests/hooks/test_strength.py::test_"
+CALLS = "tests/hooks/test_calls.py::test_"
+AGAIN = CALLS + "what_checkpointing_computes_again_is_of_its_own_call"
+CERTIFICATE = "tests/hooks/test_certificate.py::test_"
 CHUNKS = "tests/hooks/test_executors.py::test_"
 
 CAP = "    if cap is not None:\n        scores = softcap(scores, cap)\n"
@@ -120,8 +123,8 @@ MUTANTS = [
     # Metrics
     (
         "the divergence of the other from the run",
-        "(theirs.exp() * (theirs - ours))",
-        "(ours.exp() * (ours - theirs))",
+        "theirs.exp() * (theirs - ours))",
+        "ours.exp() * (ours - theirs))",
         METRICS + "kl[gpt2-left]",
     ),
     ("ties rank lower", "(logits > best)", "(logits >= best)", RANKS),
@@ -133,21 +136,21 @@ MUTANTS = [
     ),
     (
         "only the first answer counts",
-        "hit = (top == good[rows].to(logits.device)[:, None]).any(2)",
-        "hit = (top == good[rows].to(logits.device)[:, None])[..., 0]",
+        "[rows].to(logits.device)[:, None]).any(2)",
+        "[rows].to(logits.device)[:, None])[..., 0]",
         RANKS,
     ),
-    ("alternatives multiply", "gather(1, chosen).logsumexp(1)", "gather(1, chosen).sum(1)", ANSWERS),
+    ("alternatives multiply", "found = found.logsumexp(1)", "found = found.sum(1)", ANSWERS),
     (
         "the mean over an answer's tokens",
-        "gather(2, chosen[:, :, None])[:, :, 0].sum(1)",
-        "gather(2, chosen[:, :, None])[:, :, 0].mean(1)",
+        "[:, :, None])[:, :, 0].sum(1)\n        return found.exp()",
+        "[:, :, None])[:, :, 0].mean(1)\n        return found.exp()",
         ANSWERS,
     ),
     (
         "as many foils as answers",
-        "wide[..., width:].mean(2)",
-        "wide[..., width : 2 * width].mean(2)",
+        "x[..., self.width :].mean(2)",
+        "x[..., self.width : 2 * self.width].mean(2)",
         METRICS + "logit_and_logit_diff[gpt2-left]",
     ),
     (
@@ -176,24 +179,34 @@ MUTANTS = [
     ),
     (
         "answers of the first rows: rank",
-        "chosen = good[rows].to(logits.device)[:, None].expand",
-        "chosen = good[: len(logits)].to(logits.device)[:, None].expand",
+        "chosen = self.chosen[rows].to(logits.device)[:, None].expand",
+        "chosen = self.chosen[: len(logits)].to(logits.device)[:, None].expand",
         ROWS,
     ),
     (
         "answers of the first rows: log_prob",
-        "            chosen = good[rows].to(logits.device)\n",
-        "            chosen = good[: len(logits)].to(logits.device)\n",
+        ".log_softmax(-1).gather(1, self.chosen[rows].to",
+        ".log_softmax(-1).gather(1, self.chosen[: len(logits)].to",
         ROWS,
     ),
     (
         "answers of the first rows: accuracy",
-        "(top == good[rows].to(logits.device)[:, None])",
-        "(top == good[: len(logits)].to(logits.device)[:, None])",
+        "(top == self.chosen[rows].to",
+        "(top == self.chosen[: len(logits)].to",
         ROWS,
     ),
-    ("tokens of the first rows", "chosen, counts = target[rows].to", "chosen, counts = target[: len(logits)].to", ROWS),
-    ("positions of the first rows", "counts = real[rows].to(x.device)", "counts = real[: len(x)].to(x.device)", ROWS),
+    (
+        "tokens of the first rows",
+        "chosen, counts = self.target[rows].to",
+        "chosen, counts = self.target[: len(logits)].to",
+        ROWS,
+    ),
+    (
+        "positions of the first rows",
+        "counts = self.real[rows].to(x.device)",
+        "counts = self.real[: len(x)].to(x.device)",
+        ROWS,
+    ),
     (
         "references of the first rows",
         "*(o[outcome.rows] for o in other)]",
@@ -219,8 +232,8 @@ MUTANTS = [
     # First order, and the lens
     (
         "gradients at the edited value",
-        "world.visit(key, x) - x)",
-        "world.visit(key, x))",
+        "gradient == 0, 0, new - mine[site])",
+        "gradient == 0, 0, new)",
         FIRST_ORDER + "the_gradient_times_the_change[gpt2-left]",
     ),
     (
@@ -236,9 +249,9 @@ MUTANTS = [
         FIRST_ORDER + "the_gradient_times_the_change[gpt2-left]",
     ),
     (
-        "an unbiased variance",
-        "(x.var(-1, unbiased=False, keepdim=True) + eps)",
-        "(x.var(-1, unbiased=True, keepdim=True) + eps)",
+        "a variance about zero",
+        "middle = _centered(whole.to(wide)) if centered else whole.to(wide)",
+        "middle = whole.to(wide)",
         LENS + "components_by_hand_and_their_sum[gpt2-left-1]",
     ),
     (
@@ -276,7 +289,7 @@ MUTANTS = [
     ("resumed with other buffers", "    yield from model.module.named_buffers()\n", "", STREAM),
     ("resumed with another seed", '"seed": str(seed),\n        "executor"', '"seed": "",\n        "executor"', STREAM),
     ("resumed on other inputs", '"inputs": fingerprint(base),', '"inputs": "",', STREAM),
-    ("resumed with another reference", 'fingerprint(m.reference) if m.reference is not None else ""', '""', STREAM),
+    ("resumed with another reference", "fingerprint(metric.reference)\n", '""\n', STREAM),
     # Random numbers
     ("the last of n is never drawn", "(uniform(*counters) * n)", "(uniform(*counters) * (n - 1))", RANDOM),
     ("radius and angle of one number", "uniform(*counters, 1)).cos()", "uniform(*counters, 0)).cos()", RANDOM),
@@ -366,8 +379,8 @@ MUTANTS = [
     ),
     (
         "a row of the first rows' tensor",
-        "return region.get(source[window])",
-        "return region.get(source[: len(x)])",
+        "return region.get(source[self.window])",
+        "return region.get(source[: region.shape[ROW]])",
         CHUNKS + "what_is_given_for_each_row_in_chunks",
     ),
     # Positions
@@ -392,8 +405,8 @@ MUTANTS = [
     ),
     (
         "positions of a source by column",
-        "found[axis] = source.order.gather(1, positions",
-        "found[axis] = (positions",
+        "found[axis], there = source.find(wanted)",
+        "found[axis], there = wanted, source.find(wanted)[1]",
         ELSEWHERE,
     ),
     (
@@ -402,9 +415,14 @@ MUTANTS = [
         "found[axis] = cols",
         ELSEWHERE,
     ),
-    ("draws by column", "pos=positions.gather(1, region.cols).to(device)", "pos=region.cols.to(device)", DRAWS),
+    (
+        "draws by column",
+        "pos=self.queries.index[window].gather(1, region.cols).to(device)",
+        "pos=region.cols.to(device)",
+        DRAWS,
+    ),
     # Attention
-    ("a kernel's own scale", "                scale=block.scaling,\n", "", SCALES),
+    ("a kernel's own scale", "                scale=attention.scaling,\n", "", SCALES),
     (
         "a cap on what is added",
         CAP + BIAS,
@@ -431,7 +449,7 @@ MUTANTS = [
     ),
     # The record
     ("one record for like interventions", "same.pop(0) if same", "same[0] if same", RECORDS),
-    ("every row touched", "int(touched.any(1).sum()), int(touched.sum())", "len(touched), int(touched.sum())", COUNTS),
+    ("every row touched", "int(marks.any(1).sum()), int(marks.sum())", "len(marks), int(marks.sum())", COUNTS),
     (
         "the last change for the largest",
         "self._sizes = [torch.stack(self._sizes).amax()]",
@@ -440,8 +458,112 @@ MUTANTS = [
     ),
     (
         "pruned although it was applied",
-        "self.pruned |= other.pruned and not other.calls",
-        "self.pruned |= other.pruned",
+        "self.pruned = other.pruned and (fresh or self.pruned)",
+        "self.pruned = other.pruned",
         "tests/hooks/test_audit.py::test_what_fired_once_is_not_pruned",
+    ),
+    # Whose call it is, and what a model is made of
+    (
+        "a call within a call is the user's",
+        "elif not nested and not self.is_suspended",
+        "elif not self.is_suspended",
+        CALLS + "a_function_that_runs_the_model[held-call]",
+    ),
+    (
+        "an ended call goes on",
+        "while _CALLS.stack and not _stands(_CALLS.stack[-1].stood):",
+        "while False:",
+        CALLS + "an_interrupt_within_a_call_and_calls_after_it",
+    ),
+    (
+        "a call that is made twice writes twice",
+        "return copy.deepcopy(value) if keeps else value",
+        "return value",
+        CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache[llama-by name]",
+    ),
+    (
+        "parts are computed again without their pass",
+        "return self._recompute(function, inner, named)",
+        "return function(*inner, **named)",
+        AGAIN + "[False-sites-the end]",
+    ),
+    (
+        "parts are computed again without what was read",
+        "[()] * len(self.programs), here=self.states)",
+        "[()] * len(self.programs))",
+        AGAIN + "[False-here-nothing]",
+    ),
+    (
+        "a copy keeps its hooks",
+        "        return Hook()\n\n    def __reduce__",
+        "        return self\n\n    def __reduce__",
+        CALLS + "copies_that_are_made_under_a_plan[gpt2]",
+    ),
+    (
+        "one seed for all that is held",
+        "seeds + (one.seed,) * len(part)",
+        "seeds + (self.holds[-1].seed,) * len(part)",
+        CALLS + "each_plan_keeps_its_own_seed",
+    ),
+    (
+        "a description that is made once",
+        "        if now == self._fingerprint:\n",
+        "        if self._fingerprint is not None:\n",
+        "tests/hooks/test_worlds.py::test_blocks_that_were_taken_away_after_wrapping",
+    ),
+    (
+        "nobody looks inside for a certificate",
+        "    if not _near(inside, truth[0], network.dtype):",
+        "    if False:",
+        CERTIFICATE + "a_description_that_says_something_else_is_refused",
+    ),
+    (
+        "zeros hide what they are multiplied with",
+        "gate_of(module).suspended(), _noise_for_zeros(module):",
+        "gate_of(module).suspended():",
+        CERTIFICATE + "a_model_that_does_something_else_is_refused[zero_low_rank_branch]",
+    ),
+    (
+        "a short row in every regime",
+        "max([LENGTH, *(bound + 3 for bound in passed)])",
+        "LENGTH",
+        CERTIFICATE + "a_window_wider_than_the_row_is_passed_where_the_inputs_pass_it",
+    ),
+    (
+        "arguments that nobody understands",
+        "if value is not None and name not in HARMLESS | UNDERSTOOD",
+        "if False",
+        "tests/hooks/test_exposed.py",
+    ),
+    (
+        "sinks that mix something in",
+        "        pattern = pattern[..., :-1]\n",
+        "        pattern = pattern[..., 1:]\n",
+        "tests/hooks/test_exposed.py",
+    ),
+    # Tokens
+    (
+        "a token that is not there",
+        "numbers.gather(1, at) == index",
+        "numbers.gather(1, at) >= index",
+        "tests/hooks/test_layout.py",
+    ),
+    (
+        "keys of the past out of sight",
+        "torch.arange(layout.keys.width), cols[..., None] + layout.offset",
+        "torch.arange(layout.keys.width), cols[..., None] - 1",
+        "tests/hooks/test_executors.py::test_executors_agree",
+    ),
+    (
+        "rows apart whose angles go together",
+        "return network.angles_by_length and bool",
+        "return False and bool",
+        "tests/hooks/test_rotary.py",
+    ),
+    (
+        "a packed window one wider",
+        "allowed &= keys > own - attention.window",
+        "allowed &= keys >= own - attention.window",
+        "tests/hooks/test_executors.py::test_executors_agree",
     ),
 ]

@@ -56,5 +56,5 @@ def describe(module: nn.Module) -> Architecture:
     given = model_type or names[0]
     raise ModelError(
         f"no adapter knows {given!r}{nearest(given, _ADAPTERS)}; there are {', '.join(_ADAPTERS)}. "
-        "Add one with hooks.adapters.register(name, function), or pass adapter= to wrap()."
+        "Add one with hooks.models.register(name, function), or pass adapter= to wrap()."
     )

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from ..errors import ModelError
@@ -58,13 +58,21 @@ def _lift_cap(model: Any) -> Iterator[None]:
 
     What the config holds stays the same, so that it is saved as it is, and other threads read the cap as before.
     """
-    original, me = model.config, threading.get_ident()
-    kind = type(original)
-    cap = property(lambda config: None if threading.get_ident() == me else vars(config)["final_logit_softcapping"])
+    original = model.config
     changed = copy.copy(original)
-    changed.__class__ = type(kind.__name__, (kind,), {"final_logit_softcapping": cap})
+    changed.__class__ = _uncapped(type(original), threading.get_ident())
     model.config = changed
     try:
         yield
     finally:
         model.config = original
+
+
+@lru_cache(maxsize=64)  # making a class of configs takes longer than a small model's forward pass
+def _uncapped(kind: type, thread: int) -> type:
+    """A class of configs that say nothing of a cap to one thread."""
+
+    def cap(config: Any) -> float | None:
+        return None if threading.get_ident() == thread else vars(config)["final_logit_softcapping"]
+
+    return type(kind.__name__, (kind,), {"final_logit_softcapping": property(cap)})
