@@ -203,6 +203,7 @@ class Holds:
         with ExitStack() as stack:
             # The user's own pass is to draw the same numbers (dropout) as this one, and as it would have without it.
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            stack.enter_context(_buffers_kept(network.module))
             if graph:
                 stack.enter_context(uncheckpointed(network.module))
             stack.callback(placement.remove)
@@ -259,6 +260,19 @@ def _again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return copy.deepcopy(value) if keeps else value
 
     return module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a call writes into the model's buffers, as running means do in training."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()] if module.training else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _read_as_constants(world: World) -> set[Any]:

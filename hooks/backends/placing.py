@@ -336,8 +336,10 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
             if name in names:
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
                 q, k = (x, k) if name == "rot_q" else (q, x)
-        causal, window = layer_attention.causal, layer_attention.window
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, window, causal)
+        # Where there is no mask, the call or the module says whether attention is causal, as it does to a kernel.
+        causal = given.get("is_causal")
+        causal = getattr(module, "is_causal", layer_attention.causal) if causal is None else causal
+        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal)
         scaling, cap = given.get("scaling"), given.get("softcap")
         z, pattern = exposed_attention(
             q,

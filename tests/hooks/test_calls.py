@@ -424,3 +424,30 @@ def test_the_users_own_hooks_on_the_model_see_a_call_that_is_made_twice_as_it_wa
                 handle = model.module.register_forward_pre_hook(shift, with_kwargs=True)
             assert differ(call(model, x), expected, x) < 1e-10
         handle.remove()
+
+
+class Counting(nn.Module):
+    """A norm with running statistics, which a forward pass in training writes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        return self.inner(x)
+
+
+def test_what_a_model_counts_in_training_is_counted_once():
+    model = fresh("gpt2")
+    x = example(model)
+    counting = Counting(model.module.transformer.h[0].ln_2)
+    model.module.transformer.h[0].ln_2 = counting
+    model.module.train()
+    with model.apply(hk.zero(site("z", 0)) + hk.freeze(site("mlp_out", 1))) as audit:
+        call(model, x).sum().backward()
+        assert float(counting.seen) == 1
+        call(model, x)
+    assert float(counting.seen) == 2 and audit[1].calls == 2

@@ -150,3 +150,39 @@ def test_the_block_masks_of_flex_attention(window):
     assert bias is None and torch.equal(got.expand(2, 1, 5, 5), expected.expand(2, 1, 5, 5))
     with pytest.raises(hk.errors.ModelError, match="SimpleNamespace"):
         read_mask(SimpleNamespace(), 5, 5, torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_told_not_to_be_causal():
+    """Without a mask, the module's word is what the model's own kernel goes by, and so does ours."""
+    model = llama("sdpa")
+    for layer in model.module.model.layers:
+        layer.self_attn.is_causal = False
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    attention = model.module.model.layers[1].self_attn
+    kind = type(attention)
+    attention.__class__ = type(kind.__name__, (kind,), {"forward": unmasked(kind)})
+    x, place = model.inputs(ids), site("pattern", 1)
+    plain = model.run(x).logits
+    run = model.run(x, capture=[place])
+    torch.testing.assert_close(run.logits, plain, rtol=0, atol=1e-6)
+    assert float(run.tape[place][0, :, 0, 1:].max()) > 1e-3  # the first query looks ahead
+
+
+def unmasked(kind: type) -> object:
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return kind.forward(self, *args, attention_mask=None, **kwargs)
+
+    return forward
+
+
+@torch.no_grad()
+def test_flex_attention():
+    """The patterns of a model that runs flex attention, whose masks are functions, are those of SDPA."""
+    models = [llama(name, torch.float32) for name in ("sdpa", "flex_attention")]
+    models[1].module.load_state_dict(models[0].module.state_dict())
+    x = models[0].inputs(*zoo.random_inputs(zoo.VOCAB, [6, 4], "left", 1))
+    place, plan = site("pattern", 1), hk.knockout(site("pattern", 0, key_pos=0, pos=slice(1, None)))
+    one, two = (model.run(x, plan, capture=[place]) for model in models)
+    torch.testing.assert_close(one.tape[place], two.tape[place], rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.logits[x.mask], two.logits[x.mask], rtol=0, atol=1e-4)
