@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def tasks(model: ip.Model) -> dict[str, Callable[[], Any]]:
 
     def edges() -> Callable[[], Any]:
         clean, corrupt = prompts(16, 0)
-        return lambda: ip.paths.edge_sweep(model, clean, corrupt, metric=METRIC, progress=False).effect
+        late = [reader.name for reader in ip.paths.Graph.of(model).readers if (reader.layer or 0) >= layers - 2]
+        return lambda: ip.paths.edge_sweep(model, clean, corrupt, metric=METRIC, readers=late, progress=False).effect
 
     def scores() -> Callable[[], Any]:
         clean, corrupt = prompts(16, 0)
@@ -73,8 +75,7 @@ def tasks(model: ip.Model) -> dict[str, Callable[[], Any]]:
     steering = ip.steer(ip.site("resid_post", layer=middle), torch.ones(model.architecture.width))
     found = {
         f"{name}, {tokens} tokens, from token {shared + 1}": sweep(grid, tokens, shared)
-        for tokens in (16, 64)
-        for shared in (0, 3)
+        for tokens, shared in ((16, 0), (16, 3), (64, 0))
         for name, grid in (("resid_pre", residuals), ("heads", heads))
     }
     pattern = ip.grid("pattern", layer=[middle], head="all")
@@ -82,19 +83,39 @@ def tasks(model: ip.Model) -> dict[str, Callable[[], Any]]:
     found["resid_pre, 16 tokens, batched"] = sweep(
         ip.grid("resid_pre", layer=[middle], pos="all"), 16, 0, executor="batched"
     )
-    found["every edge, 16 tokens"] = edges()
+    found["every edge into the last two layers, 16 tokens"] = edges()
     found["EAP scores, 16 tokens"] = scores()
     found["10 runs under steering, 64 tokens"] = forwards(steering, "run")
     found["10 calls under steering, 64 tokens"] = forwards(steering, "apply")
     return found
 
 
+def certificate(model: ip.Model) -> list[float]:
+    """What comparing the model's description with the model costs, once: forward passes of 16 tokens, five times."""
+    from hooks import choose
+
+    inputs, ratios = model.inputs(torch.arange(16)[None]), []
+    for _ in range(5):
+        fresh = ip.wrap(model.module)
+        first, again = (_seconds(partial(choose, fresh, [ip.World(inputs)])) for _ in range(2))
+        ratios.append((first - again) / _seconds(partial(model.run, inputs)))
+    return ratios
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Answer on standard output until standard input ends."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    known = tasks(ip.wrap(gpt2(**json.loads(sys.argv[1]))))
+    model = ip.wrap(gpt2(**json.loads(sys.argv[1])))
+    known = tasks(model)
     print(json.dumps({"tasks": list(known)}), flush=True)
+    known["certificate"] = lambda: certificate(model)
     for line in sys.stdin:
         run = known[line.strip()]
         start = time.perf_counter()
