@@ -164,6 +164,7 @@ def structure(module: torch.nn.Module) -> list[Any]:
             if isinstance(thing, (bool, int, float, str)) and not (key.startswith("_") or "cache" in key)
             and key not in _PASSING
         }  # fmt: skip
-        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        listed = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        hooks = [hook for hook in listed if not getattr(hook, "passing", False)]
         parts += [name, type(part), plain, vars(part).get("forward"), hooks]
     return parts

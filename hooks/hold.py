@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -39,10 +40,11 @@ class Hold:
         plan: a plan, or a function from the inputs of a call to one.
         audit: its record, which grows by entries where the plan is a function.
         seed: of its random interventions.
+        thread, depth: who applied it, and how often that thread had suspended then what was held.
     """
 
-    def __init__(self, plan: Any, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, plan: Any, seed: int, depth: int) -> None:
+        self.seed, self.thread, self.depth = seed, threading.get_ident(), depth
         self.plan: Plan | PlanOf
         if callable(plan) and not isinstance(plan, type):
             self.plan, self.audit = plan, Audit()
@@ -124,20 +126,28 @@ class Holds:
                 gate.close()
             self.holds, self.placement = holds, placement
             gate.start = self.start if holds else None
+            gate.holding = lambda: bool(self.in_force())
+
+    def in_force(self) -> list[Hold]:
+        """What is held, but for what this thread has suspended since."""
+        depth, me = gate_of(self.network.module).depth, threading.get_ident()
+        return [one for one in self.holds if depth <= (one.depth if one.thread == me else 0)]
 
     def on(self, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
         """All plans on these inputs as one, its record, and the seed of each intervention."""
         plan, entries, seeds = Plan(), (), ()
-        for one in self.holds:
+        for one in self.in_force():
             part, found = one.on(inputs, self.network)
             plan, entries, seeds = plan + part, entries + found, seeds + (one.seed,) * len(part)
         return plan, Audit(entries), seeds
 
     def start(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Pass, Callable[[], None]]:
+    ) -> tuple[Pass | None, Callable[[], None] | None]:
         """Begin the pass of a call of the user's, before the model runs; and what ends it."""
         gate = gate_of(module)
+        if not self.in_force():
+            return None, None
         with ExitStack() as stack:
             gate.lock.acquire()
             stack.callback(gate.lock.release)
@@ -147,9 +157,9 @@ class Holds:
             world = World(inputs, plan)
             placement = self.placement
             assert placement is not None
-            if not all(isinstance(one.plan, Plan) for one in self.holds):
+            if not all(isinstance(one.plan, Plan) for one in self.in_force()):
                 placement = Placement(self.network, touched([world]), exposed_layers([world], ()))
-            if keeps_some_logits(call) and ("logits", -1, None) in placement.keys:
+            if keeps_some_logits(call) and ("logits", -1, None) in touched([world]):
                 raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
             tapes: dict[Any, Tape] = {}
             if all_reads([world]):
@@ -173,7 +183,7 @@ class Holds:
         """Run the worlds that a world reads: those on the inputs of the call by making the call again."""
         tapes: dict[Any, Tape] = {}
         constants = _read_as_constants(world)
-        seed = self.holds[-1].seed
+        seed = self.in_force()[-1].seed
         for key, (source, sites) in all_reads([world]).items():
             graph = torch.is_grad_enabled() and key not in constants
             if source.inputs is not world.inputs:
@@ -220,19 +230,29 @@ _HOLDS: WeakKeyDictionary[nn.Module, Holds] = WeakKeyDictionary()
 """What is held on each module at the moment, by whichever wrapper of it."""
 
 
-def held_on(module: nn.Module) -> Holds | None:
-    """All that is held on a module, for a run that is made now: nothing within one, or where it is suspended."""
+def holds_on(module: nn.Module) -> Holds | None:
+    """All that is held on a module, or None where nothing is, or this thread has suspended it."""
     holds = _HOLDS.get(module)
-    if holds is None or not holds.holds or gate_of(module).is_suspended or frames.inside(module):
-        return None
-    return holds
+    return holds if holds is not None and holds.in_force() else None
+
+
+def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
+    """The plan that is held on a model for a run on these inputs that is made now, and its record.
+
+    Nothing is for a run within a call of the model, which its plans are part of.
+    """
+    holds = holds_on(network.module)
+    if holds is None or frames.inside(network.module):
+        return Plan(), Audit()
+    plan, audit, _ = holds.on(inputs)
+    return plan, audit
 
 
 @contextmanager
 def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
     network.refresh()
-    mine = Hold(plan, seed)
+    mine = Hold(plan, seed, gate_of(network.module).depth)
     if isinstance(mine.plan, Plan):
         check_plan(network, mine.plan)
     if frames.inside(network.module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .audit import Audit
 from .backends.gate import gate_of
 from .errors import InputsError, ModelError, PlanError
-from .hold import PlanOf, held_on, hold
+from .hold import PlanOf, held, hold, holds_on
 from .html import table
 from .models import describe
 from .models.architecture import Architecture
@@ -28,7 +28,7 @@ from .plan.prompts import decode_ids, encode_text, one_token, prepare
 from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
-from .record import held, record
+from .record import record
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,16 +233,15 @@ class Model(Network):
 
     @property
     def holds(self) -> bool:
-        """Whether `apply` holds a plan on the model, for a run that is made now."""
-        return held_on(self.module) is not None
+        """Whether `apply` holds a plan on the model at the moment."""
+        return holds_on(self.module) is not None
 
     def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
         """The plan that `apply` holds on the model, for a run on these inputs now, and its record; empty outside."""
-        plan, audit, _ = held(self, inputs)
-        return plan, audit
+        return held(self, inputs)
 
     def suspended(self) -> AbstractContextManager[None]:
-        """Within it, calls in this thread are as if no plan were held."""
+        """Within it, calls and runs in this thread are as if none of the plans were held that are held now."""
         return gate_of(self.module).suspended()
 
 

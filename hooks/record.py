@@ -24,12 +24,11 @@ from .backends.sources import all_reads, read_tapes
 from .budget import budget_of
 from .certificate import distrust
 from .errors import ModelError, PlanError, nearest
-from .hold import held_on
+from .hold import held
 from .meter import Meter
 from .models.checks import check_inputs, check_plan, check_site
 from .models.network import Network
-from .plan.inputs import Inputs
-from .plan.plan import Plan, World
+from .plan.plan import World
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
 from .program import State, visit
@@ -72,12 +71,6 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
             seen.add(id(world.inputs))
             reason = distrust(network, world.inputs)
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
-
-
-def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
-    """The plan that is held on the model for a run that is made now, its record, and the seed of each intervention."""
-    holds = held_on(network.module)
-    return (Plan(), Audit(), ()) if holds is None else holds.on(inputs)
 
 
 def record(
@@ -129,7 +122,7 @@ def record(
         # The graph keeps every layer's activations, where an executor keeps one's.
         limit = limit / network.n_layers
     under = [held(network, world.inputs) for world in worlds]
-    mine = [World(w.inputs, plan + w.plan) if len(plan) else w for (plan, _, _), w in zip(under, worlds, strict=True)]
+    mine = [World(w.inputs, plan + w.plan) if len(plan) else w for (plan, _), w in zip(under, worlds, strict=True)]
     gate = gate_of(network.module)
     with gate.suspended():
         choice = (
@@ -140,7 +133,6 @@ def record(
         worlds=mine,
         reads=reads,
         limit=limit,
-        seeds=[(*seeds, *[seed] * len(w.plan)) for (_, _, seeds), w in zip(under, worlds, strict=True)],
         seed=seed,
         expose=exposed_layers([*mine, *alongside], reads),
         skip=skip or (lambda index, rows: False),
@@ -157,7 +149,7 @@ def record(
         if chunk is None:
             return
         for outcome in chunk:
-            plan, into, _ = under[outcome.index]
+            plan, into = under[outcome.index]
             if len(plan):
                 outcome = replace(outcome, audit=outcome.audit.split(len(plan), into))
             yield outcome

@@ -32,6 +32,7 @@ class Result(Effects):
         ResultError: the arrays' shapes do not agree with the axes, metrics and rows.
 
     Example:
+        >>> from interp import Axis
         >>> result = Result(
         ...     effect=[[1.0, 3.0], [0.0, 0.5]],
         ...     axes=(Axis("layer", (4, 5)),),

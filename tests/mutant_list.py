@@ -465,8 +465,8 @@ MUTANTS = [
     # Whose call it is, and what a model is made of
     (
         "a call within a call is the user's",
-        "elif not nested and not self.is_suspended",
-        "elif not self.is_suspended",
+        "elif not nested and self.start",
+        "elif self.start",
         CALLS + "a_function_that_runs_the_model[held-call]",
     ),
     (

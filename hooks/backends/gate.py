@@ -15,24 +15,26 @@ from torch import nn
 from ..models.hook import Hook
 from . import frames
 
-Start = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Callable[[], None]]]
-"""From a call of the user's to the pass that it is, and what ends it."""
+Start = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Callable[[], None] | None]]
+"""From a call of the user's to the pass that it is (None where it is nobody's), and what ends it."""
 
 
 class Gate:
     """Hooks on a model itself, which learn of every call as it begins and ends.
 
     A call that is made for a pass of ours is that pass; one within another call of the model (from a function of the
-    user's, say) or in a thread that has suspended what is held is nobody's; any other is what is held on the model.
+    user's, say) is nobody's; any other is what is held on the model, as far as its thread has not suspended it.
 
     Attributes:
         lock: held by whoever runs the model under hooks: one forward pass at a time.
         start: begins a pass for a call of the user's; None while nothing is held.
+        holding: whether a call in this thread would be under a plan.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.start: Start | None = None
+        self.holding: Callable[[], bool] = _nothing
         self._expected: dict[int, Any] = {}
         self._suspended: Counter[int] = Counter()
         self._handles: list[Any] = []
@@ -78,7 +80,7 @@ class Gate:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within it, calls in this thread are nobody's."""
+        """Within it, calls in this thread are as if nothing were held that is held when it begins."""
         me = threading.get_ident()
         self._suspended[me] += 1
         try:
@@ -89,9 +91,9 @@ class Gate:
                 del self._suspended[me]
 
     @property
-    def is_suspended(self) -> bool:
-        """Whether calls in this thread are nobody's."""
-        return threading.get_ident() in self._suspended
+    def depth(self) -> int:
+        """How many times this thread has suspended what is held."""
+        return self._suspended.get(threading.get_ident(), 0)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nested = frames.inside(module)
@@ -100,8 +102,12 @@ class Gate:
         run = self._expected.pop(threading.get_ident(), None)
         if run is not None:
             call.run = run
-        elif not nested and not self.is_suspended and self.start is not None:
+        elif not nested and self.start is not None:
             call.run, call.close = self.start(module, args, kwargs)
+
+
+def _nothing() -> bool:
+    return False
 
 
 def _end(module: nn.Module, *_: Any) -> None:

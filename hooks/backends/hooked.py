@@ -44,7 +44,7 @@ def run_hooked(job: Job, batch: bool) -> Iterator[list[Outcome]]:
             for at in range(0, len(left), together):
                 chosen = left[at : at + together]
                 programs = [
-                    resolve(worlds[i], network.sizes, tapes, device=network.device, seed=job.seeds[i], window=window)
+                    resolve(worlds[i], network.sizes, tapes, device=network.device, seed=job.seed, window=window)
                     for i in chosen
                 ]
                 inputs = [worlds[i].inputs.rows(window) for i in chosen]

@@ -26,8 +26,7 @@ class Job:
         worlds: the worlds, whose plans fit the model.
         reads: the sites wanted of every world.
         limit: bytes that the activations of a chunk may take; None for as many as they take.
-        seeds: of random interventions, one for each of every world's plan.
-        seed: of random interventions of the worlds that are read.
+        seed: of random interventions.
         expose: layers whose attention is computed with its inside exposed, for every world alike.
         skip: says what need not be run.
         meter: counts the work of the worlds (not of those that they read).
@@ -39,7 +38,6 @@ class Job:
     worlds: Sequence[World]
     reads: Sequence[Site]
     limit: float | None
-    seeds: Sequence[Sequence[int]]
     seed: int
     expose: frozenset[int]
     skip: Skip

@@ -50,4 +50,8 @@ def _fused(mlp: Any) -> Callable[[Tensor], Tensor] | None:
     """The layer with its activation in one kernel instead of six passes over memory."""
     if type(mlp).__name__ != "GPT2MLP" or type(mlp.act).__name__ != "NewGELUActivation":
         return None
-    return lambda x: mlp.c_proj(nn.functional.gelu(mlp.c_fc(x), approximate="tanh"))
+    return partial(_in_one_kernel, mlp)
+
+
+def _in_one_kernel(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.c_proj(nn.functional.gelu(mlp.c_fc(x), approximate="tanh"))

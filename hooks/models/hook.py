@@ -14,6 +14,8 @@ class Hook:
     """A hook of the engine's. In a copy of the model, which has the copy of the hook on it, it does nothing."""
 
     __slots__ = ("function",)
+    passing = True
+    """It is there for a while, and is no part of the model."""
 
     def __init__(self, function: Callable[..., Any] = _nothing) -> None:
         self.function = function

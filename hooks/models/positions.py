@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,7 @@ class Rotary:
     @classmethod
     def of(cls, module: nn.Module) -> Rotary:
         """Those that a model's own rotary module gives, called as the model calls it."""
-
-        def angles(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            return module(torch.empty((), dtype=dtype, device=positions.device), positions)
-
+        angles = partial(_angles_of, module)
         kinds = getattr(module, "rope_type", "default")
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         if not any(kind in ("dynamic", "longrope") for kind in kinds):
@@ -46,6 +44,10 @@ class Rotary:
         told = getattr(config, "rope_parameters", None) or {}
         length = told.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", None))
         return cls(angles, by_length=True, length=length)
+
+
+def _angles_of(module: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return module(torch.empty((), dtype=dtype, device=positions.device), positions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

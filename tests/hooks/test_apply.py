@@ -328,7 +328,7 @@ def test_gradients_through_what_is_read(family):
     model = fresh(family)
     x = example(model, "right")
     plan = hk.freeze(site("attn_out", 1)) + hk.scale(site("resid_pre", 1), 1.5)
-    weight = model.architecture.blocks[1].v.module.weight
+    weight = model.architecture.blocks[1].attention.v.module.weight
 
     def gradient(logits: Tensor) -> Tensor | None:
         return torch.autograd.grad(logits[x.mask].cos().sum(), weight, allow_unused=True)[0]

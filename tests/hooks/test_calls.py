@@ -9,6 +9,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -87,13 +88,23 @@ def test_wrappers_of_one_model_hold_together():
 def test_each_plan_keeps_its_own_seed():
     model = fresh("gpt2")
     x, noise = example(model), hk.noise(site("resid_pre", 1), 0.5)
-    alone = []
-    for seed in (3, 4):
-        with model.apply(noise, seed=seed):
-            alone.append(model.run(x, capture=[site("resid_pre", 1)]).tape[site("resid_pre", 1)])
-    plain = model.run(x, capture=[site("resid_pre", 1)]).tape[site("resid_pre", 1)]
-    with model.apply(noise, seed=3), model.apply(noise, seed=4):
-        both = model.run(x, capture=[site("resid_pre", 1)], seed=7).tape[site("resid_pre", 1)]
+    seen: list[Tensor] = []
+
+    def note(value: Tensor, ctx: hk.Context) -> Tensor:
+        seen.append(value)
+        return value.clone()
+
+    def stream(*seeds: int) -> Tensor:
+        with ExitStack() as stack:
+            for seed in seeds:
+                stack.enter_context(model.apply(noise, seed=seed))
+            with model.apply(hk.intervene(site("resid_pre", 1), note)):
+                call(model, x)
+        out = torch.zeros(*x.mask.shape, seen[-1].shape[-1], dtype=torch.float64)
+        out[x.mask] = torch.cat([row[:n] for row, n in zip(seen[-1], x.lengths.tolist(), strict=True)])
+        return out
+
+    alone, plain, both = [stream(3), stream(4)], stream(), stream(3, 4)
     torch.testing.assert_close((both - plain)[x.mask], (alone[0] + alone[1] - 2 * plain)[x.mask], **EXACT)
     assert differ(alone[0], alone[1], x) > 1e-3
 

@@ -96,7 +96,7 @@ def module() -> Any:
 
 def labels(tokenizer: Any, text: str | list[int]) -> tuple[str, ...]:
     model = hk.wrap(module(), tokenizer)
-    model.architecture = Wide(model.architecture)  # type: ignore[assignment]
+    model._described = Wide(model.architecture)  # type: ignore[assignment]
     return model.inputs([text]).labels()
 
 

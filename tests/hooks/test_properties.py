@@ -178,7 +178,7 @@ def hypothesis_of(family: str):
         weights(family)
         model = wrapped(family)
         worlds = [*(World(x, plan) for plan in plans), World(x)]
-        assert hk.worlds.choose(model, worlds).executor == "shared"
+        assert hk.choose(model, worlds).executor == "shared"
         oracle, oracle_status = outcomes(model, worlds, reads, "sequential")
         batched, _ = outcomes(model, worlds, reads, "batched")
         shared, shared_status = outcomes(model, worlds, reads, "shared")

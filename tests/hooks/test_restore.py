@@ -318,12 +318,18 @@ def test_after_an_exception_while_attention_is_exposed(family, monkeypatch):
         return swap(attention, function)
 
     object.__setattr__(model.architecture, "swap_attention", once)
+    assert model.architecture.swap_attention is once
     plan = hk.zero(site("pattern", 0, pos=1)) + hk.zero(site("pattern", 1, pos=1))
-    for run in (lambda: model.run(x, plan), lambda: model.apply(plan).__enter__()):
+    for run in (lambda: model.run(x, plan), lambda: under(model, plan, x)):
         calls.clear()
         with pytest.raises(MemoryError):
             run()
         state.assert_kept()
+
+
+def under(model: Model, plan: hk.Plan, x: Inputs) -> None:
+    with model.apply(plan):
+        call(model, x)
 
 
 # Runs that do not end

@@ -7,17 +7,19 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 import interp as ip
 from hooks import Intervention, Plan, Span
 from hooks.errors import InterpError, PlanError, ShapeError, SiteError
+from hooks.plan.operation import Op
 from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
 from hooks.plan.operations.moving import CopyScores, FromPositions
 from hooks.plan.operations.table import OPERATIONS
@@ -574,3 +576,29 @@ def test_fingerprints_of_inputs_and_worlds(model):
     assert len({fingerprint(x) for x in made}) == len(made)
     assert fingerprint(model.inputs(ids)) == fingerprint(model.inputs(ids.clone()))
     assert fingerprint(ip.World(model.inputs(ids))) == fingerprint(ip.World(model.inputs(ids.int())))
+
+
+# Operations of a package above the engine
+
+
+@dataclass(frozen=True, eq=False)
+class Halve(Op):
+    """An operation that the engine does not know."""
+
+    by: float = 2.0
+    name: ClassVar[str] = "halve"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: ip.Context) -> Tensor:
+        return x / self.by
+
+
+def test_operations_that_are_handed_to_load(tmp_path, model, inputs):
+    plan = Plan((Intervention(ip.site("z", layer=0), Halve(4.0)),)) + ip.zero(ip.site("attn_out", layer=1, pos=0))
+    plan.save(tmp_path / "plan")
+    with pytest.raises(PlanError, match="unknown intervention 'halve'"):
+        Plan.load(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan", model, operations=[Halve])
+    assert loaded == plan and loaded[0].op.parameters() == {"by": 4.0}
+    same = ip.scale(ip.site("z", layer=0), 0.25) + Plan((plan[1],))
+    torch.testing.assert_close(model.run(inputs, loaded).logits, model.run(inputs, same).logits, rtol=0, atol=1e-10)
+    assert "halve" not in OPERATIONS  # what is handed over is known to this call alone

@@ -355,26 +355,23 @@ CHANGED = {
 }
 
 
-def interrupted(metric: ip.Metric) -> ip.Metric:
-    """The same metric, by name and by what was stated, which stops the sweep."""
-    calls = []
+def stopping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sweeps of edges interrupted after three measurements."""
+    import interp.paths.measuring as measuring
 
-    def bind(model, inputs):
-        bound = metric.bind(model, inputs)
+    real = measuring.run_worlds
 
-        def fn(rows, *values):
-            calls.append(rows)
-            if len(calls) == 4:
+    def cut(*args, **options):
+        for number, outcome in enumerate(real(*args, **options)):
+            if number == 3:
                 raise KeyboardInterrupt
-            return bound.fn(rows, *values)
+            yield outcome
 
-        return ip.metrics.Bound(bound.reads, fn)
-
-    return ip.Metric(metric.name, bind, metric.reference, metric.stated)
+    monkeypatch.setattr(measuring, "run_worlds", cut)
 
 
 @pytest.mark.parametrize("changed", CHANGED)
-def test_a_sweep_goes_on_where_nothing_has_changed_and_nowhere_else(tmp_path, changed):
+def test_a_sweep_goes_on_where_nothing_has_changed_and_nowhere_else(tmp_path, changed, monkeypatch):
     """As it was left it goes on, and gives what it would have given; with any option changed it is refused."""
     given, path = case("gpt2"), tmp_path / "edges"
 
@@ -388,8 +385,10 @@ def test_a_sweep_goes_on_where_nothing_has_changed_and_nowhere_else(tmp_path, ch
         return paths.edge_sweep(given.model, given.inputs("clean"), corrupt, graph=graph, **told)
 
     start = {"values": "mean"} if changed in ("pooled", "another reference") else {}
-    with pytest.raises(KeyboardInterrupt):
-        run(**start, metric=interrupted(METRIC))
+    with monkeypatch.context() as patched:
+        stopping(patched)
+        with pytest.raises(KeyboardInterrupt):
+            run(**start)
     with pytest.raises(ResultError, match="belongs to another sweep"):
         run(**CHANGED[changed])
     found, whole = run(**start), run(**start, path=None)

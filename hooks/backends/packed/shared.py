@@ -112,7 +112,7 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[list[Outcome]]:
         for at in range(0, len(left), together):
             chosen = left[at : at + together]
             programs = [
-                resolve(mine[i], network.sizes, tapes, device=network.device, seed=job.seeds[members[i]], window=window)
+                resolve(mine[i], network.sizes, tapes, device=network.device, seed=job.seed, window=window)
                 for i in chosen
             ]
             found, audits = run_against(base, [mine[i] for i in chosen], programs)
