@@ -171,7 +171,7 @@ def unchanged(family: str) -> None:
 
 
 def hypothesis_of(family: str):
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(cases(family))
     def check(case: tuple[Inputs, list[Plan], list[Site]]) -> None:
         x, plans, reads = case

@@ -17,15 +17,15 @@ from tests.zoo import wrapped
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 
-@pytest.mark.parametrize(("executor", "longest"), [("shared", 9), ("sequential", 12)])
+@pytest.mark.parametrize(("executor", "longest"), [("shared", 10), ("sequential", 12)])
 def test_few_frames_lie_between_a_sweep_and_an_operation(executor, longest):
     """Of ours, between the call of a user and the function at a residual site."""
     model = wrapped("gpt2")
     x, frames = inputs(model, "flat", 1), []
 
     def note(value: Tensor, ctx: hk.Context) -> Tensor:
-        stack = [frame.name for frame in traceback.extract_stack() if "/hooks/" in frame.filename.split("tests")[-1]]
-        frames.append([name for name in stack if name != "note"])
+        ours = [f for f in traceback.extract_stack() if "/hooks/" in f.filename and "/tests/" not in f.filename]
+        frames.append([frame.name for frame in ours])
         return 2.0 * value
 
     grid = ip.grid("resid_post", layer=[0], pos="all")
