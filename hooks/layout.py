@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,11 +31,14 @@ class Layout:
     queries: Columns
     keys: Columns
     stack: str | None = None
+    _known: dict[Any, Region] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, inputs: Inputs) -> Layout:
         """The layout of a pass over whole inputs, without a past."""
-        return cls(inputs.row_ids, inputs.columns, inputs.columns)
+        if inputs not in _LAYOUTS:
+            _LAYOUTS[inputs] = cls(inputs.row_ids, inputs.columns, inputs.columns)
+        return _LAYOUTS[inputs]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +57,14 @@ class Layout:
 
     def resolve(self, site: Site, sizes: dict[str, int], only: Tensor | None = None) -> Region:
         """The entries of an activation that a site means; see `hooks.plan.region.resolve`."""
-        return resolve(site, self.queries, sizes, only, self.keys)
+        indices = (site.head, site.pos, site.key_pos, site.dim)
+        if only is not None or any(isinstance(index, Tensor) for index in indices):
+            return resolve(site, self.queries, sizes, only, self.keys)
+        # The cells of a sweep mean the same entries in every layer.
+        key = (site.axes, indices, tuple(sizes.items()))
+        if key not in self._known:
+            self._known[key] = resolve(site, self.queries, sizes, None, self.keys)
+        return replace(self._known[key], site=site)
 
     def entire(self, site: Site, sizes: dict[str, int]) -> Region:
         """The region of a whole activation, padding included."""
@@ -81,3 +93,7 @@ class Layout:
             window=window,
             total=len(self.rows),
         )
+
+
+_LAYOUTS: WeakKeyDictionary[Inputs, Layout] = WeakKeyDictionary()
+"""The layout of inputs that are run, which worlds on them share."""

@@ -12,7 +12,7 @@ from ..budget import rows_per_pass
 from ..models.checks import check_site
 from ..models.network import Network
 from ..plan.plan import Origin, Plan, World
-from ..plan.sites import Site
+from ..plan.sites import Key, Site
 from ..plan.tape import Tape
 from ..resolving import resolve, source_id
 from .passes import run_pass
@@ -22,7 +22,7 @@ def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
     """The worlds that are read by the plans of others, each with the whole sites that are read there, by
     `resolving.source_id`.
     """
-    found: dict[Any, tuple[World, list[Site]]] = {}
+    found: dict[Any, tuple[World, dict[Key, Site]]] = {}
     for world in worlds:
         for item in world.plan:
             for read in item.reads:
@@ -33,11 +33,11 @@ def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
                     source = World(world.inputs, source)
                 if not isinstance(source, World):
                     continue
-                _, sites = found.setdefault(source_id(read.source, world.inputs), (source, []))
-                place = (item.site if read.site is None else read.site).whole
-                if place not in sites:
-                    sites.append(place)
-    return found
+                _, sites = found.setdefault(source_id(read.source, world.inputs), (source, {}))
+                place = item.site if read.site is None else read.site
+                if place.key not in sites:
+                    sites[place.key] = place.whole
+    return {key: (source, list(sites.values())) for key, (source, sites) in found.items()}
 
 
 def read_tapes(

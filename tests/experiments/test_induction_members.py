@@ -159,7 +159,7 @@ def test_any_module_trains_by_vmap_as_the_written_program():
 
 @pytest.mark.slow
 def test_compiled_training_is_eager_training(monkeypatch):
-    """Traced and differentiated ahead of time; what a compiler makes of that is a minute's work, and the benchmark's."""
+    """Traced and differentiated ahead of time; what a compiler makes of that takes minutes, and is the benchmark's."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, options, **told: compiled(fn, backend="aot_eager", **told))
     members = [MEMBERS[i] for i in (0, 5, 8, 13)]
