@@ -126,12 +126,16 @@ class Holds:
                 gate.close()
             self.holds, self.placement = holds, placement
             gate.start = self.start if holds else None
-            gate.holding = lambda: bool(self.in_force())
+            gate.holding = self.is_in_force if holds else None
 
     def in_force(self) -> list[Hold]:
         """What is held, but for what this thread has suspended since."""
         depth, me = gate_of(self.network.module).depth, threading.get_ident()
         return [one for one in self.holds if depth <= (one.depth if one.thread == me else 0)]
+
+    def is_in_force(self) -> bool:
+        """Whether anything is held, but for what this thread has suspended since."""
+        return bool(self.in_force())
 
     def on(self, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
         """All plans on these inputs as one, its record, and the seed of each intervention."""

@@ -28,13 +28,13 @@ class Gate:
     Attributes:
         lock: held by whoever runs the model under hooks: one forward pass at a time.
         start: begins a pass for a call of the user's; None while nothing is held.
-        holding: whether a call in this thread would be under a plan.
+        holding: whether a call in this thread would be under a plan; None while nothing is held.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.start: Start | None = None
-        self.holding: Callable[[], bool] = _nothing
+        self.holding: Callable[[], bool] | None = None
         self._expected: dict[int, Any] = {}
         self._suspended: Counter[int] = Counter()
         self._handles: list[Any] = []
@@ -104,10 +104,6 @@ class Gate:
             call.run = run
         elif not nested and self.start is not None:
             call.run, call.close = self.start(module, args, kwargs)
-
-
-def _nothing() -> bool:
-    return False
 
 
 def _end(module: nn.Module, *_: Any) -> None:

@@ -69,7 +69,7 @@ class Placement:
         if call is not None and call.module is self.network.module:
             run = call.run
             return run if run is not None and run.placement is self else None
-        if not self.held or not self.gate.holding():
+        if not self.held or self.gate.holding is None or not self.gate.holding():
             return None
         if torch._C._current_graph_task_id() != -1:
             # A part that is checkpointed by hand, computed again in the backward pass.

@@ -5,9 +5,11 @@ computes again, and what the caller keeps.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -462,3 +464,22 @@ def test_what_a_model_counts_in_training_is_counted_once():
         assert float(counting.seen) == 1
         call(model, x)
     assert float(counting.seen) == 2 and audit[1].calls == 2
+
+
+@pytest.mark.parametrize("use", ["run", "shared", "held", "held and read"])
+def test_a_model_is_let_go(use):
+    """Nothing of ours keeps a model, or the inputs that it was run on, once nobody else does."""
+    model = fresh("gpt2")
+    x = example(model)
+    kept = weakref.ref(model.module), weakref.ref(x)
+    if use == "run":
+        model.run(x, hk.zero(site("z", 0)))
+    elif use == "shared":
+        list(hk.run_worlds(model, [World(x), World(x, hk.zero(site("z", 0, pos=1)))], [site("logits")]))
+    else:
+        plan = hk.zero(site("z", 0)) + (hk.freeze(site("mlp_out", 1)) if "read" in use else hk.zero(site("z", 1)))
+        with model.apply(plan), torch.no_grad():
+            call(model, x)
+    del model, x
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
