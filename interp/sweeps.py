@@ -101,7 +101,7 @@ def sweep(
     axes, cells = grid.cells(model, base_inputs)
     worlds = _cell_worlds(cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
-    compared = references(model, metrics, bound, source, base_inputs, seed)
+    compared = references(model, metrics, bound, source, base_inputs, seed, executor)
 
     identity: dict[str, str] = {}
     if path is not None:
@@ -138,7 +138,7 @@ def sweep(
             stream.write(numbers, number, outcome.rows, STATUS.index(outcome.status))
             bar.update(outcome.rows.stop - outcome.rows.start)
 
-    source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed)
+    source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed, executor)
     values, status = np.array(stream.values), np.array(stream.status)
     result = assemble(values, status, axes, cells, metrics, several, source_values, base_inputs, model)
     result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))

@@ -822,3 +822,26 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
     assert "8 cells x 3 rows (shared)" in shown
     pair.sweep(ip.grid("z", layer="all", head="all"), progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("executor", ["sequential", "batched", "shared"])
+def test_the_executor_that_is_asked_for_runs_references_and_sources_too(executor, monkeypatch):
+    """So that the slowest is an oracle of everything that is in a result."""
+    import interp.evaluation as evaluation
+    import interp.sweeps as sweeps
+
+    model, asked = zoo.wrapped("gpt2"), []
+    for module in (sweeps, evaluation):
+        real = module.run_worlds
+
+        def noted(*args, real=real, **options):
+            asked.append(options.get("executor", "auto"))
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, "run_worlds", noted)
+    draw = torch.Generator().manual_seed(0)
+    clean, corrupt = (model.inputs(torch.randint(1, 50, (2, 6), generator=draw)) for _ in range(2))
+    grid = ip.grid("resid_pre", layer=[1], pos="all")
+    result = ip.sweep(model, clean, corrupt, grid, metric=ip.kl(), executor=executor, progress=False)
+    assert set(asked) == {executor} and len(asked) >= 3
+    assert result.config["executor"] == executor and np.abs(result.effect).max() > 1e-3
