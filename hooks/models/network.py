@@ -18,6 +18,7 @@ from .fingerprint import Fingerprint
 from .hook import Hook
 
 Adapter = Callable[[Any], Architecture]
+_COUNTER = "torch.utils.module_tracker"
 
 
 class Network:
@@ -156,7 +157,8 @@ def _require_distinct(blocks: tuple[Block, ...]) -> None:
 
 
 def _users(hooks: dict[int, Any]) -> bool:
-    return any(not isinstance(hook, Hook) for hook in hooks.values())
+    # A counter of torch's own (of operations, say) looks at modules and changes nothing.
+    return any(not isinstance(hook, Hook) and getattr(hook, "__module__", "") != _COUNTER for hook in hooks.values())
 
 
 def _logits_of(output: Any) -> Tensor:
