@@ -479,13 +479,13 @@ MUTANTS = [
         "a call that is made twice writes twice",
         "return copy.deepcopy(value) if keeps else value",
         "return value",
-        CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache[llama-by name]",
+        CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache",
     ),
     (
         "parts are computed again without their pass",
         "return self._recompute(function, inner, named)",
         "return function(*inner, **named)",
-        AGAIN + "[False-sites-the end]",
+        AGAIN + "[False-sites-nothing]",
     ),
     (
         "parts are computed again without what was read",

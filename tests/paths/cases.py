@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -198,3 +199,19 @@ def agrees(result: ip.Result, names: Sequence[str], expected: np.ndarray) -> Non
     order = [axis.values.index(name) for name in names]
     np.testing.assert_allclose(np.asarray(result.effect)[order], expected, **CLOSE)
     assert np.nanmax(np.abs(expected)) > 1e-3
+
+
+def stop_after(patched: pytest.MonkeyPatch, count: int) -> None:
+    """Have sweeps of edges interrupted when so much was measured."""
+    import interp.paths.measuring as measuring
+
+    real, seen = measuring.run_worlds, []
+
+    def cut(*args, **options):
+        for outcome in real(*args, **options):
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            seen.append(outcome.index)
+            yield outcome
+
+    patched.setattr(measuring, "run_worlds", cut)

@@ -10,7 +10,7 @@ import interp as ip
 from hooks.errors import InputsError, MetricError, ModelError, PathError, ResultError, UnfiredError
 from interp import paths
 from tests import zoo
-from tests.paths.cases import ANSWER, CLOSE, FOIL, METRIC, RAGGED, case
+from tests.paths.cases import ANSWER, CLOSE, FOIL, METRIC, RAGGED, case, stop_after
 
 SEMANTICS = {"edge": "a0.h0->m1", "set": ["a0.h0->m1"], "frozen": "a0.h0->m1->logits"}
 
@@ -355,21 +355,6 @@ CHANGED = {
 }
 
 
-def stopping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have sweeps of edges interrupted after three measurements."""
-    import interp.paths.measuring as measuring
-
-    real = measuring.run_worlds
-
-    def cut(*args, **options):
-        for number, outcome in enumerate(real(*args, **options)):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield outcome
-
-    monkeypatch.setattr(measuring, "run_worlds", cut)
-
-
 @pytest.mark.parametrize("changed", CHANGED)
 def test_a_sweep_goes_on_where_nothing_has_changed_and_nowhere_else(tmp_path, changed, monkeypatch):
     """As it was left it goes on, and gives what it would have given; with any option changed it is refused."""
@@ -386,7 +371,7 @@ def test_a_sweep_goes_on_where_nothing_has_changed_and_nowhere_else(tmp_path, ch
 
     start = {"values": "mean"} if changed in ("pooled", "another reference") else {}
     with monkeypatch.context() as patched:
-        stopping(patched)
+        stop_after(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             run(**start)
     with pytest.raises(ResultError, match="belongs to another sweep"):

@@ -15,7 +15,7 @@ from hooks.plan.saving import fingerprint
 from interp import paths
 from interp.paths.streams import streams
 from tests.baking import COMPUTED, WRITTEN, baked, held
-from tests.paths.cases import CLOSE, DIRECTIONS, MEASURE, METRIC, case
+from tests.paths.cases import CLOSE, DIRECTIONS, MEASURE, METRIC, case, stop_after
 
 FAMILIES = ("gpt2", "llama")
 Measured = Callable[[Model], np.ndarray]
@@ -282,24 +282,6 @@ def test_a_plan_that_mixes_rows_is_refused_where_gradients_are_taken():
         paths.edge_scores(given.model, *given.pair(), metric=METRIC)
 
 
-def interrupted_after(calls: int) -> ip.Metric:
-    """The metric, which stops the sweep."""
-    left = [calls]
-
-    def bind(model: Model, inputs: ip.Inputs) -> ip.metrics.Bound:
-        bound = METRIC.bind(model, inputs)
-
-        def fn(rows, *values):
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            return bound.fn(rows, *values)
-
-        return ip.metrics.Bound(bound.reads, fn)
-
-    return ip.Metric(METRIC.name, bind, None, METRIC.stated)
-
-
 def repairs() -> list[Callable]:
     """Two that differ in nothing but the prompts whose means they put in."""
     given, edges = case("gpt2"), ["a0.h1->a1.h0<q>"]
@@ -312,17 +294,19 @@ def repairs() -> list[Callable]:
     [(held(COMPUTED), held(WRITTEN)), (held(COMPUTED), None), (None, held(WRITTEN))],
     ids=["another", "none any more", "none before"],
 )
-def test_a_sweep_does_not_go_on_under_another_plan(tmp_path, one, two):
+def test_a_sweep_does_not_go_on_under_another_plan(tmp_path, monkeypatch, one, two):
     given = case("gpt2")
 
-    def sweep(plan, metric: ip.Metric = METRIC, path=tmp_path / "edges") -> ip.Result:
+    def sweep(plan, path=tmp_path / "edges") -> ip.Result:
         with contextlib.nullcontext() if plan is None else given.model.apply(plan):
             return paths.edge_sweep(
-                given.model, *given.pair(), metric=metric, edges=given.edges[:6], path=path, executor="sequential"
+                given.model, *given.pair(), metric=METRIC, edges=given.edges[:6], path=path, executor="sequential"
             )
 
-    with pytest.raises(KeyboardInterrupt):
-        sweep(one, interrupted_after(4))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(one)
     with pytest.raises(ip.InterpError, match="differs in held"):
         sweep(two)
     np.testing.assert_allclose(sweep(one).effect, sweep(one, path=None).effect, **CLOSE)
