@@ -8,11 +8,11 @@ import torch
 import hooks as hk
 from hooks import Inputs, World, patch, site
 from hooks.record import choose
-from tests import zoo
 from tests.hooks.executing import (
     EXACT,
     EXECUTORS,
     LAYOUTS,
+    SEVERAL,
     Ran,
     agree,
     each_executor,
@@ -32,7 +32,7 @@ from tests.zoo import fresh, wrapped
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize(
-    ("family", "layout"), [*((f, "left") for f in zoo.FAMILIES), ("gpt2", "flat"), ("mistral", "right")]
+    ("family", "layout"), [*((f, "left") for f in SEVERAL), ("gpt2", "flat"), ("mistral", "right")]
 )
 def test_executors_agree(family, layout, inside):
     model = wrapped(family)
