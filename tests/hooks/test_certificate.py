@@ -121,6 +121,7 @@ def zero_low_rank_branch(module: nn.Module) -> None:
     mlp.down_low = nn.Linear(module.config.hidden_size, 2, bias=False, dtype=torch.float64)
     mlp.up_low = nn.Linear(2, module.config.hidden_size, bias=False, dtype=torch.float64)
     nn.init.zeros_(mlp.up_low.weight)
+    mlp.eval()
     subclassed(mlp, lambda self, x: self.old(x) + self.up_low(self.down_low(x.flip(1))))
 
 
@@ -145,7 +146,7 @@ def test_a_model_that_does_something_else_is_refused(mutate):
     before = [p.clone() for p in module.parameters()]
     mutate(module)
     reason = trusted(model)
-    assert reason.startswith("batched instead of shared: ")
+    assert reason.startswith("batched instead of shared: ") and "training mode" not in reason
     # Weights are what they were, versions and all, also where noise stood in for zeros.
     now = list(module.parameters())[: len(before)]
     if mutate is not zero_low_rank_branch:
