@@ -70,8 +70,11 @@ class Layout:
         """The region of a whole activation, padding included."""
         return entire(site, self.queries, sizes, self.keys)
 
-    def context(self, region: Region, seed: int, window: slice, device: torch.device) -> Context:
-        """Describe a region, resolved on this layout and restricted to the rows of a window, to a function."""
+    def context(self, region: Region, seed: int, window: slice, device: torch.device | None) -> Context:
+        """Describe a region, resolved on this layout and restricted to the rows of a window, to a function.
+
+        Its tensors are on a device, or stay on the CPU without one.
+        """
         site, steps = region.site, dict(region.steps)
         entries: dict[str, Tensor] = {}
         for axis in (HEAD, DIM):
@@ -79,16 +82,20 @@ class Layout:
                 index = steps.get(site.axes.index(axis))
                 entries[axis] = torch.arange(region.shape[axis]) if index is None else index
         keys = region.key_cols
+
+        def on(x: torch.Tensor) -> torch.Tensor:
+            return x if device is None else x.to(device)
+
         return Context(
             site=site.name,
             layer=site.layer,
             axes=site.axes,
             single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
-            row=self.rows[window].to(device),
-            pos=self.queries.index[window].gather(1, region.cols).to(device),
-            key_pos=None if keys is None else self.keys.index[window].gather(1, keys).to(device),
+            row=on(self.rows[window]),
+            pos=on(self.queries.index[window].gather(1, region.cols)),
+            key_pos=None if keys is None else on(self.keys.index[window].gather(1, keys)),
             head=tuple(entries[HEAD].tolist()) if HEAD in entries else None,
-            dim=entries[DIM].to(device) if DIM in entries else None,
+            dim=on(entries[DIM]) if DIM in entries else None,
             seed=seed,
             window=window,
             total=len(self.rows),

@@ -49,7 +49,7 @@ class Context:
             given for it may leave it out).
         row: int64 [B], ids of the rows.
         pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
-        head: the heads of `x`'s head axis, or None where the site has none.
+        head: the heads of `x`'s head axis, or None where the site has none; an int64 tensor where worlds are stacked.
         dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`.
@@ -63,7 +63,7 @@ class Context:
     row: Tensor
     pos: Tensor
     key_pos: Tensor | None
-    head: tuple[int, ...] | None
+    head: tuple[int, ...] | Tensor | None
     dim: Tensor | None
     seed: int
     window: slice
@@ -79,7 +79,7 @@ class Context:
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
         device = self.row.device
-        heads = None if self.head is None else torch.tensor(self.head, device=device)
+        heads = torch.tensor(self.head, device=device) if isinstance(self.head, tuple) else self.head
         given = {ROW: self.row, POS: self.pos, HEAD: heads, KEY: self.key_pos, DIM: self.dim}
         out = []
         for number, axis in enumerate(self.axes):

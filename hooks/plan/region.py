@@ -15,6 +15,9 @@ from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
 
 _EVER = 1 << 62
 
+Steps = tuple[tuple[int, Tensor], ...]
+"""The number of an axis and an index [n] or [B, n] along it, for each axis that is restricted."""
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -32,27 +35,18 @@ class Region:
 
     site: Site
     shape: dict[str, int]
-    steps: tuple[tuple[int, Tensor], ...]
+    steps: Steps
     valid: Tensor | None
     cols: Tensor
     key_cols: Tensor | None
 
     def get(self, x: Tensor) -> Tensor:
         """Take the part out of a full activation."""
-        return self._levels(x)[-1]
+        return taken(x, self._on(x))
 
     def put(self, x: Tensor, part: Tensor) -> Tensor:
         """Return the activation with the part replaced (where it is valid)."""
-        levels = self._levels(x)
-        if self.valid is not None:
-            part = torch.where(self.valid.to(x.device), part, levels[-1])
-        for (axis, index), level in zip(reversed(self.steps), reversed(levels[:-1]), strict=True):
-            index = index.to(x.device)
-            if index.ndim == 1:
-                part = level.index_copy(axis, index, part)
-            else:
-                part = level.scatter(axis, _spread(index, axis, part), part)
-        return part
+        return replaced(x, part, self._on(x), None if self.valid is None else self.valid.to(x.device))
 
     def full_valid(self) -> Tensor:
         """bool of the part's shape, True where an entry counts."""
@@ -75,13 +69,34 @@ class Region:
         shape = dict(self.shape, row=window.stop - window.start)
         return Region(self.site, shape, steps, valid, self.cols[window], keys)
 
-    def _levels(self, x: Tensor) -> list[Tensor]:
-        levels = [x]
-        for axis, index in self.steps:
-            index = index.to(x.device)
-            x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
-            levels.append(x)
-        return levels
+    def _on(self, x: Tensor) -> Steps:
+        return tuple((axis, index.to(x.device)) for axis, index in self.steps)
+
+
+def taken(x: Tensor, steps: Steps) -> Tensor:
+    """The entries of an activation that indices, one axis after another, select."""
+    return _levels(x, steps)[-1]
+
+
+def replaced(x: Tensor, part: Tensor, steps: Steps, valid: Tensor | None = None) -> Tensor:
+    """An activation with the selected entries replaced, where they are valid."""
+    levels = _levels(x, steps)
+    if valid is not None:
+        part = torch.where(valid, part, levels[-1])
+    for (axis, index), level in zip(reversed(steps), reversed(levels[:-1]), strict=True):
+        if index.ndim == 1:
+            part = level.index_copy(axis, index, part)
+        else:
+            part = level.scatter(axis, _spread(index, axis, part), part)
+    return part
+
+
+def _levels(x: Tensor, steps: Steps) -> list[Tensor]:
+    levels = [x]
+    for axis, index in steps:
+        x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
+        levels.append(x)
+    return levels
 
 
 def _spread(index: Tensor, axis: int, like: Tensor) -> Tensor:

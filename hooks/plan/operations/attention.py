@@ -21,6 +21,8 @@ class Knockout(Op):
     """-inf on attention scores: the query cannot attend to the key (Geva et al. 2023)."""
 
     name: ClassVar[str] = "knockout"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
     writes_inf: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
@@ -47,6 +49,7 @@ class Attend(Op):
 
     pattern: Tensor
     name: ClassVar[str] = "attend"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -72,6 +75,7 @@ class AttendBack(Op):
 
     offset: int = 1
     name: ClassVar[str] = "attend_back"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -85,6 +89,7 @@ class ForbidBack(Op):
 
     offset: int = 1
     name: ClassVar[str] = "forbid_back"
+    stacks: ClassVar[bool] = True
     writes_inf: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

@@ -24,6 +24,7 @@ class CopyScores(Op):
     tokens: Tensor
     rest: float = -1e9
     name: ClassVar[str] = "copy_scores"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         scores = reads[0]
