@@ -33,13 +33,13 @@ demo: $(STAMP) ## the main job: which parts of the shipped model cause its answe
 	$(PY) -m interp demo --out interp-demo
 
 test: $(STAMP) ## run the tests and the docstrings' examples
-	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP) ## formatting, lint, types, then the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
-	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 mutants: $(STAMP) ## make plausible mistakes in a copy of the code, and see that the tests notice them (minutes)
 	$(PY) -m tests.mutants --jobs $(JOBS) --out mutants.json
