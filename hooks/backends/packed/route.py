@@ -188,9 +188,10 @@ class Route(Visits):
             source = self.moves.to(normed, asking.tokens, None) if name == "q" else normed
             part = self.flat_map(getattr(attention, name), source)
             self.count(layer, name, part)
-            part = self.split_inputs(name, layer, norm, attention, x, part, need)
-            parts.append(self.visit((name, layer, None), part, need))
-        q, k, v = parts
+            parts.append(self.split_inputs(name, layer, norm, attention, x, part, need))
+        q = self.visit(("q", layer, None), parts[0], needed)
+        k = self.visit(("k", layer, None), parts[1], entering)
+        v = self.visit(("v", layer, None), parts[2], entering)
         q, k = self.turn(q, attention.q_norm, attention), self.turn(k, attention.k_norm, attention)
         q = self.visit(("rot_q", layer, None), q, needed)
         k = self.visit(("rot_k", layer, None), k, entering)
