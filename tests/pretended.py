@@ -45,6 +45,16 @@ class OnCard(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, [])
 
+    def __getitem__(self, index: Any) -> Tensor:
+        # Lists are made tensors, and copied to the device, where no mode sees it.
+        parts = index if isinstance(index, tuple) else (index,)
+        parts = tuple(torch.tensor(part, device=CARD) if isinstance(part, list) else part for part in parts)
+        return super().__getitem__(parts if isinstance(index, tuple) else parts[0])
+
+    def tolist(self) -> Any:
+        """The numbers, which the host waits for."""
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnCard({self.inner!r})"
 
@@ -79,7 +89,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
         target = isinstance(args[0], OnCard)
         if len(there) and len(given) > len(there):
             waits.append(str(func))
-    if func is aten._to_copy.default and bool(there) != target:
+    if func is aten._to_copy.default and bool(there) != target and not kwargs.get("non_blocking"):
         waits.append(f"{func} to {'card' if target else 'cpu'}")
     if there and func in WAITS:
         waits.append(str(func))
@@ -112,7 +122,10 @@ def pretended() -> Iterator[Card]:
         found = tensor(*args, **kwargs)
         return found if device is None else found.to(device)
 
-    with mock.patch.object(torch, "tensor", made), card:
+    def alike(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
+        return made(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
+
+    with mock.patch.object(torch, "tensor", made), mock.patch.object(Tensor, "new_tensor", alike), card:
         yield card
 
 

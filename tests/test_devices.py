@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.devices import PRETEND
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("tests/hooks/test_gpu.py", "tests/interp/test_gpu.py")
+SOME = "(waits and llama) or draws or kept or refused or statuses or saved or moves or spread or flow or estimates"
 
 PROBE = """
 import pytest, torch
@@ -38,12 +37,11 @@ def test_the_card_refuses_what_a_gpu_refuses():
     assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-def test_on_a_pretended_card(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", file]
+def test_on_a_pretended_card():
+    """Some of those tests; all of them take minutes: ``INTERP_PRETEND=1 python -m pytest tests/hooks/test_gpu.py``."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-k", SOME, *FILES]
     found = subprocess.run(
         command, cwd=ROOT, env={**os.environ, PRETEND: "1"}, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout[-6000:]
-    assert int(re.findall(r"(\d+) passed", found.stdout)[-1]) > 5
+    assert int(re.findall(r"(\d+) passed", found.stdout)[-1]) >= 9

@@ -201,6 +201,8 @@ def test_a_held_plan_never_waits(device, family, monkeypatch):
             hk.scale(site("pattern", 0, head=0), 0.5),
             hk.knockout(site("scores", 1, head=1, pos=3, key_pos=(0, 2))),
             hk.clamp(site("attn_out", 0, pos=1), vector),
+            hk.noise(site("q", 0, head=(0, 2)), 0.1),
+            hk.Intervention(site("pattern", 0, head=2), hk.Attend(torch.eye(6, dtype=torch.float64))),
         )
     )
 
@@ -233,7 +235,7 @@ def test_a_held_plan_never_waits(device, family, monkeypatch):
         found = model.module(input_ids=ids, attention_mask=mask, position_ids=positions)
     logits = [out if isinstance(out, Tensor) else out.logits for out in (expected, found)]
     near(logits[1][x.mask.to(device)], logits[0][x.mask.to(device)], 0.0)
-    assert len(visits) == 6 and waits == []
+    assert len(visits) == 7 and waits == []
     assert {entry.status for entry in audit} == {"fired"}
 
 

@@ -44,7 +44,7 @@ def ensemble(bench: Bench) -> Iterator[Row]:
     compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang")) and find_spec("triton") is not None
     command = [sys.executable, "-m", "experiments.induction_formation.benchmark", "--device", bench.device]
     small = ["--quick", "--members", "1", "--treatments", "none", "--repetitions", "1"]
-    command += small if bench.quick else ["--members", "256", "--treatments", "mixed", "--repetitions", "3"]
+    command += small if bench.quick else ["--members", "256", "--treatments", "none", "--repetitions", "3"]
     compiled = bench.device.startswith("cuda") and compiler
     if not compiled:
         command.append("--eager")

@@ -70,7 +70,7 @@ def _llama(bench: Bench) -> ip.Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = SIZES | (TINY if bench.quick else {})
+    sizes: dict[str, Any] = SIZES | (TINY if bench.quick else {})
     config = LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
     model: Any = LlamaForCausalLM(config).eval()
     return ip.wrap(model.to(bench.device))
