@@ -112,9 +112,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
 @contextmanager
 def pretended() -> Iterator[Card]:
     """Pretend that there is a GPU. The kind of device stays known to torch, so a process of its own is the place."""
-    setup = backend_registration._setup_privateuseone_for_python_backend
     if torch._C._get_privateuse1_backend_name() != "card":
-        setup("card", _Backend(), _Hook())
+        _register()
     card, tensor = Card(), torch.tensor
 
     def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
@@ -129,20 +128,24 @@ def pretended() -> Iterator[Card]:
         yield card
 
 
-class _Backend(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
+def _register() -> None:
+    """Tell torch of a kind of device; what this needs, only newer versions have."""
 
+    class Backend(backend_registration._DummyBackendModule):
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16]
 
-class _Hook(torch._C._acc.PrivateUse1Hooks):
-    def is_available(self) -> bool:
-        return True
+    class Hook(torch._C._acc.PrivateUse1Hooks):
+        def is_available(self) -> bool:
+            return True
 
-    def has_primary_context(self, dev_id: int) -> bool:
-        return True
+        def has_primary_context(self, dev_id: int) -> bool:
+            return True
 
-    def is_built(self) -> bool:
-        return True
+        def is_built(self) -> bool:
+            return True
+
+    backend_registration._setup_privateuseone_for_python_backend("card", Backend(), Hook())
 
 
 def move(module: nn.Module) -> nn.Module:

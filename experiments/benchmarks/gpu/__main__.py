@@ -29,14 +29,14 @@ SECONDS = 345.0
 """Of a whole run: under six minutes with what starting and ending it takes."""
 PARTS = (
     Part("peaks", parts.peaks, 30),
-    Part("tests", tests, 110),
+    Part("tests", tests, 130),
     Part("forwards", parts.forwards, 40),
     Part("sweeps", parts.sweeps, 70),
     Part("masks", parts.masks, 40),
     Part("edges", parts.edges, 40),
     Part("deep", deep, 70),
     Part("callbacks", parts.callbacks, 30),
-    Part("ensemble", ensemble, 75),
+    Part("ensemble", ensemble, 100),
 )
 FORWARDS = ((8, 512, 15), (1, 16, 40))
 """Rows, tokens and repetitions of the forward passes that are measured."""
@@ -63,8 +63,8 @@ def measure(out: Path, record: dict[str, Any], names: Sequence[str], seconds: fl
     Where an error leaves the device unusable, what is left runs in another process.
     """
     until = time.monotonic() + seconds
-    sizes = {
-        name: value if not isinstance(value, list) else _tuples(value) for name, value in record["setting"].items()
+    sizes: dict[str, Any] = {
+        name: _tuples(value) if isinstance(value, list) else value for name, value in record["setting"].items()
     }
     setting = Setting(**sizes)
     bench = Bench(setting.device, record["quick"], setting)
