@@ -79,7 +79,7 @@ class Context:
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
         device = self.row.device
-        heads = torch.tensor(self.head, device=device) if isinstance(self.head, tuple) else self.head
+        heads = beside(torch.tensor(self.head), device) if isinstance(self.head, tuple) else self.head
         given = {ROW: self.row, POS: self.pos, HEAD: heads, KEY: self.key_pos, DIM: self.dim}
         out = []
         for number, axis in enumerate(self.axes):
@@ -96,6 +96,11 @@ class Context:
 def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:
     """The same context, saying how each reference set is laid out."""
     return replace(ctx, references=references)
+
+
+def beside(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A value on a device, where a copy to it is not waited for; one from it is, since the host goes on with it."""
+    return value.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
 def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> Tensor | float:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hooks as hk
@@ -22,6 +20,9 @@ from tests import oracle, zoo
 from tests.hooks.test_properties import bend, gap, interventions, outcomes, parts
 from tests.hooks.test_region import chosen
 from tests.hooks.test_restore import State
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 EXECUTORS = ("sequential", "batched", "shared")

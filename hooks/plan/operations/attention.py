@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError, SiteError
-from ..context import Context
+from ..context import Context, beside
 from ..operation import Op
 
 
@@ -53,7 +53,7 @@ class Attend(Op):
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
-        pattern = self.pattern.to(device=x.device, dtype=x.dtype)
+        pattern = beside(self.pattern, x.device, x.dtype)
         if pattern.ndim == 3:
             if len(pattern) != ctx.total:
                 raise ShapeError(f"{ctx.site}: a pattern for {len(pattern)} rows, the inputs have {ctx.total}")
