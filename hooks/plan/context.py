@@ -49,7 +49,8 @@ class Context:
             given for it may leave it out).
         row: int64 [B], ids of the rows.
         pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
-        head: the heads of `x`'s head axis, or None where the site has none.
+        head: the heads of `x`'s head axis, or None where the site has none; int64 [H] in a compiled graph, as the seed
+            is int64 [], so that others are the same graph.
         dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`.
@@ -63,9 +64,9 @@ class Context:
     row: Tensor
     pos: Tensor
     key_pos: Tensor | None
-    head: tuple[int, ...] | None
+    head: tuple[int, ...] | Tensor | None
     dim: Tensor | None
-    seed: int
+    seed: int | Tensor
     window: slice
     total: int
     references: tuple[Reference | None, ...] = ()
@@ -79,7 +80,7 @@ class Context:
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
         device = self.row.device
-        heads = None if self.head is None else torch.tensor(self.head, device=device)
+        heads = None if self.head is None else torch.as_tensor(self.head, device=device)
         given = {ROW: self.row, POS: self.pos, HEAD: heads, KEY: self.key_pos, DIM: self.dim}
         out = []
         for number, axis in enumerate(self.axes):
@@ -136,3 +137,17 @@ def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> 
     sizes = ", ".join(f"{axis} {size}" for axis, size in zip(ctx.axes, kept, strict=True))
     how = "every axis" if whole else "the last axes"
     raise ShapeError(f"{place}: a value of shape {list(value.shape)} does not fit; {how} must match ({sizes})")
+
+
+def times(value: Tensor | float, y: Tensor | float, x: Tensor, ctx: Context) -> Tensor:
+    """value * y, for a parameter that fits `x` (see `fit`) and a `y` of x's dtype.
+
+    A number counts as exactly where it is a tensor [] as where it is one of Python's: in half precision it is not
+    rounded first.
+    """
+    fitted = fit(value, x, ctx)
+    assert isinstance(y, Tensor)
+    if not isinstance(value, Tensor) or value.ndim or value.dtype == y.dtype:
+        return fitted * y
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * value.to(wide)).to(y.dtype)

@@ -28,6 +28,9 @@ class Op:
         reads_alike: whether what is read has to have x's shape.
         needs_full_rows: whether each row of a reference set must have every position that is edited.
         reads_constants: whether no gradient flows into what is read.
+        numbers: parameters that may be tensors [] in place of numbers, so that in a compiled graph others are the same
+            graph.
+        tables: parameters that are moved to the device of what they are applied to.
     """
 
     name: ClassVar[str]
@@ -37,6 +40,8 @@ class Op:
     reads_alike: ClassVar[bool] = False
     needs_full_rows: ClassVar[bool] = False
     reads_constants: ClassVar[bool] = False
+    numbers: ClassVar[frozenset[str]] = frozenset()
+    tables: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         """Return the new value, of x's shape, dtype and device."""

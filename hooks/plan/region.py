@@ -17,6 +17,22 @@ _EVER = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
+class Entries:
+    """Entries of an activation, as tensors alone; attributes as of a `Region`."""
+
+    steps: tuple[tuple[int, Tensor], ...]
+    valid: Tensor | None
+
+    def get(self, x: Tensor) -> Tensor:
+        """Take the part out of a full activation."""
+        return _levels(self.steps, x)[-1]
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        """Return the activation with the part replaced (where it is valid)."""
+        return _put(self.steps, self.valid, x, part)
+
+
+@dataclass(frozen=True, eq=False)
 class Region:
     """The entries of an activation that a site means on given inputs.
 
@@ -39,20 +55,11 @@ class Region:
 
     def get(self, x: Tensor) -> Tensor:
         """Take the part out of a full activation."""
-        return self._levels(x)[-1]
+        return _levels(self.steps, x)[-1]
 
     def put(self, x: Tensor, part: Tensor) -> Tensor:
         """Return the activation with the part replaced (where it is valid)."""
-        levels = self._levels(x)
-        if self.valid is not None:
-            part = torch.where(self.valid.to(x.device), part, levels[-1])
-        for (axis, index), level in zip(reversed(self.steps), reversed(levels[:-1]), strict=True):
-            index = index.to(x.device)
-            if index.ndim == 1:
-                part = level.index_copy(axis, index, part)
-            else:
-                part = level.scatter(axis, _spread(index, axis, part), part)
-        return part
+        return _put(self.steps, self.valid, x, part)
 
     def full_valid(self) -> Tensor:
         """bool of the part's shape, True where an entry counts."""
@@ -75,13 +82,27 @@ class Region:
         shape = dict(self.shape, row=window.stop - window.start)
         return Region(self.site, shape, steps, valid, self.cols[window], keys)
 
-    def _levels(self, x: Tensor) -> list[Tensor]:
-        levels = [x]
-        for axis, index in self.steps:
-            index = index.to(x.device)
-            x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
-            levels.append(x)
-        return levels
+
+def _levels(steps: tuple[tuple[int, Tensor], ...], x: Tensor) -> list[Tensor]:
+    levels = [x]
+    for axis, index in steps:
+        index = index.to(x.device)
+        x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
+        levels.append(x)
+    return levels
+
+
+def _put(steps: tuple[tuple[int, Tensor], ...], valid: Tensor | None, x: Tensor, part: Tensor) -> Tensor:
+    levels = _levels(steps, x)
+    if valid is not None:
+        part = torch.where(valid.to(x.device), part, levels[-1])
+    for (axis, index), level in zip(reversed(steps), reversed(levels[:-1]), strict=True):
+        index = index.to(x.device)
+        if index.ndim == 1:
+            part = level.index_copy(axis, index, part)
+        else:
+            part = level.scatter(axis, _spread(index, axis, part), part)
+    return part
 
 
 def _spread(index: Tensor, axis: int, like: Tensor) -> Tensor:

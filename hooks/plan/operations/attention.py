@@ -47,6 +47,7 @@ class Attend(Op):
 
     pattern: Tensor
     name: ClassVar[str] = "attend"
+    tables: ClassVar[frozenset[str]] = frozenset({"pattern"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -70,8 +71,9 @@ class Attend(Op):
 class AttendBack(Op):
     """All attention on the key `offset` positions before the query; on the query itself where there is none."""
 
-    offset: int = 1
+    offset: int | Tensor = 1
     name: ClassVar[str] = "attend_back"
+    numbers: ClassVar[frozenset[str]] = frozenset({"offset"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -83,8 +85,9 @@ class AttendBack(Op):
 class ForbidBack(Op):
     """-inf on the scores from every query to the key `offset` positions before it, in which nothing else is changed."""
 
-    offset: int = 1
+    offset: int | Tensor = 1
     name: ClassVar[str] = "forbid_back"
+    numbers: ClassVar[frozenset[str]] = frozenset({"offset"})
     writes_inf: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
