@@ -23,8 +23,9 @@ from .errors import (
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
 from .html import table
+from .members import Members
 from .meter import Meter
-from .model import Model, Run, wrap
+from .model import Compiled, Model, Run, wrap
 from .models.blocks import Block
 from .models.projections import linear_weight
 from .plan.context import Context
@@ -69,6 +70,7 @@ __all__ = [
     "AttendBack",
     "Audit",
     "Block",
+    "Compiled",
     "Context",
     "CopyScores",
     "CycleError",
@@ -81,6 +83,7 @@ __all__ = [
     "InputsError",
     "InterpError",
     "Intervention",
+    "Members",
     "Meter",
     "MetricError",
     "Model",

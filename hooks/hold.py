@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .audit import Audit, Entry
 from .backends import frames
 from .backends.checkpointing import checkpointing, uncheckpointed
+from .backends.dynamo import HOOK_GUARDS, forget_graphs
 from .backends.gate import gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_tapes
@@ -116,14 +117,19 @@ class Holds:
             try:
                 if holds and not self.holds:
                     gate.open(module)
+                if placement is not None:
+                    forget_graphs(module)
             except BaseException:
                 assert placement is not None
                 placement.remove()
                 raise
             if before is not None:
                 before.remove()
+            if holds and not self.holds:
+                HOOK_GUARDS.open()
             if self.holds and not holds:
                 gate.close()
+                HOOK_GUARDS.close()
             self.holds, self.placement = holds, placement
             gate.start = self.start if holds else None
             gate.holding = self.is_in_force if holds else None

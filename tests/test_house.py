@@ -237,10 +237,11 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout"},
-    {"audit", "program", "resolving", "budget", "meter"},
+    {"audit", "program", "resolving", "lowering", "budget", "meter"},
     {"backends"},
     {"hold", "certificate"},
     {"record"},
+    {"compiling", "members"},
     {"model"},
 )
 

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 
 @dataclass(eq=False)
@@ -21,12 +22,14 @@ class Call:
         stood: the stack frame that called; once it is gone, so is the call, however it ended.
         run: the pass whose call it is; None for one that is of nobody's.
         close: what ends it.
+        compiler: what looks into the thread's frames outside the call, and not within it; None for nothing.
     """
 
     module: nn.Module
     stood: FrameType
     run: Any = None
     close: Callable[[], None] | None = None
+    compiler: Any = None
 
 
 class _Calls(threading.local):
@@ -62,7 +65,10 @@ def push(call: Call) -> None:
 def pop(module: nn.Module) -> None:
     """End the innermost call, if it is one of this model."""
     if _CALLS.stack and _CALLS.stack[-1].module is module:
-        _end(_CALLS.stack.pop())
+        call = _CALLS.stack.pop()
+        if call.compiler is not None:
+            set_eval_frame(call.compiler)
+        _end(call)
 
 
 def drop_ended() -> None:

@@ -66,10 +66,11 @@ class Hooks:
         find: which pass that is.
         within: whether this thread is in a call that is nobody's, within one that these hooks were placed for.
         stack: where the removal of every hook is registered, at the moment at which it is placed.
+        kind: of the hooks.
     """
 
-    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack) -> None:
-        self.find, self.within, self.stack = find, within, stack
+    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack, kind: type[Hook] = Hook) -> None:
+        self.find, self.within, self.stack, self.kind = find, within, stack, kind
 
     def on_output(self, module: nn.Module, edit: Edit, within: Callable[[Tensor], Tensor] | None = None) -> None:
         """Edit what a module returns, or the first of several values.
@@ -86,7 +87,7 @@ class Hooks:
                 return (edit(run, output[0]), *output[1:])
             return edit(run, output)
 
-        self.stack.callback(module.register_forward_hook(Hook(hook)).remove)
+        self.stack.callback(module.register_forward_hook(self.kind(hook)).remove)
 
     def on_input(self, module: nn.Module, edit: Edit) -> None:
         """Edit what a module is called with: its first argument, or its hidden states."""
@@ -100,7 +101,7 @@ class Hooks:
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             return args, {**kwargs, name: edit(run, kwargs[name])}
 
-        self.stack.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
+        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
 
     def watch(self, module: nn.Module) -> None:
         """Notice a call of a module by itself."""
@@ -108,11 +109,17 @@ class Hooks:
         def hook(_module: nn.Module, _args: Any) -> None:
             self.find()
 
-        self.stack.callback(module.register_forward_pre_hook(Hook(hook)).remove)
+        self.stack.callback(module.register_forward_pre_hook(self.kind(hook)).remove)
 
 
 def place_hooks(
-    arch: Architecture, keys: Set[Key], find: Find, within: Callable[[], bool], stack: ExitStack, watched: bool
+    arch: Architecture,
+    keys: Set[Key],
+    find: Find,
+    within: Callable[[], bool],
+    stack: ExitStack,
+    watched: bool,
+    kind: type[Hook] = Hook,
 ) -> None:
     """Place on a model the hooks of some sites.
 
@@ -123,8 +130,9 @@ def place_hooks(
         within: whether this thread is in a call that is nobody's, within one that these hooks are placed for.
         stack: takes the hooks away again.
         watched: notice blocks that are called by themselves.
+        kind: of the hooks.
     """
-    hooks = Hooks(find, within, stack)
+    hooks = Hooks(find, within, stack, kind)
 
     def show(name: str) -> Edit:
         return lambda run, x: run.visit((name, -1, None), x)
@@ -158,6 +166,11 @@ def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], fi
     """Put in place what is there only while the model is called: attention that shows its inside, logits uncapped."""
     if ("logits", -1, None) in keys:
         stack.enter_context(arch.lift_cap())
+    swap_attentions(arch, keys, expose, find, stack)
+
+
+def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
+    """Put in place attention functions that show their inside, where a site is within one, and in layers besides."""
     layers = {layer for name, layer, _ in keys if name in INSIDE} | set(expose)
     for layer in sorted(layers):
         attention = arch.blocks[layer].attention
