@@ -16,7 +16,7 @@ from torch import Tensor
 from .audit import Audit
 from .errors import PlanError, ShapeError
 from .layout import Layout
-from .plan.context import Context, fit
+from .plan.context import Context, beside, fit
 from .plan.operation import Op
 from .plan.plan import Intervention, Plan
 from .plan.region import Entries, Region
@@ -223,12 +223,12 @@ def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice
             return y
         if weight == 0.0:
             return x
-        weight = torch.tensor(weight, dtype=x.dtype, device=x.device)
+        weight = x.new_full((), weight)
     if weight.ndim == 1:
         if len(weight) != rows:
             raise ShapeError(f"a strength for {len(weight)} rows, the inputs have {rows}")
         weight = weight[window].reshape([-1] + [1] * (x.ndim - 1))
-    weight = weight.to(device=x.device, dtype=x.dtype)
+    weight = beside(weight, x.device, x.dtype)
     # Where both are equal the difference is 0 even if both are infinite, which forbidden scores are.
     delta = torch.where(x == y, 0, y - x)
     finite = delta.isfinite()
