@@ -53,6 +53,7 @@ from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
 from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
+from .plan.spans import New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_worlds
@@ -85,6 +86,7 @@ __all__ = [
     "MetricError",
     "Model",
     "ModelError",
+    "New",
     "Origin",
     "Outcome",
     "PathError",
@@ -120,6 +122,7 @@ __all__ = [
     "listed",
     "mean",
     "nearest",
+    "new",
     "noise",
     "normal",
     "pair",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from .audit import Audit, Entry
 from .backends import frames
+from .backends.caching import is_cache
 from .backends.checkpointing import checkpointing, uncheckpointed
 from .backends.gate import gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_tapes
+from .decoding import Decodings, Fed
 from .errors import PlanError, UnfiredError
-from .models.calls import arguments_of_call, inputs_of_call, keeps_some_logits
+from .layout import Layout
+from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_plan
 from .models.network import Network
 from .plan.inputs import Inputs
@@ -89,12 +92,14 @@ class Holds:
         network: the model, as it was wrapped by whoever held the last.
         holds: what is held.
         placement: hooks at the sites of the plans that are no functions, which stay between calls.
+        decodings: what is known of the texts that the model is fed meanwhile.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.holds: list[Hold] = []
         self.placement: Placement | None = None
+        self.decodings: Decodings | None = None
 
     def add(self, hold: Hold) -> None:
         """Hold one more plan."""
@@ -103,6 +108,8 @@ class Holds:
     def remove(self, hold: Hold) -> None:
         """Take one away, and leave the others as they are."""
         self._change([one for one in self.holds if one is not hold])
+        if self.decodings is not None:
+            self.decodings.forget(hold)
 
     def _change(self, holds: list[Hold]) -> None:
         """Hold other plans: hooks are placed anew, and where that fails those of before stay."""
@@ -115,18 +122,26 @@ class Holds:
                 placement.place()
             try:
                 if holds and not self.holds:
+                    self.decodings = Decodings(module, self.is_in_force)
                     gate.open(module)
             except BaseException:
                 assert placement is not None
                 placement.remove()
+                self._forget()
                 raise
             if before is not None:
                 before.remove()
             if self.holds and not holds:
                 gate.close()
+                self._forget()
             self.holds, self.placement = holds, placement
             gate.start = self.start if holds else None
             gate.holding = self.is_in_force if holds else None
+
+    def _forget(self) -> None:
+        if self.decodings is not None:
+            self.decodings.close()
+            self.decodings = None
 
     def in_force(self) -> list[Hold]:
         """What is held, but for what this thread has suspended since."""
@@ -145,31 +160,37 @@ class Holds:
             plan, entries, seeds = plan + part, entries + found, seeds + (one.seed,) * len(part)
         return plan, Audit(entries), seeds
 
-    def start(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Pass | None, Callable[[], None] | None]:
-        """Begin the pass of a call of the user's, before the model runs; and what ends it."""
-        gate = gate_of(module)
+    def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin the pass of a call of the user's, before the model runs."""
+        module, network = call.module, self.network
+        gate, decodings = gate_of(module), self.decodings
         if not self.in_force():
-            return None, None
+            return
+        assert decodings is not None
         with ExitStack() as stack:
             gate.lock.acquire()
             stack.callback(gate.lock.release)
-            call = arguments_of_call(module, args, kwargs)
-            inputs = inputs_of_call(call, self.network.architecture.images)
-            plan, audit, seeds = self.on(inputs)
-            world = World(inputs, plan)
+            given = arguments_of_call(module, args, kwargs)
+            fed = decodings.fed(module, given, network.architecture.images, network.n_layers)
+            plan, audit, seeds = self.on(fed.inputs)
+            whole = World(fed.inputs, plan)
+            self.check(fed, given, plan)
+            # Tokens that an intervention means may be in other calls of the text.
+            now = fed.live(plan, network.sizes)
+            fed.note_gone(plan, audit.entries, network.sizes)
+            world = World(fed.inputs, Plan(tuple(plan[n] for n in now)))
+            audit, seeds = Audit(tuple(audit[n] for n in now)), tuple(seeds[n] for n in now)
             placement = self.placement
             assert placement is not None
             if not all(isinstance(one.plan, Plan) for one in self.in_force()):
-                placement = Placement(self.network, touched([world]), exposed_layers([world], ()))
-            if keeps_some_logits(call) and ("logits", -1, None) in touched([world]):
-                raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
+                placement = Placement(network, touched([whole]), exposed_layers([whole], ()))
             tapes: dict[Any, Tape] = {}
-            if all_reads([world]):
+            if all_reads([whole]):
                 # Run anew for every call: in training the weights have changed since the last one.
-                tapes = self.read(world, placement.expose, seeds, lambda: _again(module, args, kwargs))
-            program = resolve(world, self.network.sizes, tapes, device=self.network.device, seed=seeds)
+                again = partial(self.again, call, args, kwargs, fed)
+                tapes = self.read(whole, world, placement.expose, fed, again)
+            program = resolve(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
+            program = fed.counted(program, audit.entries)
             run = Pass(placement, [program], [()])
             if not placement.placed:
                 stack.callback(placement.remove)
@@ -179,23 +200,70 @@ class Holds:
                 stack.enter_context(checkpointing(module, run.bind))
             # Last, so that it comes first: what the interventions did is noted however the call ended.
             stack.callback(lambda: program.report(run.states[0], audit))
-            return run, stack.pop_all().close
+            call.run, call.returned = run, partial(decodings.returned, fed)
+            call.close = stack.pop_all().close
+
+    def check(self, fed: Fed, given: dict[str, Any], plan: Plan) -> None:
+        """Refuse what the plans in force cannot do in a call.
+
+        Raises:
+            PlanError: something of that kind.
+        """
+        if keeps_listed_logits(given) and any(item.site.name == "logits" for item in plan):
+            raise PlanError("the plan edits the logits, and this call computes only those it lists (logits_to_keep)")
+        fed.require_known(plan)
+        for one in self.in_force():
+            mine, _ = one.on(fed.inputs, self.network) if isinstance(one.plan, Plan) else (plan, ())
+            fed.require_reached(mine, one, self.network.sizes)
+
+    def again(
+        self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any], fed: Fed, path: tuple[Any, ...]
+    ) -> None:
+        """Make a call once more for a world that is read, with that world's own cache in place of the caller's."""
+        assert self.decodings is not None
+        mirror = self.decodings.mirror(fed, path)
+
+        def apart(value: Any) -> Any:
+            return value if fed.cache is None or value is not fed.cache else mirror
+
+        output = call.module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
+        cache = getattr(output, "past_key_values", None)
+        if fed.cache is None and is_cache(cache):
+            fed.decoding.mirrors[path] = cache
 
     def read(
-        self, world: World, expose: frozenset[int], seeds: Sequence[int], again: Callable[[], Any]
+        self,
+        world: World,
+        now: World,
+        expose: frozenset[int],
+        fed: Fed,
+        again: Callable[[tuple[Any, ...]], Any],
+        path: tuple[Any, ...] = (),
     ) -> dict[Any, Tape]:
-        """Run the worlds that a world reads: those on the inputs of the call by making the call again."""
+        """Run the worlds that a world reads: those on the inputs of the call by making the call again.
+
+        Args:
+            world: the world, and `now` what of its plan is on tokens that are fed now. Where the text goes on, worlds
+                of it are run in every call, for their caches.
+            again: makes the call, for the world that is reached by a path.
+            path: how this one was.
+        """
         tapes: dict[Any, Tape] = {}
-        constants = _read_as_constants(world)
+        constants, wanted = _read_as_constants(now), all_reads([now])
         seed = self.in_force()[-1].seed
-        for key, (source, sites) in all_reads([world]).items():
+        for key, (source, _) in all_reads([world if fed.caches else now]).items():
+            sites = wanted[key][1] if key in wanted else []
             graph = torch.is_grad_enabled() and key not in constants
             if source.inputs is not world.inputs:
-                tapes |= read_tapes(self.network, [world], seed, expose, only={key}, graph=graph)
+                if key in wanted:
+                    tapes |= read_tapes(self.network, [now], seed, expose, only={key}, graph=graph)
                 continue
+            mine = (*path, key[0], *key[2:])
+            live = [source.plan[n] for n in fed.live(source.plan, self.network.sizes)]
+            part = World(source.inputs, Plan(tuple(live)))
             with torch.set_grad_enabled(graph):
-                deeper = self.read(source, expose, seeds, again)
-                values = self.repeat(source, deeper, sites, expose, seed, again, graph)
+                deeper = self.read(source, part, expose, fed, again, mine)
+                values = self.repeat(part, deeper, sites, expose, seed, partial(again, mine), graph, fed.layout)
             tapes[key] = Tape(source.inputs, values, self.network.sizes)
         return tapes
 
@@ -208,10 +276,11 @@ class Holds:
         seed: int,
         again: Callable[[], Any],
         graph: bool,
+        layout: Layout,
     ) -> tuple[tuple[Site, Tensor], ...]:
         """Make the call again under other edits, and keep the values at some sites."""
         network, device = self.network, self.network.device
-        program = resolve(world, network.sizes, tapes, device=device, seed=seed)
+        program = resolve(world, network.sizes, tapes, device=device, seed=seed, layout=layout)
         placement = Placement(network, program.touched | {place.key for place in sites}, expose)
         run = Pass(placement, [program], [sites], graph)
         with ExitStack() as stack:
@@ -274,16 +343,6 @@ def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
         if not holds.holds:
             _HOLDS.pop(network.module, None)
     mine.require_fired()
-
-
-def _again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call once more, so that it writes nothing into what the caller keeps: a cache is copied."""
-
-    def apart(value: Any) -> Any:
-        keeps = hasattr(value, "update") and not isinstance(value, (Tensor, nn.Module))
-        return copy.deepcopy(value) if keeps else value
-
-    return module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
 
 
 @contextmanager

@@ -124,35 +124,51 @@ class _Resolver:
     def tensor(self, source: Tensor, item: Intervention, region: Region) -> Tensor | Whole:
         """A tensor with every axis of the activation is taken at the region; one of the region's is fitted to it."""
         size, site = self.sizes[item.site.key], item.site
-        widths = {ROW: len(self.layout), POS: self.layout.queries.width, KEY: self.layout.keys.width} | size
+        queries, keys = self.layout.columns(site)
+        prompt = queries.width if queries.prompt is None else queries.prompt
+        widths = {ROW: self.layout.total, POS: prompt, KEY: keys.width} | size
         if tuple(source.shape) == tuple(widths[axis] for axis in site.axes):
-            return region.get(source[self.window])
+            if queries.prompt is not None:
+                axis = site.axes.index(POS)
+                filler = [0, 0] * (source.ndim - 1 - axis) + [0, max(0, queries.start + queries.width - prompt)]
+                source = torch.nn.functional.pad(source, filler).narrow(axis, queries.start, queries.width)
+            return region.get(self.layout.of_rows(source)[self.window])
         return Whole(source)
 
     def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> Tensor:
         """What a tape holds for the rows of the window, with its positions laid where ours are."""
         place = item.site if read.site is None else read.site
-        rows, there = len(self.layout), tape.inputs.columns
+        rows, there, layout = self.layout.total, tape.inputs.columns, self.layout
+        whole = tape.whole(place)
+        if tape.inputs is self.world.inputs and tape.window is None and whole is not None:
+            # Of this very pass, whatever part of a text it is of.
+            found = region if read.site is None else self.region(place)[1]
+            self.require_alike(item, region, place, found)
+            return found.get(whole[self.window])
         if len(tape.inputs) != rows:
             raise ShapeError(f"{item}: the source has {len(tape.inputs)} rows, these inputs {rows}; a row is a pair")
-        whole = tape.whole(place)
         if whole is None:
-            return _checked(tape[place], item, region, rows)[self.window]
+            return layout.of_rows(_checked(tape[place], item, region, rows))[self.window]
+        if layout.origin is not None:
+            there, whole = there.rows(layout.origin), layout.of_rows(whole)
         if read.site is None:
             full, _ = self.region(item.site, item.only)
-            found = corresponding(full, self.layout.queries, there, self.sizes[place.key])
+            queries, keys = layout.columns(item.site)
+            found = corresponding(full, queries, there, self.sizes[place.key], keys)
         else:
-            found = resolve_site(place, there, self.sizes[place.key])
-            for axis in (POS, KEY) if place.axes == item.site.axes else ():
-                if found.shape.get(axis) != region.shape.get(axis):
-                    raise ShapeError(
-                        f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}"
-                    )
+            found = resolve_site(layout.for_rows(place), there, self.sizes[place.key])
+            self.require_alike(item, region, place, found)
         if tape.window is None:
             return found.get(whole)[self.window]
         # A part of a larger batch, which is run against this world row by row.
         assert tape.window == self.window
         return found.rows(self.window).get(whole)
+
+    def require_alike(self, item: Intervention, region: Region, place: Site, found: Region) -> None:
+        """Refuse a read of another number of positions than are edited, where that decides which belongs to which."""
+        for axis in (POS, KEY) if place.axes == item.site.axes else ():
+            if found.shape.get(axis) != region.shape.get(axis):
+                raise ShapeError(f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}")
 
     def reference(self, tape: Tape, place: Site, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
         """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
@@ -162,8 +178,11 @@ class _Resolver:
         given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
         loose = {axis: None for axis, index in given.items() if not listed(index)}
         there = resolve_site(place.at(**loose), tape.inputs.columns, self.sizes[place.key])
-        wanted = {POS: (self.layout.queries, region.cols), KEY: (self.layout.keys, region.key_cols)}
+        queries, keys = self.layout.columns(item.site)
+        wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
+            if axis == POS and item.op.pools_positions:
+                continue
             columns, cols = wanted[axis]
             assert cols is not None
             last = int(columns.index[self.window].gather(1, cols).max())

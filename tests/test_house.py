@@ -236,10 +236,10 @@ ORDER = (
     {"errors", "code", "digest", "files", "html", "random"},
     {"plan"},
     {"models"},
-    {"layout"},
+    {"layout", "text"},
     {"audit", "program", "resolving", "budget", "meter"},
     {"backends"},
-    {"hold", "certificate"},
+    {"decoding", "hold", "certificate"},
     {"record"},
     {"model"},
 )

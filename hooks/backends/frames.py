@@ -21,12 +21,14 @@ class Call:
         stood: the stack frame that called; once it is gone, so is the call, however it ended.
         run: the pass whose call it is; None for one that is of nobody's.
         close: what ends it.
+        returned: what is told of the value that it returns, before it ends.
     """
 
     module: nn.Module
     stood: FrameType
     run: Any = None
     close: Callable[[], None] | None = None
+    returned: Callable[[Any], None] | None = None
 
 
 class _Calls(threading.local):
@@ -59,10 +61,15 @@ def push(call: Call) -> None:
     _CALLS.stack.append(call)
 
 
-def pop(module: nn.Module) -> None:
-    """End the innermost call, if it is one of this model."""
+def pop(module: nn.Module, output: Any = None) -> None:
+    """End the innermost call, if it is one of this model; what it returns is None where it raised."""
     if _CALLS.stack and _CALLS.stack[-1].module is module:
-        _end(_CALLS.stack.pop())
+        call = _CALLS.stack.pop()
+        try:
+            if call.returned is not None and output is not None:
+                call.returned(output)
+        finally:
+            _end(call)
 
 
 def drop_ended() -> None:

@@ -19,6 +19,7 @@ from ..models.masks import read_mask
 from ..models.projections import linear_weight
 from ..plan.sites import Key
 from ..program import Guard
+from .caching import Entering, is_cache
 
 INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
 """Sites inside attention, for which a layer's attention function is swapped."""
@@ -45,6 +46,10 @@ class Running(Protocol):
     @property
     def rows(self) -> int:
         """Rows of the whole batch."""
+        ...
+
+    def keys(self, layer: int) -> tuple[int, int | None]:
+        """The key column of a layer's attention that is the first query's own, and how many there are to be."""
         ...
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
@@ -97,6 +102,18 @@ class Hooks:
                 return (edit(run, args[0]), *args[1:]), kwargs
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             return args, {**kwargs, name: edit(run, kwargs[name])}
+
+        self.stack.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
+
+    def on_keys(self, module: nn.Module, edit: Edit) -> None:
+        """Edit the keys [B, K, T, D] that an attention module writes into a cache, if it is called with one."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self.find()
+            if run is None:
+                return None
+            entering = lambda x: Entering(x, partial(edit, run)) if is_cache(x) else x  # noqa: E731
+            return tuple(map(entering, args)), {name: entering(value) for name, value in kwargs.items()}
 
         self.stack.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
 
@@ -184,6 +201,8 @@ class _BlockHooks:
     def place(self) -> None:
         self.around_attention()
         self.projections()
+        if "rot_k" in self.names:
+            self.hooks.on_keys(self.block.attention.module, self.cached)
         self.heads()
         if self.block.of_mlp is not None:
             self.around_mlp(self.block.of_mlp)
@@ -248,6 +267,11 @@ class _BlockHooks:
                 part = projection.per_head(self.block.of_attention.pre.forward(copies))
             out = projection.write(out, self.visit(run, name, part))
         return out
+
+    def cached(self, run: Running, k: Tensor) -> Tensor:
+        # Here an edit persists; what the attention function sees are the keys of all tokens, edited or not.
+        self.wait(run, "cached", True)
+        return self.visit(run, "rot_k", k.transpose(1, 2)).transpose(1, 2)
 
     def heads(self) -> None:
         out = self.block.attention.out
@@ -332,14 +356,21 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
         def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
             return run.visit((name, layer, None), x, guard) if name in names else x
 
+        cached = run.scratch.pop((layer, "cached"), False)
         for name in ("rot_q", "rot_k"):
-            if name in names:
+            if name in names and not (cached and name == "rot_k"):
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
                 q, k = (x, k) if name == "rot_q" else (q, x)
         # Where there is no mask, the call or the module says whether attention is causal, as it does to a kernel.
         causal = given.get("is_causal")
         causal = getattr(module, "is_causal", layer_attention.causal) if causal is None else causal
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal)
+        first, width = run.keys(layer)
+        if width is not None and width != k.shape[2]:
+            raise ModelError(
+                f"attention of layer {layer} sees {k.shape[2]} keys where its cache announced {width}, so nobody knows "
+                "which tokens they are of"
+            )
+        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first)
         scaling, cap = given.get("scaling"), given.get("softcap")
         z, pattern = exposed_attention(
             q,

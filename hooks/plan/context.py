@@ -52,7 +52,8 @@ class Context:
         head: the heads of `x`'s head axis, or None where the site has none.
         dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
-        window: the rows of the whole batch that `x` holds, of `total`.
+        window: the rows of the whole batch that `x` holds, of `total`: a slice, or int64 [B] where several rows that
+            are generated go on from one.
         references: for each read, how the positions of a reference set are laid out; None for reads row by row.
     """
 
@@ -66,7 +67,7 @@ class Context:
     head: tuple[int, ...] | None
     dim: Tensor | None
     seed: int
-    window: slice
+    window: slice | Tensor
     total: int
     references: tuple[Reference | None, ...] = ()
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, SiteError
+from ..errors import ElsewhereError, ShapeError, SiteError
 from .columns import Columns
 from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
+from .spans import New
 
 _EVER = 1 << 62
 
@@ -28,6 +29,8 @@ class Region:
             None means that every entry counts.
         cols: int64 [B, n], the columns of the query positions.
         key_cols: int64 [B, m], the columns of the key positions, for sites that have them.
+        elsewhere: axes (numbers) along which some of the positions that the site lists are in another call of the text.
+            Such a place has no column: the one beyond the last stands for it, and what is put there is dropped.
     """
 
     site: Site
@@ -36,6 +39,7 @@ class Region:
     valid: Tensor | None
     cols: Tensor
     key_cols: Tensor | None
+    elsewhere: frozenset[int] = frozenset()
 
     def get(self, x: Tensor) -> Tensor:
         """Take the part out of a full activation."""
@@ -47,11 +51,13 @@ class Region:
         if self.valid is not None:
             part = torch.where(self.valid.to(x.device), part, levels[-1])
         for (axis, index), level in zip(reversed(self.steps), reversed(levels[:-1]), strict=True):
-            index = index.to(x.device)
+            index, size = index.to(x.device), level.shape[axis]
             if index.ndim == 1:
                 part = level.index_copy(axis, index, part)
-            else:
-                part = level.scatter(axis, _spread(index, axis, part), part)
+                continue
+            if axis in self.elsewhere:
+                level = torch.cat([level, level.narrow(axis, 0, 1)], axis)
+            part = level.scatter(axis, _spread(index, axis, part), part).narrow(axis, 0, size)
         return part
 
     def full_valid(self) -> Tensor:
@@ -63,7 +69,7 @@ class Region:
         """The same region with what `get` and `put` index by on a device; columns stay where they are."""
         steps = tuple((axis, index.to(device)) for axis, index in self.steps)
         valid = None if self.valid is None else self.valid.to(device)
-        return Region(self.site, self.shape, steps, valid, self.cols, self.key_cols)
+        return Region(self.site, self.shape, steps, valid, self.cols, self.key_cols, self.elsewhere)
 
     def rows(self, window: slice) -> Region:
         """The region restricted to a range of rows."""
@@ -73,12 +79,14 @@ class Region:
         valid = self.valid if self.valid is None or len(self.valid) == 1 else self.valid[window]
         keys = None if self.key_cols is None else self.key_cols[window]
         shape = dict(self.shape, row=window.stop - window.start)
-        return Region(self.site, shape, steps, valid, self.cols[window], keys)
+        return Region(self.site, shape, steps, valid, self.cols[window], keys, self.elsewhere)
 
     def _levels(self, x: Tensor) -> list[Tensor]:
         levels = [x]
         for axis, index in self.steps:
             index = index.to(x.device)
+            if axis in self.elsewhere:
+                index = index.clamp_max(x.shape[axis] - 1)
             x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
             levels.append(x)
         return levels
@@ -107,6 +115,7 @@ def resolve(
 
     Raises:
         SiteError: a head, position or dimension that is not there.
+        ElsewhereError: none of the tokens that are meant is among these, which are a part of a text.
         ShapeError: a mask or index whose shape does not fit the batch.
     """
     axes, queries = site.axes, _as_wide(queries, sizes)
@@ -116,7 +125,8 @@ def resolve(
     shape = {ROW: rows, POS: cols.shape[1]}
     steps = _position_steps(axes.index(POS), cols, queries.width)
     flags = [] if valid is None else [_on_axes(valid, POS, axes)]
-    key_cols = None
+    elsewhere = {POS: _beyond(cols, queries.width)}
+    cols, key_cols = cols.clamp_max(queries.width - 1), None
     if HEAD in axes:
         shape[HEAD], step = _entries(HEAD, site, sizes[HEAD], axes)
         steps += step
@@ -124,6 +134,8 @@ def resolve(
         key_cols, key_valid = _columns(KEY, site.key_pos, keys, None, site)
         shape[KEY] = key_cols.shape[1]
         steps += _position_steps(axes.index(KEY), key_cols, keys.width)
+        elsewhere[KEY] = _beyond(key_cols, keys.width)
+        key_cols = key_cols.clamp_max(keys.width - 1)
         if key_valid is not None:
             flags.append(_on_axes(key_valid, KEY, axes))
     if DIM in axes:
@@ -132,10 +144,13 @@ def resolve(
     merged = None
     for flag in flags:
         merged = flag if merged is None else merged & flag
-    return Region(site, shape, tuple(steps), merged, cols, key_cols)
+    beyond = frozenset(axes.index(axis) for axis, some in elsewhere.items() if some)
+    return Region(site, shape, tuple(steps), merged, cols, key_cols, beyond)
 
 
-def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[str, int]) -> Region:
+def corresponding(
+    region: Region, mine: Columns, source: Columns, sizes: dict[str, int], keys: Columns | None = None
+) -> Region:
     """The region of a source's activation that belongs to a region resolved on other tokens, position by position.
 
     Positions that the site lists are looked up in the source's own rows (so -1 is the source's last token); those that
@@ -144,16 +159,18 @@ def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[st
     Raises:
         ShapeError: the source has other lengths, or lacks such a position.
     """
-    if source.laid_like(mine):
+    if source.laid_like(mine) and (keys is None or source.laid_like(keys)):
         return region
     site, axes = region.site, region.site.axes
     mine, source = _as_wide(mine, sizes), _as_wide(source, sizes)
+    here = {POS: mine, KEY: mine if keys is None else keys}
     found: dict[str, Tensor] = {}
     steps: list[tuple[int, Tensor]] = []
     for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
         if cols is None:
             continue
         index: Index = getattr(site, axis)
+        mine = here[axis]
         if index is None and bool((mine.lengths != source.lengths).any()):
             row = int((mine.lengths != source.lengths).nonzero()[0])
             raise ShapeError(
@@ -174,6 +191,7 @@ def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[st
                 raise ShapeError(
                     f"{site}: row {row} of the source has {int(source.lengths[row])} tokens, and position "
                     f"{int(wanted[row][real[row]].max())} is wanted"
+                    + ("" if mine.prompt is None else "; a slice, as pos=slice(None), means the prompt's tokens alone")
                 )
         steps += _position_steps(axes.index(axis), found[axis], source.width)
     steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
@@ -217,7 +235,7 @@ def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tens
     """The index steps that take columns [B, n] out of an axis of `width`."""
     if cols.shape[1] == width and bool((cols == torch.arange(width)).all()):
         return []
-    if bool((cols == cols[:1]).all()):
+    if bool((cols == cols[:1]).all()) and not _beyond(cols, width):
         return [(axis, cols[0].contiguous())]
     return [(axis, cols)]
 
@@ -258,22 +276,28 @@ def _columns(
     lengths = tokens.lengths[:, None]
     if isinstance(index, Tensor) and index.shape[0] != rows:
         raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
-    if index is None or isinstance(index, Span) or (isinstance(index, Tensor) and index.dtype == torch.bool):
+    if index is None or isinstance(index, (Span, New)) or (isinstance(index, Tensor) and index.dtype == torch.bool):
         if isinstance(index, Tensor):
-            if index.shape != tokens.real.shape:
-                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(tokens.real.shape)}")
-            chosen = index.cpu()
+            shape = (rows, width if tokens.prompt is None else tokens.prompt)
+            if index.shape != shape:
+                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(shape)}")
+            chosen = tokens.of_prompt(index.cpu())
             if bool((chosen & ~tokens.real).any()):
                 raise ShapeError(f"{site}: the mask selects padding; intersect it with inputs.mask")
+        elif isinstance(index, Span):
+            low, high = _bound(index.start, 0, lengths), _bound(index.stop, _EVER, lengths)
+            chosen = tokens.real & (tokens.index >= low) & (tokens.index < torch.minimum(high, lengths))
+        elif isinstance(index, New):
+            chosen = tokens.real & index.holds(tokens.index - lengths)
         else:
-            start, stop = (index.start, index.stop) if isinstance(index, Span) else (None, None)
-            low = _bound(start, 0, lengths)
-            high = _bound(stop, _EVER, lengths)
-            chosen = tokens.real & (tokens.index >= low) & (tokens.index < high)
+            chosen = tokens.real
         if where is not None:
             chosen = chosen & _where_columns(where, tokens, site)
         count = chosen.sum(1)
         widest = int(count.max())
+        if widest == 0 and (isinstance(index, New) or not tokens.has_prompt):
+            what = "new token" if isinstance(index, New) else "token"
+            raise ElsewhereError(f"{site}: {axis} selects no {what} in this call: it has none of those that are meant")
         if widest == 0:
             raise SiteError(f"{site}: {axis} selects no token of any row")
         # A stable sort puts the chosen columns first and keeps all columns of a row distinct, as scatter requires.
@@ -286,7 +310,12 @@ def _columns(
         pos = torch.tensor(index if isinstance(index, tuple) else (index,)).expand(rows, -1)
     resolved = torch.where(pos < 0, pos + lengths, pos)
     cols, there = tokens.find(resolved)
-    outside = (~there).any(1).nonzero().flatten().tolist()
+    inside = there
+    if tokens.prompt is not None:
+        inside = (resolved >= 0) & (resolved < lengths)
+        there = there & inside
+        cols = torch.where(there, cols, width)
+    outside = (~inside).any(1).nonzero().flatten().tolist()
     if outside:
         row = outside[0]
         raise SiteError(
@@ -298,8 +327,18 @@ def _columns(
     ordered = resolved.sort(1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise SiteError(f"{site}: {axis}={index} names one position of a row twice")
-    valid = None if where is None else _where_columns(where, tokens, site).gather(1, cols)
+    if not bool(there.any()):
+        raise ElsewhereError(f"{site}: {axis}={index} is in no row of this call")
+    valid = None if bool(there.all()) else there
+    if where is not None:
+        chosen = _where_columns(where, tokens, site).gather(1, cols.clamp_max(width - 1))
+        valid = chosen if valid is None else valid & chosen
     return cols, valid
+
+
+def _beyond(cols: Tensor, width: int) -> bool:
+    """Whether some of the columns are none of an axis's, which are `width`."""
+    return bool((cols >= width).any())
 
 
 def _bound(value: int | None, default: int, lengths: Tensor) -> Tensor:
@@ -310,9 +349,10 @@ def _bound(value: int | None, default: int, lengths: Tensor) -> Tensor:
 
 def _where_columns(where: Tensor, tokens: Columns, site: Site) -> Tensor:
     where = where.cpu()
-    if where.dtype != torch.bool or where.shape not in (tokens.real.shape, tokens.real.shape[:1]):
+    shape = (len(tokens.real), tokens.width if tokens.prompt is None else tokens.prompt)
+    if where.dtype != torch.bool or where.shape not in (shape, shape[:1]):
         raise ShapeError(
-            f"{site}: where() takes a bool mask of shape {list(tokens.real.shape[:1])} or {list(tokens.real.shape)}, "
+            f"{site}: where() takes a bool mask of shape {list(shape[:1])} or {list(shape)}, "
             f"got {where.dtype} of shape {list(where.shape)}"
         )
-    return (where if where.ndim == 2 else where[:, None]) & tokens.real
+    return (tokens.of_prompt(where) if where.ndim == 2 else where[:, None]) & tokens.real
