@@ -72,9 +72,12 @@ class Layout:
         """The tokens along the query and the key axis of an activation."""
         queries, keys = self.queries, self.keys
         if self.kept is not None and site.name == "logits":
-            queries = queries.between(queries.start + queries.width - self.kept, queries.start + queries.width)
-        if site.layer in self.windows:
-            start, width = self.windows[site.layer]
+            end = queries.start + queries.width
+            prompt = end if queries.prompt is None else queries.prompt
+            queries = replace(queries.between(end - self.kept, end), prompt=prompt)
+        window = None if site.layer is None else self.windows.get(site.layer)
+        if window is not None:
+            start, width = window
             keys = keys.between(start, start + width)
         return queries, keys
 
@@ -104,7 +107,7 @@ class Layout:
         if only is not None or any(isinstance(index, Tensor) for index in indices):
             return resolve(self.for_rows(site), queries, sizes, self.of_rows(only), keys)
         # The cells of a sweep mean the same entries in every layer.
-        key = (site.axes, indices, tuple(sizes.items()), self.windows.get(site.layer), site.name == "logits")
+        key = (site.axes, indices, tuple(sizes.items()), site.layer if self.windows else None, site.name == "logits")
         if key not in self._known:
             self._known[key] = resolve(site, queries, sizes, None, keys)
         return replace(self._known[key], site=site)

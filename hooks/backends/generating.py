@@ -18,6 +18,10 @@ from ..text import Text
 from . import seams
 
 _NEVER = 1 << 62
+_ITSELF = (
+    "a generation within one of the same model (the model as its own assistant, or assistant_early_exit) proposes "
+    "tokens under the plan, too: plans do not support that"
+)
 
 
 class _Arguments(dict):
@@ -70,7 +74,13 @@ class Generation:
         return here is not None and not self.over
 
     def configured(self, config: Any) -> None:
-        """Learn what its arguments came to."""
+        """Learn what its arguments came to.
+
+        Raises:
+            PlanError: the model is to propose tokens with its first layers, and stays cut where that is interrupted.
+        """
+        if getattr(config, "assistant_early_exit", None) is not None:
+            raise PlanError(_ITSELF)
         self.chunked = getattr(config, "prefill_chunk_size", None) is not None
         width = getattr(config, "_mask_length", None)
         if isinstance(width, int) and width > self.real.shape[1]:
@@ -155,10 +165,7 @@ class Generations:
         if not self._binds():
             return own(*args, **kwargs)
         if self.around() is not None:
-            raise PlanError(
-                "a generation within one of the same model (the model as its own assistant, or assistant_early_exit) "
-                "proposes tokens under the plan, too: plans do not support that"
-            )
+            raise PlanError(_ITSELF)
         expand = inspect.signature(own).bind(*args, **kwargs).arguments.get("expand_size", 1)
         ids, rest = own(*args, **kwargs)
         arguments = _Arguments(rest)

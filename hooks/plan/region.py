@@ -243,6 +243,7 @@ def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tens
 def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int = 0) -> tuple[int, list]:
     """Size of, and index steps for, an axis of heads or dimensions."""
     index: Index = getattr(site, axis)
+    assert not isinstance(index, New)
     if index is None:
         return size, []
     if isinstance(index, Tensor):

@@ -51,7 +51,9 @@ def _spelled(item: Intervention, real: Tensor, rows: Tensor, width: int) -> Inte
             continue
         columns = [_columns(index, real, int(row), width) for row in rows]
         if listed(index):
-            numbers = [[int(real[row, :column].sum()) for column in found] for row, found in zip(rows, columns)]
+            numbers = [
+                [int(real[row, :column].sum()) for column in found] for row, found in zip(rows, columns, strict=True)
+            ]
             where[axis] = torch.tensor(numbers)
             continue
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -137,7 +139,7 @@ def oracle(
     Args:
         real: bool [R, P], the columns of the prompts.
         expand: how many rows are generated of each.
-        at: the plan at a width of the text, where that is to be another.
+        at: the plan spelled out for a width of the text, where it is to be another.
     """
     twin, plan = copy.deepcopy(model.module), as_plan(plan)
     rows = torch.arange(len(real)).repeat_interleave(expand)
@@ -149,7 +151,8 @@ def oracle(
         width = input_ids.shape[1]
         mask = torch.cat([real[rows], torch.ones(len(rows), width - real.shape[1], dtype=torch.bool)], 1)
         inputs = Inputs.of(input_ids, mask, rows)
-        run = model.run(inputs, spelled(plan if at is None else at(width), real, rows, width), seed=seed)
+        whole = spelled(plan, real, rows, width) if at is None else at(width)
+        run = model.run(inputs, whole, seed=seed)
         return CausalLMOutputWithPast(logits=run.logits)
 
     twin.forward = forward
