@@ -18,7 +18,10 @@ class Seam:
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any] | None = None) -> None:
         self.owner, self.name, self.function, self.before = ref(owner), name, function, vars(owner).get(name)
-        self.__signature__ = inspect.signature(self.own)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
 
     @property
     def own(self) -> Callable[..., Any]:

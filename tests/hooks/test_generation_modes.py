@@ -8,11 +8,13 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hooks as hk
 from hooks import Inputs, Model, Plan, site
@@ -339,32 +341,58 @@ def test_nested_plans_and_one_that_comes_later():
 
 
 @torch.no_grad()
-def test_ten_thousand_applications_leave_nothing(monkeypatch):
-    """Hooks, attributes and memory are flat, also of the caches and generations that a plan has followed."""
-    model = fresh("llama")
+def test_ten_thousand_applications_leave_nothing():
+    """Hooks, attributes and objects are flat, also those of caches and generations that were followed."""
+    module = zoo.make("gpt2")
+    del module.transformer.h[1]
+    model = hk.wrap(module)
     x, plan, state = Inputs.of(torch.tensor([[3, 4]])), hk.scale(site("v", 0), 1.5), State(model.module)
 
     def objects() -> int:
         gc.collect()
         return len(gc.get_objects())
 
-    def hooks_on(module: nn.Module) -> int:
-        return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
-
     def work(times: int) -> None:
-        for _ in range(times):
+        for number in range(times):
+            if number % 25:
+                with suppress(hk.UnfiredError), model.apply(plan):
+                    pass
+                continue
             with model.apply(plan):
-                model.module(input_ids=x.ids, use_cache=True)
+                first = model.module(input_ids=x.ids, use_cache=True)
+                model.module(input_ids=x.ids[:, :1], past_key_values=first.past_key_values)
 
-    work(20)
+    work(100)
     before = objects()
-    work(980)
-    with model.apply(plan):
-        for number in range(9000):
-            fed = model.module(input_ids=x.ids[:, :1]) if number % 100 == 0 else None
-            del fed
-    assert objects() - before < 200 and hooks_on(model.module) == 0
+    work(10_000)
+    assert objects() - before < 100
     for _ in range(20):
         generated(model, x, plan)
-    assert objects() - before < 400
+    assert objects() - before < 100
+    parts = list(model.module.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     state.assert_kept()
+
+
+def test_no_cache_is_kept_alive():
+    """While a plan is held, a cache goes with the last who has it, and with it those of worlds that were read."""
+    from transformers import DynamicCache
+
+    model = fresh("llama")
+    x, made = prompts(model), []
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), model.apply(mixed(model)):
+            for cache in (None, DynamicCache(config=model.module.config)):
+                out = model.module(input_ids=x.ids, past_key_values=cache, use_cache=True)
+                made.append(weakref.ref(out.past_key_values))
+                model.module(input_ids=x.ids[:, :1], past_key_values=out.past_key_values)
+                del out
+            del cache
+            generated_ids = model.module.generate(x.ids, attention_mask=x.mask.long(), **OPTIONS)
+            assert [one() for one in made] == [None, None] and len(generated_ids) == 2
+            assert not len(holds_on(model.module).decodings._known)
+            assert holds_on(model.module).decodings._generations.around() is None
+    finally:
+        gc.enable()
