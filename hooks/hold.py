@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from .audit import Audit, Entry
 from .backends import frames
 from .backends.caching import is_cache
-from .backends.checkpointing import checkpointing, uncheckpointed
+from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.gate import gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
-from .backends.sources import all_reads, read_tapes
-from .decoding import Decodings, Fed
+from .backends.sources import all_reads, read_as_constants, read_tapes
+from .decoding import Decodings
 from .errors import PlanError, UnfiredError
+from .fed import Fed
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_plan
@@ -249,7 +249,7 @@ class Holds:
             path: how this one was.
         """
         tapes: dict[Any, Tape] = {}
-        constants, wanted = _read_as_constants(now), all_reads([now])
+        constants, wanted = read_as_constants(now), all_reads([now])
         seed = self.in_force()[-1].seed
         for key, (source, _) in all_reads([world if fed.caches else now]).items():
             sites = wanted[key][1] if key in wanted else []
@@ -286,7 +286,7 @@ class Holds:
         with ExitStack() as stack:
             # The user's own pass is to draw the same numbers (dropout) as this one, and as it would have without it.
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            stack.enter_context(_buffers_kept(network.module))
+            stack.enter_context(buffers_kept(network.module))
             if graph:
                 stack.enter_context(uncheckpointed(network.module))
             stack.callback(placement.remove)
@@ -343,25 +343,3 @@ def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
         if not holds.holds:
             _HOLDS.pop(network.module, None)
     mine.require_fired()
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what a call writes into the model's buffers, as running means do in training."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()] if module.training else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _read_as_constants(world: World) -> set[Any]:
-    """The worlds that are read by functions through which no gradient flows, and by no other."""
-    constant: dict[Any, bool] = {}
-    for item in world.plan:
-        for key in all_reads([replace(world, plan=Plan((item,)))]):
-            constant[key] = constant.get(key, True) and item.op.reads_constants
-    return {key for key, every in constant.items() if every}

@@ -239,7 +239,7 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "resolving", "budget", "meter"},
     {"backends"},
-    {"decoding", "hold", "certificate"},
+    {"fed", "decoding", "hold", "certificate"},
     {"record"},
     {"model"},
 )

@@ -17,8 +17,9 @@ from ..plan.plan import World
 from ..plan.sites import Key, Site
 from ..program import Guard, Program, State, visit
 from . import frames
+from .exposing import swap_functions
 from .gate import Gate, gate_of
-from .placing import place_hooks, swap_functions
+from .placing import place_hooks
 
 
 class Placement:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ElsewhereError, ShapeError, SiteError
+from ..errors import ShapeError, SiteError
 from .columns import Columns
 from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
 from .spans import New
-
-_EVER = 1 << 62
+from .tokens import beyond, columns_of, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,20 +120,20 @@ def resolve(
     axes, queries = site.axes, _as_wide(queries, sizes)
     keys = queries if keys is None else keys
     rows = len(queries.real)
-    cols, valid = _columns(POS, site.pos, queries, where, site)
+    cols, valid = columns_of(POS, site.pos, queries, where, site)
     shape = {ROW: rows, POS: cols.shape[1]}
     steps = _position_steps(axes.index(POS), cols, queries.width)
     flags = [] if valid is None else [_on_axes(valid, POS, axes)]
-    elsewhere = {POS: _beyond(cols, queries.width)}
+    elsewhere = {POS: beyond(cols, queries.width)}
     cols, key_cols = cols.clamp_max(queries.width - 1), None
     if HEAD in axes:
         shape[HEAD], step = _entries(HEAD, site, sizes[HEAD], axes)
         steps += step
     if KEY in axes:
-        key_cols, key_valid = _columns(KEY, site.key_pos, keys, None, site)
+        key_cols, key_valid = columns_of(KEY, site.key_pos, keys, None, site)
         shape[KEY] = key_cols.shape[1]
         steps += _position_steps(axes.index(KEY), key_cols, keys.width)
-        elsewhere[KEY] = _beyond(key_cols, keys.width)
+        elsewhere[KEY] = beyond(key_cols, keys.width)
         key_cols = key_cols.clamp_max(keys.width - 1)
         if key_valid is not None:
             flags.append(_on_axes(key_valid, KEY, axes))
@@ -144,8 +143,8 @@ def resolve(
     merged = None
     for flag in flags:
         merged = flag if merged is None else merged & flag
-    beyond = frozenset(axes.index(axis) for axis, some in elsewhere.items() if some)
-    return Region(site, shape, tuple(steps), merged, cols, key_cols, beyond)
+    gone = frozenset(axes.index(axis) for axis, some in elsewhere.items() if some)
+    return Region(site, shape, tuple(steps), merged, cols, key_cols, gone)
 
 
 def corresponding(
@@ -178,7 +177,7 @@ def corresponding(
                 f"{int(mine.lengths[row])} here; clean and corrupt of different lengths do not correspond"
             )
         if listed(index):
-            found[axis], _ = _columns(axis, index, source, None, site)
+            found[axis], _ = columns_of(axis, index, source, None, site)
         else:
             wanted = mine.index.gather(1, cols)
             real = mine.real.gather(1, cols)
@@ -196,11 +195,6 @@ def corresponding(
         steps += _position_steps(axes.index(axis), found[axis], source.width)
     steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
     return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
-
-
-def listed(index: Index) -> bool:
-    """Whether an index of positions lists them (by an int, ints, or ints for each row)."""
-    return isinstance(index, (int, tuple)) or (isinstance(index, Tensor) and index.dtype != torch.bool)
 
 
 def _along(valid: Tensor, axis: int) -> Tensor:
@@ -235,7 +229,7 @@ def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tens
     """The index steps that take columns [B, n] out of an axis of `width`."""
     if cols.shape[1] == width and bool((cols == torch.arange(width)).all()):
         return []
-    if bool((cols == cols[:1]).all()) and not _beyond(cols, width):
+    if bool((cols == cols[:1]).all()) and not beyond(cols, width):
         return [(axis, cols[0].contiguous())]
     return [(axis, cols)]
 
@@ -267,93 +261,3 @@ def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int 
     if len(set(chosen)) != len(chosen):
         raise SiteError(f"{site}: {axis}={index} names one of the {size} twice")
     return len(chosen), [(axes.index(axis), torch.tensor(chosen))]
-
-
-def _columns(
-    axis: str, index: Index, tokens: Columns, where: Tensor | None, site: Site
-) -> tuple[Tensor, Tensor | None]:
-    """Columns [B, n] of the positions meant, and which of them count (None: all)."""
-    rows, width = tokens.real.shape
-    lengths = tokens.lengths[:, None]
-    if isinstance(index, Tensor) and index.shape[0] != rows:
-        raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
-    if index is None or isinstance(index, (Span, New)) or (isinstance(index, Tensor) and index.dtype == torch.bool):
-        if isinstance(index, Tensor):
-            shape = (rows, width if tokens.prompt is None else tokens.prompt)
-            if index.shape != shape:
-                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(shape)}")
-            chosen = tokens.of_prompt(index.cpu())
-            if bool((chosen & ~tokens.real).any()):
-                raise ShapeError(f"{site}: the mask selects padding; intersect it with inputs.mask")
-        elif isinstance(index, Span):
-            low, high = _bound(index.start, 0, lengths), _bound(index.stop, _EVER, lengths)
-            chosen = tokens.real & (tokens.index >= low) & (tokens.index < torch.minimum(high, lengths))
-        elif isinstance(index, New):
-            chosen = tokens.real & index.holds(tokens.index - lengths)
-        else:
-            chosen = tokens.real
-        if where is not None:
-            chosen = chosen & _where_columns(where, tokens, site)
-        count = chosen.sum(1)
-        widest = int(count.max())
-        if widest == 0 and (isinstance(index, New) or not tokens.has_prompt):
-            what = "new token" if isinstance(index, New) else "token"
-            raise ElsewhereError(f"{site}: {axis} selects no {what} in this call: it has none of those that are meant")
-        if widest == 0:
-            raise SiteError(f"{site}: {axis} selects no token of any row")
-        # A stable sort puts the chosen columns first and keeps all columns of a row distinct, as scatter requires.
-        cols = torch.argsort((~chosen).byte(), dim=1, stable=True)[:, :widest]
-        ragged = bool((count != widest).any())
-        return cols, (torch.arange(widest) < count[:, None]) if ragged else None
-    if isinstance(index, Tensor):
-        pos = index.long().cpu().reshape(rows, -1)
-    else:
-        pos = torch.tensor(index if isinstance(index, tuple) else (index,)).expand(rows, -1)
-    resolved = torch.where(pos < 0, pos + lengths, pos)
-    cols, there = tokens.find(resolved)
-    inside = there
-    if tokens.prompt is not None:
-        inside = (resolved >= 0) & (resolved < lengths)
-        there = there & inside
-        cols = torch.where(there, cols, width)
-    outside = (~inside).any(1).nonzero().flatten().tolist()
-    if outside:
-        row = outside[0]
-        raise SiteError(
-            f"{site}: {axis} {pos[row].tolist()} is not in row {row}, which has {int(lengths[row])} "
-            + ("tokens" if site.name != "logits" or width > 1 else "position there")
-            + (f" (nor in {len(outside) - 1} other rows)" if len(outside) > 1 else "")
-            + "; a slice or a mask takes from each row what it has"
-        )
-    ordered = resolved.sort(1).values
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise SiteError(f"{site}: {axis}={index} names one position of a row twice")
-    if not bool(there.any()):
-        raise ElsewhereError(f"{site}: {axis}={index} is in no row of this call")
-    valid = None if bool(there.all()) else there
-    if where is not None:
-        chosen = _where_columns(where, tokens, site).gather(1, cols.clamp_max(width - 1))
-        valid = chosen if valid is None else valid & chosen
-    return cols, valid
-
-
-def _beyond(cols: Tensor, width: int) -> bool:
-    """Whether some of the columns are none of an axis's, which are `width`."""
-    return bool((cols >= width).any())
-
-
-def _bound(value: int | None, default: int, lengths: Tensor) -> Tensor:
-    if value is None:
-        return torch.full_like(lengths, default)
-    return lengths + value if value < 0 else torch.full_like(lengths, value)
-
-
-def _where_columns(where: Tensor, tokens: Columns, site: Site) -> Tensor:
-    where = where.cpu()
-    shape = (len(tokens.real), tokens.width if tokens.prompt is None else tokens.prompt)
-    if where.dtype != torch.bool or where.shape not in (shape, shape[:1]):
-        raise ShapeError(
-            f"{site}: where() takes a bool mask of shape {list(shape[:1])} or {list(shape)}, "
-            f"got {where.dtype} of shape {list(where.shape)}"
-        )
-    return (tokens.of_prompt(where) if where.ndim == 2 else where[:, None]) & tokens.real
