@@ -15,7 +15,7 @@ from .backends.generating import Generation, Generations
 from .errors import InputsError, PlanError
 from .fed import Decoding, Fed
 from .layout import Layout
-from .models.architecture import ImageFormat
+from .models.architecture import Architecture
 from .models.calls import inputs_of_call, kept_logits, real_columns, tokens_of_call
 from .plan.inputs import Inputs
 from .text import UNSEEN, Text
@@ -42,18 +42,18 @@ class Decodings:
         for one in (*self._known.values(), *self._without.values()):
             one.since.pop(id(hold), None)
 
-    def fed(self, module: nn.Module, call: dict[str, Any], images: ImageFormat | None, layers: int) -> Fed:
+    def fed(self, module: nn.Module, call: dict[str, Any], arch: Architecture) -> Fed:
         """What a call of the model feeds, given its arguments by name.
 
         Raises:
             PlanError, InputsError: positions cannot be told.
         """
-        if images is not None:
-            inputs = inputs_of_call(call, images)
+        if arch.images is not None:
+            inputs = inputs_of_call(call, arch.images)
             return Fed(inputs, Layout.of(inputs), Decoding())
         ids, cache = tokens_of_call(call), call.get("past_key_values")
         if cache is not None:
-            caching.require_plain(cache)
+            caching.require_plain(cache, [block.attention.module for block in arch.blocks])
         past, kept = caching.filled(cache), kept_logits(call)
         generation = self._generations.around()
         if generation is not None and not generation.is_of(call.get("input_ids"), cache):
@@ -67,7 +67,7 @@ class Decodings:
         else:
             decoding = self._of(cache, None)
             text = _continued(decoding.text, real_columns(call, ids, past), past)
-        layout = text.layout(past, kept, caching.windows(cache, ids.shape[1], layers))
+        layout = text.layout(past, kept, caching.windows(cache, ids.shape[1], len(arch.blocks)))
         inputs = _inputs(call, ids, layout)
         uses = call.get("use_cache")
         uses = getattr(getattr(module, "config", None), "use_cache", False) if uses is None else uses
@@ -83,10 +83,8 @@ class Decodings:
         """Note that a call has returned, and with it the cache that a later one may go on from."""
         decoding = fed.decoding
         decoding.text, decoding.counted = fed.text, max(decoding.counted, 0 if fed.text is None else fed.text.width)
-        cache = fed.cache
-        if cache is None:
-            cache = getattr(output, "past_key_values", None)
-        if not caching.is_cache(cache) or self._known.get(cache) is decoding:
+        cache = caching.cache_of(output) if fed.cache is None else fed.cache
+        if cache is None or self._known.get(cache) is decoding:
             return
         end = self._ends.pop(id(cache), None)
         if end is not None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from .audit import Audit, Entry
 from .backends import frames
-from .backends.caching import is_cache
+from .backends.caching import cache_of
 from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.gate import gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_as_constants, read_tapes
 from .decoding import Decodings
 from .errors import PlanError, UnfiredError
-from .fed import Fed
+from .fed import Decoding, Fed
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_plan
@@ -29,6 +29,7 @@ from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World, as_plan
 from .plan.sites import Site
+from .plan.spans import New
 from .plan.tape import Tape
 from .resolving import resolve
 
@@ -44,6 +45,8 @@ class Hold:
         audit: its record, which grows by entries where the plan is a function.
         seed: of its random interventions.
         thread, depth: who applied it, and how often that thread had suspended then what was held.
+        read: other plans of the same text that were read, by how they were reached, and which of their interventions
+            came to something.
     """
 
     def __init__(self, plan: Any, seed: int, depth: int) -> None:
@@ -54,6 +57,7 @@ class Hold:
         else:
             self.plan = as_plan(plan)  # type: ignore[arg-type]
             self.audit = Audit.of(self.plan)
+        self.read: dict[Any, tuple[Plan, set[int]]] = {}
 
     def on(self, inputs: Inputs, network: Network) -> tuple[Plan, tuple[Entry, ...]]:
         """The plan on these inputs, and the entry of the record that belongs to each of its interventions."""
@@ -79,6 +83,8 @@ class Hold:
             name = getattr(self.plan, "__name__", type(self.plan).__name__)
             raise UnfiredError(f"never fired: {name} was asked for no intervention while it was applied")
         self.audit.require_fired()
+        for plan, live in self.read.values():
+            Audit(tuple(Entry(item) for number, item in enumerate(plan) if number not in live)).require_fired()
 
 
 def _kind(item: Any) -> Any:
@@ -171,7 +177,7 @@ class Holds:
             gate.lock.acquire()
             stack.callback(gate.lock.release)
             given = arguments_of_call(module, args, kwargs)
-            fed = decodings.fed(module, given, network.architecture.images, network.n_layers)
+            fed = decodings.fed(module, given, network.architecture)
             plan, audit, seeds = self.on(fed.inputs)
             whole = World(fed.inputs, plan)
             self.check(fed, given, plan)
@@ -227,8 +233,8 @@ class Holds:
             return value if fed.cache is None or value is not fed.cache else mirror
 
         output = call.module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
-        cache = getattr(output, "past_key_values", None)
-        if fed.cache is None and is_cache(cache):
+        cache = cache_of(output)
+        if fed.cache is None and cache is not None:
             fed.decoding.mirrors[path] = cache
 
     def read(
@@ -259,8 +265,9 @@ class Holds:
                     tapes |= read_tapes(self.network, [now], seed, expose, only={key}, graph=graph)
                 continue
             mine = (*path, key[0], *key[2:])
-            live = [source.plan[n] for n in fed.live(source.plan, self.network.sizes)]
-            part = World(source.inputs, Plan(tuple(live)))
+            live = fed.live(source.plan, self.network.sizes)
+            self.in_force()[0].read.setdefault(mine, (source.plan, set()))[1].update(live)
+            part = World(source.inputs, Plan(tuple(source.plan[n] for n in live)))
             with torch.set_grad_enabled(graph):
                 deeper = self.read(source, part, expose, fed, again, mine)
                 values = self.repeat(part, deeper, sites, expose, seed, partial(again, mine), graph, fed.layout)
@@ -318,6 +325,10 @@ def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
     if holds is None or frames.inside(network.module):
         return Plan(), Audit()
     plan, audit, _ = holds.on(inputs)
+    if any(isinstance(index, New) for item in plan for index in (item.site.pos, item.site.key_pos)):
+        # A run has no new tokens.
+        live = Fed(inputs, Layout.of(inputs), Decoding()).live(plan, network.sizes)
+        plan, audit = Plan(tuple(plan[n] for n in live)), Audit(tuple(audit[n] for n in live))
     return plan, audit
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,13 +21,21 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "update") and hasattr(value, "get_seq_length")
 
 
+def cache_of(output: Any) -> Any:
+    """The cache among what a model returns, by name or somewhere in a tuple; None where there is none."""
+    if isinstance(output, tuple):
+        return next((value for value in output if is_cache(value)), None)
+    found = getattr(output, "past_key_values", None)
+    return found if is_cache(found) else None
+
+
 def filled(cache: Any) -> int:
     """How many columns a cache holds; 0 of none. Waits for the device where the cache counts there."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def require_plain(cache: Any) -> None:
-    """Refuse caches that hold something else than one key and one value for each token.
+def require_plain(cache: Any, attentions: Iterable[Any]) -> None:
+    """Refuse caches that hold something else than one key and one value for each token, as attention sees them.
 
     Raises:
         PlanError: such a cache.
@@ -40,6 +48,11 @@ def require_plain(cache: Any) -> None:
         raise PlanError("an EncoderDecoderCache holds two caches, and plans know models with one stack of layers")
     if any(getattr(cache, "is_linear", ())):
         raise PlanError("layers with a state in place of keys and values (linear attention) cannot be followed")
+    if any(hasattr(attention, "kv_lora_rank") for attention in attentions):
+        raise PlanError(
+            "latent attention caches what keys and values are made of, so their edits would not persist: decode with "
+            "use_cache=False"
+        )
 
 
 def windows(cache: Any, queries: int, layers: int) -> dict[int, tuple[int, int]]:

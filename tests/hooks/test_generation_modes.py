@@ -185,6 +185,52 @@ def test_a_way_of_decoding_that_runs_rows_of_its_own_is_refused():
         generated(model, x, mixed(model), custom_generate=twice)
 
 
+def test_attention_that_caches_something_else_is_refused():
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    model, x = fresh("llama"), Inputs.of(repeating(5))
+    plan = hk.scale(site("v", 1), 2.0)
+    with pytest.raises(hk.PlanError, match="two caches"), model.apply(plan):
+        model.module(input_ids=x.ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    model.module.model.layers[1].self_attn.kv_lora_rank = 4
+    with pytest.raises(hk.PlanError, match="latent attention"):
+        generated(model, x, plan)
+    generated(model, x, plan, use_cache=False)
+
+
+@torch.no_grad()
+def test_runs_while_a_plan_for_new_tokens_is_held():
+    """A run has none, so that part of the plan is nothing to it, and the rest holds."""
+    model = fresh("llama")
+    x = prompts(model)
+    old, new = hk.scale(site("v", 1, pos=-1), 2.0), hk.scale(site("z", 0, pos="new"), 0.5)
+    with model.apply(old + new) as audit:
+        got = model.run(x).logits
+        model.module.generate(x.ids, attention_mask=x.mask.long(), **OPTIONS)
+    assert_equal([got[x.mask]], [model.run(x, old).logits[x.mask]])
+    assert [entry.positions for entry in audit] == [4, 6]
+
+
+@torch.no_grad()
+def test_a_plan_that_is_read_has_to_fire_too():
+    model = fresh("llama")
+    x = prompts(model)
+    source = hk.scale(site("v", 0), 2.0) + hk.scale(site("z", 0, pos=hk.new(9)), 2.0)
+    with pytest.raises(hk.UnfiredError, match=r"z.0\[pos=new\[9:\]\]"):
+        generated(model, x, hk.patch(site("mlp_out", 0, pos="new"), source))
+
+
+@torch.no_grad()
+def test_what_a_model_returns_as_a_tuple():
+    model = fresh("llama")
+    x, plan = prompts(model, lengths=(6,)), hk.scale(site("z", 0, pos="new"), 0.5)
+    with model.apply(plan):
+        _, cache = model.module(input_ids=x.ids, use_cache=True, return_dict=False)
+        got = model.module(input_ids=x.ids[:, :1], past_key_values=cache, return_dict=False)[0]
+    whole = Inputs.of(torch.cat([x.ids, x.ids[:, :1]], 1))
+    assert_equal([got], [model.run(whole, plan.at(pos=6)).logits[:, 6:]])
+
+
 # Threads and streams
 
 
