@@ -178,6 +178,28 @@ def test_a_chat_in_two_turns(family, by):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 4)], ids=["even", "padded"])
+def test_a_chat_that_hands_over_new_tokens_alone(kind, lengths):
+    """Of whose mask, where it is all ones, only the width is left."""
+    from transformers import DynamicCache, StaticCache
+
+    model = wrapped("gemma2")
+    x, plan, module = prompts(model, lengths=lengths), both_kinds(wrapped("gemma2")), wrapped("gemma2").module
+    cache = DynamicCache(config=module.config) if kind == "dynamic" else StaticCache(module.config, max_cache_len=16)
+    options = OPTIONS | {"max_new_tokens": 2, "past_key_values": cache}
+    mask = torch.cat([x.mask, torch.ones(2, 4, dtype=torch.bool)], 1)
+    with model.apply(plan, seed=2):
+        told = module.generate(x.ids, attention_mask=x.mask.long(), **options)
+        fed = torch.cat([told[:, -1:], torch.tensor([[7, 8], [3, 2]])], 1)
+        two = recorded(module, lambda: module.generate(fed, attention_mask=mask.long(), **options))
+    ids = torch.cat([told[:, :-1], two.tokens], 1)
+    for n, got in enumerate(two.logits):
+        want = of_turns(model, plan, [(x.mask, 0), (mask, x.width + 1)], ids[:, : mask.shape[1] + n])
+        assert_equal([got], [want[:, -1]])
+
+
+@torch.no_grad()
 def test_what_is_done_to_a_cache_between_calls_is_followed():
     """Rows that are repeated, chosen and reordered keep their prompts; tokens that are cropped were never there."""
     from transformers import DynamicCache
