@@ -71,7 +71,8 @@ class Decodings:
         inputs = _inputs(call, ids, layout)
         uses = call.get("use_cache")
         uses = getattr(getattr(module, "config", None), "use_cache", False) if uses is None else uses
-        return Fed(inputs, layout, decoding, text, cache, cache is not None or bool(uses))
+        caches = cache is not None or bool(uses)
+        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None)
 
     def _of(self, cache: Any, generation: Generation | None) -> Decoding:
         if cache is not None:
@@ -104,7 +105,7 @@ class Decodings:
         """The cache of a world that is read of the same text; a copy of the caller's at first sight.
 
         Raises:
-            PlanError: it would be a copy of what other plans have edited.
+            PlanError: it would be a copy of what other plans have edited, or was fed other tokens.
         """
         if fed.cache is None:
             return None
@@ -117,6 +118,13 @@ class Decodings:
                     "which is no function of the call, around the whole decoding"
                 )
             mirrors[path] = caching.apart(fed.cache)
+        held = caching.filled(mirrors[path])
+        if held != fed.past:
+            raise PlanError(
+                "the plan reads this world under another plan, or unedited, and that world's cache holds "
+                f"{held} tokens where the call's holds {fed.past}: some were fed while the plan was suspended, or in a "
+                "call that failed"
+            )
         return mirrors[path]
 
 

@@ -31,7 +31,7 @@ class Decoding:
         since: for each hold (by id), how many columns it held when that hold first saw it.
         counted: the columns that audits have counted.
         touched: for each entry of an audit (by id), bool [B], the rows that it has counted.
-        mirrors: caches of the worlds that the plan reads of this text, by how they are reached.
+        mirrors: caches of the worlds that the plan reads of this text, by how they are reached; `sources`: their plans.
     """
 
     text: Text | None = None
@@ -39,6 +39,7 @@ class Decoding:
     counted: int = 0
     touched: dict[int, Tensor] = field(default_factory=dict)
     mirrors: dict[Any, Any] = field(default_factory=dict)
+    sources: dict[Any, Plan] = field(default_factory=dict)
 
     def note(self, operation: str, argument: Any) -> None:
         """Follow what is done to the cache: its mirrors and its text change as it does."""
@@ -47,7 +48,7 @@ class Decoding:
             method() if argument is None else method(argument)
         if operation == "reset":
             self.text, self.counted = None, 0
-            self.since, self.touched, self.mirrors = {}, {}, {}
+            self.since, self.touched, self.mirrors, self.sources = {}, {}, {}, {}
         elif self.text is not None:
             rows = caching.rows_after(operation, argument, len(self.text.rows))
             if rows is not None:
@@ -65,6 +66,7 @@ class Fed:
         decoding: what is known of their text, which is to be `text` after the call.
         cache: the caller's cache, or None.
         caches: whether a later call may go on from this one.
+        generated: whether it is one of several of a `generate`.
     """
 
     inputs: Inputs
@@ -73,6 +75,7 @@ class Fed:
     text: Text | None = None
     cache: Any = None
     caches: bool = False
+    generated: bool = False
 
     @property
     def past(self) -> int:
@@ -186,7 +189,7 @@ class Fed:
 
     def counted(self, program: Program, entries: Sequence[Entry]) -> Program:
         """The program, whose steps count only tokens and rows of the text that audits have not counted."""
-        if not self.caches and not self.decoding.counted:
+        if not self.caches and not self.generated:
             return program
         steps = {}
         for key, found in program.steps.items():

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .audit import Audit
 from .backends.gate import gate_of
 from .errors import InputsError, ModelError, PlanError
-from .hold import PlanOf, held, hold, holds_on
+from .hold import held, hold, holds_on
+from .holding import PlanOf
 from .html import table
 from .models import describe
 from .models.architecture import Architecture

@@ -239,7 +239,7 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "resolving", "budget", "meter"},
     {"backends"},
-    {"fed", "decoding", "hold", "certificate"},
+    {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
     {"model"},
 )

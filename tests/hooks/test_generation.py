@@ -118,6 +118,8 @@ def test_positions_are_those_of_the_prompt():
     for pos, count in counts:
         _, audit = generated(model, x, hk.scale(place.at(pos=pos), 1.5))
         assert (audit[0].positions, audit[0].rows) == (count, 2), pos
+        _, again = generated(model, x, hk.scale(place.at(pos=pos), 1.5), use_cache=False)
+        assert (again[0].positions, again[0].rows) == (count, 2), pos
     mask = x.mask & (torch.arange(x.width) > 3)
     _, audit = generated(model, x, hk.scale(place.at(pos=mask), 1.5))
     assert audit[0].positions == int(mask.sum())

@@ -370,3 +370,10 @@ def test_tokens_of_a_suspended_call_are_part_of_the_text():
             model.module(input_ids=x.ids[:, 3:5], past_key_values=cache)
         got = model.module(input_ids=x.ids[:, 5:], past_key_values=cache).logits
     assert_equal([got], [model.run(x, plan.at(pos=(0, 1, 2, 5))).logits[:, 5:]])
+    # A world that is read lacks them, and is not taken for one that has them.
+    with torch.no_grad(), model.apply(plan + hk.freeze(site("z", 1))):
+        cache = model.module(input_ids=x.ids[:, :3], use_cache=True).past_key_values
+        with model.suspended():
+            model.module(input_ids=x.ids[:, 3:5], past_key_values=cache)
+        with pytest.raises(hk.PlanError, match="holds 3 tokens where the call's holds 5"):
+            model.module(input_ids=x.ids[:, 5:], past_key_values=cache)
