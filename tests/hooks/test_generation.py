@@ -79,7 +79,7 @@ def test_generation_is_recomputation(family, mode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", CACHED)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "neox_sequential"])
 def test_each_intervention_alone_matters(family):
     """The plan above has no part that changes nothing, so that none could be wrong unseen."""
     model, x, plan = case(family)
