@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
+GPU_OUT ?= experiments/benchmarks/gpu.json
+GPU_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -13,7 +15,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check mutants format bench figures clean
+.PHONY: help venv demo test check mutants format bench gpu figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,13 +35,13 @@ demo: $(STAMP) ## the main job: which parts of the shipped model cause its answe
 	$(PY) -m interp demo --out interp-demo
 
 test: $(STAMP) ## run the tests and the docstrings' examples
-	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP) ## formatting, lint, types, then the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
-	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 mutants: $(STAMP) ## make plausible mistakes in a copy of the code, and see that the tests notice them (minutes)
 	$(PY) -m tests.mutants --jobs $(JOBS) --out mutants.json
@@ -51,6 +53,10 @@ format: $(STAMP) ## format the code and mend what lint can mend
 bench: $(STAMP) ## measure patching and paths against other tools
 	$(PY) -m experiments.benchmarks.patching --out experiments/benchmarks/patching.json
 	$(PY) -m experiments.benchmarks.paths --out experiments/benchmarks/paths.json
+
+# With PY=python3 nothing is installed: a machine with a GPU may be offline, and has what it has.
+gpu: $(if $(filter command,$(origin PY)),,$(STAMP)) ## tests and measurements on a GPU, six minutes (PY=python3 installs nothing)
+	$(PY) -m experiments.benchmarks.gpu --out $(GPU_OUT) $(GPU_ARGS)
 
 figures: $(STAMP) ## draw the gallery again from committed results
 	$(PY) -m figures

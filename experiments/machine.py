@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,15 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what was compared."""
-    packages = ("torch", "transformers", "transformer-lens", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what was compared, of what is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "transformer-lens", "numpy", *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def commit() -> str:

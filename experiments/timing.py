@@ -55,8 +55,10 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     }
 
 
-def block_products(width: int, rows: int, blocks: int, device: str) -> tuple[Callable[[], None], int]:
-    """The matrix products of transformer blocks on `rows` tokens, in float32, and nothing else.
+def block_products(
+    width: int, rows: int, blocks: int, device: str, dtype: str = "float32"
+) -> tuple[Callable[[], None], int]:
+    """The matrix products of transformer blocks on `rows` tokens, and nothing else.
 
     Those of width x width (queries, keys, values, output: four), and the two of the MLP, four times as wide.
 
@@ -64,9 +66,8 @@ def block_products(width: int, rows: int, blocks: int, device: str) -> tuple[Cal
         a function that computes them, and how many floating-point operations they are.
     """
     shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
-    pairs = [
-        (torch.randn(rows, inner, device=device), torch.randn(inner, outer, device=device)) for inner, outer in shapes
-    ]
+    of = {"device": device, "dtype": getattr(torch, dtype)}
+    pairs = [(torch.randn(rows, inner, **of), torch.randn(inner, outer, **of)) for inner, outer in shapes]
 
     def run() -> None:
         for _ in range(blocks):

@@ -4,7 +4,7 @@ It knows models and tensors, and no method; `interp` is the package that users i
 """
 
 from .audit import PRUNED, Audit, Entry
-from .backends.job import Outcome
+from .backends.job import Outcome, Outcomes
 from .budget import budget_of, rows_per_pass
 from .digest import digest_of, structure
 from .errors import (
@@ -56,7 +56,7 @@ from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution
 from .plan.spans import New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
-from .record import Edits, choose, record, run_worlds
+from .record import Edits, choose, record, run_chunks, run_worlds
 
 __all__ = [
     "DIM",
@@ -89,6 +89,7 @@ __all__ = [
     "New",
     "Origin",
     "Outcome",
+    "Outcomes",
     "PathError",
     "Plan",
     "PlanError",
@@ -135,6 +136,7 @@ __all__ = [
     "resample",
     "resolve",
     "rows_per_pass",
+    "run_chunks",
     "run_worlds",
     "scale",
     "sha256",

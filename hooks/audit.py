@@ -30,16 +30,16 @@ class Entry:
     rows: int = 0
     positions: int = 0
     pruned: bool = False
-    _sizes: list[Tensor] = field(default_factory=list)
+    _sizes: list[Tensor | float] = field(default_factory=list)
 
-    def record(self, rows: int, positions: int, change: Tensor) -> None:
+    def record(self, rows: int, positions: int, change: Tensor | float) -> None:
         """Note an application, with the largest change [] on its device, which is read only when somebody asks."""
         self.calls += 1
         self.rows += rows
         self.positions += positions
         self._sizes.append(change)
         if len(self._sizes) > 64:
-            self._sizes = [torch.stack(self._sizes).amax()]
+            self._sizes = [torch.stack([torch.as_tensor(size) for size in self._sizes]).amax()]
 
     def absorb(self, other: Entry) -> None:
         """Count what another record of the same intervention counted; pruned is what was pruned everywhere."""

@@ -42,6 +42,15 @@ def bytes_per_token(network: Network) -> int:
     return numbers * network.dtype.itemsize
 
 
+def held_per_token(network: Network) -> int:
+    """Bytes of activations that the copy-on-write executor holds of one token in a block: the stream, what is read and
+    added, queries, keys, values and z, each once or twice.
+    """
+    arch, block = network.architecture, network.architecture.blocks[0]
+    q, k = block.attention.q, block.attention.k
+    return (4 * arch.width + 2 * (q.heads + 2 * k.heads) * q.width) * network.dtype.itemsize
+
+
 def rows_per_pass(network: Network, inputs: Inputs, limit: float | None) -> int:
     """How many rows of inputs one forward pass may take within a budget of bytes; all without one."""
     if limit is None or keeps_rows_together(network, inputs):

@@ -114,9 +114,7 @@ def _packed(network: Network, row: Inputs, worlds: list[World]) -> list[Tensor]:
     keys = record_keys({item.site.key for world in worlds for item in world.plan})
     base = Base(network, row, slice(0, 1), [_LOGITS], frozenset(), keys)
     plain = run_base(base)
-    programs = [resolve(world, network.sizes, {}, device=network.device) for world in worlds]
-    found, _ = run_against(base, worlds, programs)
-    return [plain[0], *(values[0] for values in found)]
+    return [plain[0], *run_against(base, worlds).values[0]]
 
 
 def _taken_apart(network: Network, row: Inputs) -> Tensor:

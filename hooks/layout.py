@@ -117,8 +117,11 @@ class Layout:
         queries, keys = self.columns(site)
         return entire(site, queries, sizes, keys)
 
-    def context(self, region: Region, seed: int, window: slice, device: torch.device) -> Context:
-        """Describe a region, resolved on this layout and restricted to the rows of a window, to a function."""
+    def context(self, region: Region, seed: int, window: slice, device: torch.device | None) -> Context:
+        """Describe a region, resolved on this layout and restricted to the rows of a window, to a function.
+
+        Its tensors are on a device, or stay on the CPU without one.
+        """
         site, steps = region.site, dict(region.steps)
         entries: dict[str, Tensor] = {}
         for axis in (HEAD, DIM):
@@ -127,18 +130,22 @@ class Layout:
                 entries[axis] = torch.arange(region.shape[axis]) if index is None else index
         cols = region.key_cols
         queries, keys = self.columns(site)
+
+        def on(x: torch.Tensor) -> torch.Tensor:
+            return x if device is None else x.to(device)
+
         return Context(
             site=site.name,
             layer=site.layer,
             axes=site.axes,
             single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
-            row=self.rows[window].to(device),
-            pos=queries.index[window].gather(1, region.cols).to(device),
-            key_pos=None if cols is None else keys.index[window].gather(1, cols).to(device),
+            row=on(self.rows[window]),
+            pos=on(queries.index[window].gather(1, region.cols)),
+            key_pos=None if cols is None else on(keys.index[window].gather(1, cols)),
             head=tuple(entries[HEAD].tolist()) if HEAD in entries else None,
-            dim=entries[DIM].to(device) if DIM in entries else None,
+            dim=on(entries[DIM]) if DIM in entries else None,
             seed=seed,
-            window=window if self.origin is None else self.origin.to(device),
+            window=window if self.origin is None else on(self.origin),
             total=self.total,
         )
 

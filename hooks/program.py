@@ -6,7 +6,7 @@ function of tensors, the one piece that every backend shares.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from .audit import Audit
 from .errors import PlanError, ShapeError
 from .layout import Layout
 from .plan.context import Context, fit
+from .plan.operation import Op
 from .plan.plan import Intervention, Plan
 from .plan.region import Region
 from .plan.sites import Key
@@ -114,30 +115,55 @@ def visit(program: Program, state: State, key: Key, x: Tensor, guard: Guard | No
     """
     changes = dict(state.changes)
     for step in program.steps.get(key, ()):
-        x, changes[step.number] = _apply(step, state, x, guard)
+        region, item = step.region, step.item
+        part = region.get(x)
+        reads = [_value(read, step, state, part) for read in step.reads]
+        allowed = None if guard is None else (region.get(guard[0]), guard[1])
+        new, change = edited(item, item.op, item.weight, part, reads, step.ctx, region.valid, allowed)
+        x, changes[step.number] = region.put(x, new), change
     here = {**state.here, key: x} if key in program.held_back else state.here
     return State(here, changes), x
 
 
-def _apply(step: Step, state: State, x: Tensor, guard: Guard | None) -> tuple[Tensor, Tensor]:
-    item, region = step.item, step.region
-    old = part = region.get(x)
+def edited(
+    item: Intervention,
+    op: Op,
+    weight: float | Tensor,
+    part: Tensor,
+    reads: Sequence[Tensor],
+    ctx: Context,
+    valid: Tensor | None = None,
+    guard: Guard | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply one operation to the part of an activation that it edits.
+
+    Args:
+        item: what was asked, for messages and for what is read.
+        op, weight: its operation and strength, as tensors where they differ from world to world.
+        part: the entries that are edited; `reads`: the values that are read.
+        ctx: what the operation is told.
+        valid: bool, broadcastable to the part, the entries that count; None for all.
+        guard: of the part.
+
+    Returns:
+        The new part, and the largest change [] of an entry that counts.
+    """
+    old = part
     if guard is not None:
         # Functions see the lowest number where attention is forbidden: an infinity would make their gradients NaN.
-        lowest = torch.finfo(x.dtype).min if guard[1] == -torch.inf else guard[1]
-        part = torch.where(region.get(guard[0]), part, lowest)
-    reads = [_value(read, step, state, part) for read in step.reads]
+        lowest = torch.finfo(part.dtype).min if guard[1] == -torch.inf else guard[1]
+        part = torch.where(guard[0], part, lowest)
     for read, value in zip(item.reads, reads, strict=True):
-        if value.device != x.device or value.dtype != x.dtype:
+        if value.device != part.device or value.dtype != part.dtype:
             raise ShapeError(
-                f"{item}: the source holds {value.dtype} on {value.device}, the activation is {x.dtype} on {x.device}; "
-                "convert the source with .to()"
+                f"{item}: the source holds {value.dtype} on {value.device}, the activation is {part.dtype} on "
+                f"{part.device}; convert the source with .to()"
             )
-        if item.op.reads_alike and value.shape != part.shape:
+        if op.reads_alike and value.shape != part.shape:
             raise ShapeError(f"{item}: {list(value.shape)} is read ({read}), the site has {list(part.shape)}")
     given = [part, *reads]
     before = [_version(value) for value in given]
-    new = item.op(*given, ctx=step.ctx)
+    new = op(*given, ctx=ctx)
     if [_version(value) for value in given] != before:
         raise PlanError(f"{item}: the function wrote into what it was given, which others use; return a new tensor")
     if not isinstance(new, Tensor) or new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
@@ -145,15 +171,15 @@ def _apply(step: Step, state: State, x: Tensor, guard: Guard | None) -> tuple[Te
         raise ShapeError(
             f"{item}: the function returned {got}; expected {part.dtype} {list(part.shape)} on {part.device}"
         )
-    new = blend(part, new, item.weight, step.ctx.total, step.ctx.window)
+    new = blend(part, new, weight, ctx.total, ctx.window)
     if guard is not None:
-        new = torch.where(region.get(guard[0]), new, guard[1])
+        new = torch.where(guard[0], new, guard[1])
     with torch.no_grad():
         change = torch.where(old == new, 0, (new - old).abs())
-        if region.valid is not None:
-            change = torch.where(region.valid, change, 0)
+        if valid is not None:
+            change = torch.where(valid, change, 0)
         change = change.amax()
-    return region.put(x, new), change
+    return new, change
 
 
 def _value(read: Tensor | Here | Whole, step: Step, state: State, part: Tensor) -> Tensor:

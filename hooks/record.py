@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .audit import Audit
 from .backends.gate import gate_of
 from .backends.hooked import run_hooked
-from .backends.job import Job, Outcome, Skip
+from .backends.job import Job, Outcome, Outcomes, Skip
 from .backends.native import exposed_layers
 from .backends.packed.shared import run_shared
 from .backends.sources import all_reads, read_tapes
@@ -73,7 +74,12 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
 
 
-def record(
+def record(network: Network, worlds: Sequence[World], reads: Sequence[Site], **options: Any) -> Iterator[Outcome]:
+    """Run worlds and yield what is read of each; see `record_chunks` for the arguments."""
+    return chain.from_iterable(record_chunks(network, worlds, reads, **options))
+
+
+def record_chunks(
     network: Network,
     worlds: Sequence[World],
     reads: Sequence[Site],
@@ -88,8 +94,8 @@ def record(
     rows: slice | None = None,
     together: bool = False,
     alongside: Sequence[World] = (),
-) -> Iterator[Outcome]:
-    """Run worlds and yield what is read of each, as chunks of worlds and rows are done.
+) -> Iterator[Outcomes]:
+    """Run worlds and yield what is read of them, as chunks of worlds and rows are done.
 
     What is held on the model comes first in every world.
 
@@ -148,11 +154,13 @@ def record(
             chunk = next(outcomes, None)
         if chunk is None:
             return
-        for outcome in chunk:
-            plan, into = under[outcome.index]
-            if len(plan):
-                outcome = replace(outcome, audit=outcome.audit.split(len(plan), into))
-            yield outcome
+        starts = tuple(len(under[index][0]) for index in chunk.indices)
+        if any(starts):
+            for index, one in zip(chunk.indices, chunk.records, strict=True):
+                plan, into = under[index]
+                one.audit.split(len(plan), into)
+            chunk = replace(chunk, starts=starts)
+        yield chunk
 
 
 def run_worlds(
@@ -182,12 +190,31 @@ def run_worlds(
     Raises:
         PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
     """
+    return chain.from_iterable(
+        run_chunks(model, worlds, reads, executor=executor, budget=budget, seed=seed, skip=skip, meter=meter)
+    )
+
+
+def run_chunks(
+    model: Network,
+    worlds: Sequence[World],
+    reads: Sequence[Site | str] | Site | str,
+    *,
+    executor: str = "auto",
+    budget: float | None = None,
+    seed: int = 0,
+    skip: Skip | None = None,
+    meter: Meter | None = None,
+) -> Iterator[Outcomes]:
+    """Run worlds as `run_worlds` does, and yield what is read of those that were run together as one, [W, b, ...]."""
     if isinstance(worlds, World):
         raise PlanError("run_worlds runs several Worlds: put the one in a list")
     for world in worlds:
         if not isinstance(world, World):
             raise PlanError(f"run_worlds runs Worlds (inputs under a plan), not {type(world).__name__}")
-    return record(model, worlds, sites_of(reads), executor=executor, budget=budget, seed=seed, skip=skip, meter=meter)
+    return record_chunks(
+        model, worlds, sites_of(reads), executor=executor, budget=budget, seed=seed, skip=skip, meter=meter
+    )
 
 
 class Edits:

@@ -58,7 +58,7 @@ def resolve(
     layout = Layout.of(world.inputs) if layout is None else layout
     window = slice(0, len(layout)) if window is None else window
     seeds = [seed] * len(world.plan) if isinstance(seed, int) else seed
-    maker = _Resolver(world, sizes, sources, layout, device, window)
+    maker = Resolver(world.inputs, sizes, sources, layout, device, window)
     steps: dict[Key, list[Step]] = {}
     held_back = set()
     for number, item in enumerate(world.plan):
@@ -69,19 +69,24 @@ def resolve(
     )
 
 
-class _Resolver:
-    """What resolving the steps of one program shares."""
+class Resolver:
+    """What resolving steps on one layout shares: sites, and where what is read lies.
+
+    Args:
+        inputs: of the world.
+        sizes, sources, layout, device, window: as in `resolve`.
+    """
 
     def __init__(
         self,
-        world: World,
+        inputs: Inputs,
         sizes: Sizes,
         sources: Mapping[Any, Tape],
         layout: Layout,
         device: torch.device,
         window: slice,
     ) -> None:
-        self.world, self.sizes, self.sources, self.layout = world, sizes, sources, layout
+        self.inputs, self.sizes, self.sources, self.layout = inputs, sizes, sources, layout
         self.device, self.window = device, window
         self.known: dict[tuple[int, int], tuple[Region, Region]] = {}
 
@@ -98,53 +103,61 @@ class _Resolver:
         ctx = self.layout.context(region, seed, self.window, self.device)
         found = [self.read(read, item, region) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in found))
-        rows, positions = _touched(region)
+        rows, positions = touched(region)
         return Step(number, item, region.to(self.device), ctx, tuple(value for value, _ in found), rows, positions)
 
     def read(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor | Here | Whole, Reference | None]:
         """The value read, shaped for the function, and how it is laid out if it is a reference set."""
         place = item.site if read.site is None else read.site
-        source = read.source
-        if source is Origin.HERE:
+        if read.source is Origin.HERE:
             return Here(place.key, self.region(place, item.only)[1].to(self.device)), None
-        if isinstance(source, Tensor) and read.aligned:
-            return self.tensor(source, item, region), None
-        if isinstance(source, Tensor):
-            tape = _tensor_tape(source, place, item, self.sizes)
-        elif isinstance(source, Tape):
-            tape = source
-        else:
-            tape = self.sources[source_id(source, self.world.inputs)]
-        if read.aligned:
-            return self.taped(tape, read, item, region), None
-        value, layout = self.reference(tape, place, item, region)
-        valid = None if layout.valid is None else layout.valid.to(value.device)
-        return value, Reference(valid, layout.by_position)
+        if not read.aligned:
+            value, layout = self.reference(read, item, region)
+            valid = None if layout.valid is None else layout.valid.to(value.device)
+            return value, Reference(valid, layout.by_position)
+        found = self.located(read, item, region)
+        return (found if isinstance(found, (Tensor, Whole)) else found[1].get(found[0])), None
 
-    def tensor(self, source: Tensor, item: Intervention, region: Region) -> Tensor | Whole:
+    def tape(self, read: Read, item: Intervention) -> Tape:
+        """What is read of another world, as a tape."""
+        source = read.source
+        if isinstance(source, Tensor):
+            return _tensor_tape(source, item.site if read.site is None else read.site, item, self.sizes)
+        return source if isinstance(source, Tape) else self.sources[source_id(source, self.inputs)]
+
+    def located(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor | Whole:
+        """Where a value that is read row by row lies: in a whole activation of the rows of the window, and where in it.
+
+        It is the value itself where a tape has kept no more, and a tensor of the region's shape is yet to be fitted.
+        """
+        if isinstance(read.source, Tensor):
+            return self.tensor(read.source, item, region)
+        return self.taped(self.tape(read, item), read, item, region)
+
+    def tensor(self, source: Tensor, item: Intervention, region: Region) -> tuple[Tensor, Region] | Whole:
         """A tensor with every axis of the activation is taken at the region; one of the region's is fitted to it."""
         size, site = self.sizes[item.site.key], item.site
         queries, keys = self.layout.columns(site)
         prompt = queries.width if queries.prompt is None else queries.prompt
         widths = {ROW: self.layout.total, POS: prompt, KEY: keys.width} | size
-        if tuple(source.shape) == tuple(widths[axis] for axis in site.axes):
-            if queries.prompt is not None:
-                axis = site.axes.index(POS)
-                filler = [0, 0] * (source.ndim - 1 - axis) + [0, max(0, queries.start + queries.width - prompt)]
-                source = torch.nn.functional.pad(source, filler).narrow(axis, queries.start, queries.width)
-            return region.get(self.layout.of_rows(source)[self.window])
-        return Whole(source)
+        if tuple(source.shape) != tuple(widths[axis] for axis in site.axes):
+            return Whole(source)
+        if queries.prompt is not None:
+            axis = site.axes.index(POS)
+            filler = [0, 0] * (source.ndim - 1 - axis) + [0, max(0, queries.start + queries.width - prompt)]
+            source = torch.nn.functional.pad(source, filler).narrow(axis, queries.start, queries.width)
+        return self.layout.of_rows(source)[self.window], region
 
-    def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> Tensor:
-        """What a tape holds for the rows of the window, with its positions laid where ours are."""
+    def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor:
+        """Where a tape holds what is read, with its positions laid where ours are."""
         place = item.site if read.site is None else read.site
         rows, there, layout = self.layout.total, tape.inputs.columns, self.layout
         whole = tape.whole(place)
-        if tape.inputs is self.world.inputs and tape.window is None and whole is not None:
+        if tape.inputs is self.inputs and tape.window is None and whole is not None:
             # Of this very pass, whatever part of a text it is of.
             found = region if read.site is None else self.region(place)[1]
             self.require_alike(item, region, place, found)
-            return found.get(whole[self.window])
+            return whole[self.window], found
         if len(tape.inputs) != rows:
             raise ShapeError(f"{item}: the source has {len(tape.inputs)} rows, these inputs {rows}; a row is a pair")
         if whole is None:
@@ -158,11 +171,9 @@ class _Resolver:
         else:
             found = resolve_site(layout.for_rows(place), there, self.sizes[place.key])
             self.require_alike(item, region, place, found)
-        if tape.window is None:
-            return found.get(whole)[self.window]
-        # A part of a larger batch, which is run against this world row by row.
-        assert tape.window == self.window
-        return found.rows(self.window).get(whole)
+        # A tape may hold a part of a larger batch, which is run against this world row by row.
+        assert tape.window is None or tape.window == self.window
+        return (whole[self.window] if tape.window is None else whole), found.rows(self.window)
 
     def require_alike(self, item: Intervention, region: Region, place: Site, found: Region) -> None:
         """Refuse a read of another number of positions than are edited, where that decides which belongs to which."""
@@ -170,8 +181,9 @@ class _Resolver:
             if found.shape.get(axis) != region.shape.get(axis):
                 raise ShapeError(f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}")
 
-    def reference(self, tape: Tape, place: Site, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
+    def reference(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
         """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
+        place, tape = item.site if read.site is None else read.site, self.tape(read, item)
         whole = tape.whole(place)
         if whole is None:
             return tape[place], Reference(None, ())
@@ -194,7 +206,7 @@ class _Resolver:
         return there.get(whole), Reference(there.valid, tuple(sorted(place.axes.index(axis) for axis in loose)))
 
 
-def _touched(region: Region) -> tuple[int, int]:
+def touched(region: Region) -> tuple[int, int]:
     """How many rows a region has, and how many (row, position) pairs."""
     if region.valid is None:
         return region.shape[ROW], region.shape[ROW] * region.shape[POS]

@@ -27,12 +27,18 @@ class Bound:
 
     Attributes:
         reads: the sites whose values it is a function of.
-        fn: ``fn(rows, *values)``: a slice of the rows of the inputs, and for them the value of each read (then, if the
-            metric compares with a reference, the reference's); returns [b].
+        fn: ``fn(rows, *values)``: rows of the inputs (a slice, or an index in which a row stands once for each of
+            several worlds), and for them the value of each read (then, if the metric compares with a reference, the
+            reference's); returns one number for each of these rows.
     """
 
     reads: tuple[Site, ...]
     fn: Function
+
+    @property
+    def alone(self) -> bool:
+        """Whether the function is to be given one world at a time, in the order of the inputs' rows."""
+        return getattr(self.fn, "alone", False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +238,7 @@ def _bind_cross_entropy(model: Model, inputs: Inputs) -> Bound:
 
 
 def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor], where: str = "") -> Tensor:
-    """Apply a metric's function and check that it gives one number a row.
+    """Apply a metric's function to one world and check that it gives one number a row.
 
     Args:
         bound, name: the metric.
@@ -243,15 +249,59 @@ def call(bound: Bound, name: str, rows: slice, values: Sequence[Tensor], where: 
     Raises:
         MetricError: it gives anything else, or nan, which in a result would say that the row lacks the cell.
     """
-    out = bound.fn(rows, *values)
-    count = rows.stop - rows.start
+    out = _numbers(bound.fn(rows, *values), name, rows.stop - rows.start)
+    _require_no_nan(out[None], name, rows, lambda _: where)
+    return out
+
+
+def call_each(
+    bound: Bound,
+    name: str,
+    rows: slice,
+    values: Sequence[Tensor],
+    compared: Sequence[Tensor],
+    where: Callable[[int], str],
+) -> Tensor:
+    """Apply a metric's function to several worlds at once.
+
+    Args:
+        bound, name: the metric.
+        rows: of which rows the values are.
+        values: what it reads, [W, b, ...].
+        compared: what it compares with, [b, ...].
+        where: what the values of a world were read of, for messages.
+
+    Returns:
+        One number for each world and row, [W, b].
+
+    Raises:
+        MetricError: as `call`.
+    """
+    worlds, count = len(values[0]), rows.stop - rows.start
+    if bound.alone or worlds == 1:
+        each = [bound.fn(rows, *(v[w] for v in values), *compared) for w in range(worlds)]
+        out = torch.stack([_numbers(one, name, count) for one in each])
+    else:
+        index = torch.arange(rows.start, rows.stop).repeat(worlds)
+        others = [o.expand(worlds, *o.shape).flatten(0, 1) for o in compared]
+        out = _numbers(bound.fn(index, *(v.flatten(0, 1) for v in values), *others), name, worlds * count)
+        out = out.unflatten(0, (worlds, count))
+    _require_no_nan(out, name, rows, where)
+    return out
+
+
+def _numbers(out: Any, name: str, count: int) -> Tensor:
     if not isinstance(out, Tensor) or out.shape != (count,) or out.is_complex():
         got = type(out).__name__ if not isinstance(out, Tensor) else f"{list(out.shape)}{' complex' * out.is_complex()}"
         raise MetricError(
             f"metric {name!r} returned {got} for {count} rows; it gives one number a row, shape [{count}]"
         )
+    return out
+
+
+def _require_no_nan(out: Tensor, name: str, rows: slice, where: Callable[[int], str]) -> None:
     missing = out.detach().isnan()
     if bool(missing.any()):
-        at = [rows.start + i for i in missing.nonzero().flatten().tolist()]
-        raise MetricError(f"metric {name!r} is nan on rows {at}{where}: give it numbers, or leave them out")
-    return out
+        world = int(missing.any(1).nonzero()[0])
+        at = [rows.start + i for i in missing[world].nonzero().flatten().tolist()]
+        raise MetricError(f"metric {name!r} is nan on rows {at}{where(world)}: give it numbers, or leave them out")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hooks import POS, Index, Inputs, MetricError, Model, Site, Span, resolve
+
+Rows = slice | Tensor
+"""Rows of the inputs: some in order, or int64 [n] on the CPU, in which a row stands once for each world."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,7 @@ class RowMean:
 
     real: Tensor | None
 
-    def __call__(self, rows: slice, x: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, x: Tensor) -> Tensor:
         if self.real is None:
             return x.mean(1)
         counts = self.real[rows].to(x.device)
@@ -99,11 +102,12 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """A function of the user's, of the values alone."""
+    """A function of the user's, of the values alone; it is given the rows of one world at a time."""
 
     fn: Callable[..., Any]
+    alone: ClassVar[bool] = True
 
-    def __call__(self, rows: slice, *values: Tensor) -> Any:
+    def __call__(self, rows: Rows, *values: Tensor) -> Any:
         return self.fn(*values)
 
 
@@ -114,7 +118,7 @@ class LogitDiff:
     width: int
     mean: RowMean
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         x = wide(logits)
         return self.mean(rows, x[..., : self.width].mean(2) - x[..., self.width :].mean(2))
 
@@ -125,7 +129,7 @@ class Logit:
 
     mean: RowMean
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         return self.mean(rows, wide(logits).mean(2))
 
 
@@ -137,7 +141,7 @@ class LogProb:
     again: Tensor | None
     exp: bool
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         found = wide(logits)[:, 0].log_softmax(-1).gather(1, self.chosen[rows].to(logits.device))
         if self.again is not None:
             found = found.masked_fill(self.again[rows].to(logits.device), -torch.inf)
@@ -152,7 +156,7 @@ class SpelledLogProb:
     chosen: Tensor
     exp: bool
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         logp = wide(logits).log_softmax(-1)
         found = logp.gather(2, self.chosen[rows].to(logits.device)[:, :, None])[:, :, 0].sum(1)
         return found.exp() if self.exp else found
@@ -165,7 +169,7 @@ class Rank:
     chosen: Tensor
     mean: RowMean
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         chosen = self.chosen[rows].to(logits.device)[:, None].expand(-1, logits.shape[1], -1)
         best = logits.gather(2, chosen).amax(2, keepdim=True)
         return self.mean(rows, _counted((logits > best).sum(2), logits))
@@ -178,7 +182,7 @@ class Accuracy:
     chosen: Tensor
     mean: RowMean
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         top = logits.argmax(-1, keepdim=True)
         hit = (top == self.chosen[rows].to(logits.device)[:, None]).any(2)
         return self.mean(rows, _counted(hit, logits))
@@ -195,7 +199,7 @@ class Divergence:
 
     mean: RowMean
 
-    def __call__(self, rows: slice, logits: Tensor, other: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor, other: Tensor) -> Tensor:
         ours, theirs = wide(logits).log_softmax(-1), wide(other).log_softmax(-1)
         # Where the other has probability 0 there is nothing to add, whatever the run has: 0 log 0 is 0.
         each = torch.where(theirs == -torch.inf, 0, theirs.exp() * (theirs - ours))
@@ -209,7 +213,7 @@ class CrossEntropy:
     target: Tensor
     counts: Tensor
 
-    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
         chosen, counts = self.target[rows].to(logits.device), self.counts[rows].to(logits.device)
         loss = -wide(logits).log_softmax(-1).gather(2, chosen[:, :, None])[:, :, 0]
         return torch.where(counts, loss, 0).sum(1) / counts.sum(1)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +135,14 @@ class Stream:
                 raise ResultError(f"{self.folder} is damaged ({name} has another shape): delete it")
         return True
 
-    def write(self, metric_values: np.ndarray, cell: int, rows: slice, status: int) -> None:
-        """Note the metrics [metric, b] of a cell on some rows."""
-        self.values[:, cell, rows] = metric_values
-        self.status[cell, rows] = status
-        # Last, so that a sweep killed in between computes the cell again. The pages outlive the process without a
+    def write(self, metric_values: np.ndarray, cells: Sequence[int], rows: slice, status: Sequence[int]) -> None:
+        """Note the metrics [metric, W, b] of W cells on some rows, and the status of each."""
+        at = np.asarray(cells)
+        self.values[:, at, rows] = metric_values
+        self.status[at, rows] = np.asarray(status, np.int8)[:, None]
+        # Last, so that a sweep killed in between computes the cells again. The pages outlive the process without a
         # flush.
-        self.done[cell, rows] = True
+        self.done[at, rows] = True
 
     def remaining(self) -> list[int]:
         """The cells of which some row is missing."""

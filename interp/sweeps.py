@@ -5,7 +5,7 @@ metric.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from hooks import (
     InputsError,
     MetricError,
     Model,
-    Outcome,
+    Outcomes,
     Plan,
     PlanError,
     Site,
@@ -30,12 +30,12 @@ from hooks import (
     nearest,
     patch,
     recompute,
-    run_worlds,
+    run_chunks,
 )
 from interp.axes import Axis
 from interp.evaluation import check_metrics, read_reference, require_eval
 from interp.grids import Cell, Factory, Grid
-from interp.metrics import Bound, Metric, call
+from interp.metrics import Bound, Metric, call_each
 from interp.progress import tqdm
 from interp.provenance import describe_run, sweep_identity
 from interp.results import STATUS, Result
@@ -122,7 +122,7 @@ def sweep(
     bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
     with bar:
         bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
-        for outcome in run_worlds(
+        for chunk in run_chunks(
             model,
             [worlds[i] for i in todo],
             reads,
@@ -131,12 +131,12 @@ def sweep(
             seed=seed,
             skip=lambda i, rows: bool(stream.done[todo[i], rows].all()),
         ):
-            number = todo[outcome.index]
-            numbers = _measured(metrics, bound, spans, compared, outcome, _where(axes, number))
-            if number == 0:
-                require_finite(numbers, [m.name for m in metrics], outcome.rows)
-            stream.write(numbers, number, outcome.rows, STATUS.index(outcome.status))
-            bar.update(outcome.rows.stop - outcome.rows.start)
+            places = [todo[i] for i in chunk.indices]
+            numbers = _measured(metrics, bound, spans, compared, chunk, partial(_where, axes, places))
+            if 0 in places:
+                require_finite(numbers[:, places.index(0)], [m.name for m in metrics], chunk.rows)
+            stream.write(numbers, places, chunk.rows, [STATUS.index(status) for status in chunk.statuses])
+            bar.update(len(places) * (chunk.rows.stop - chunk.rows.start))
 
     source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed, executor)
     values, status = np.array(stream.values), np.array(stream.status)
@@ -204,8 +204,9 @@ def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:
     return reads, spans
 
 
-def _where(axes: Sequence[Axis], number: int) -> str:
+def _where(axes: Sequence[Axis], places: Sequence[int], world: int) -> str:
     """What is read of a sweep's worlds (the base, the base computed again, every cell), for messages."""
+    number = places[world]
     return f" in {_cell(axes, number - 2)}" if number > 1 else " of the unedited run"
 
 
@@ -269,8 +270,8 @@ def source_metrics(
     bound = [m.bind(model, source.inputs) for m in metrics]
     reads, spans = _all_reads(bound)
     out = np.full((len(metrics), len(source.inputs)), np.nan)
-    for outcome in run_worlds(model, [World(source.inputs)], reads, executor=executor, budget=budget, seed=seed):
-        out[:, outcome.rows] = _measured(metrics, bound, spans, compared, outcome, " of the source")
+    for chunk in run_chunks(model, [World(source.inputs)], reads, executor=executor, budget=budget, seed=seed):
+        out[:, chunk.rows] = _measured(metrics, bound, spans, compared, chunk, lambda _: " of the source")[:, 0]
     return out
 
 
@@ -279,15 +280,15 @@ def _measured(
     bound: Sequence[Bound],
     spans: Sequence[slice],
     compared: Sequence[Sequence[Tensor]],
-    outcome: Outcome,
-    where: str,
+    chunk: Outcomes,
+    where: Callable[[int], str],
 ) -> np.ndarray:
-    """The metrics of a world on some of its rows, float64 [metric, b]."""
+    """The metrics of some worlds on some of their rows, float64 [metric, W, b]."""
     found = []
     for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
-        values = [*outcome.values[span], *(o[outcome.rows] for o in other)]
-        found.append(call(b, m.name, outcome.rows, values, where).to("cpu", torch.float64))
-    return torch.stack(found).numpy()
+        others = [o[chunk.rows] for o in other]
+        found.append(call_each(b, m.name, chunk.rows, chunk.values[span], others, where).double())
+    return torch.stack(found).cpu().numpy()
 
 
 def assemble(

@@ -9,9 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -21,15 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # One thread for each pytest-xdist worker: two workers on two cores are faster than either sharing both.
 torch.set_num_threads(1)
 
-# Forward passes take as long as they take, so there is no deadline; in CI a failure must be the same on every run.
-hypothesis.settings.register_profile(
-    "interp",
-    deadline=None,
-    derandomize=bool(os.environ.get("CI")),
-    max_examples=25,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("interp")
+if find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # Forward passes take as long as they take, so there is no deadline; in CI a failure must be the same on every run.
+    hypothesis.settings.register_profile(
+        "interp",
+        deadline=None,
+        derandomize=bool(os.environ.get("CI")),
+        max_examples=25,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("interp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

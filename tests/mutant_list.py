@@ -487,13 +487,13 @@ MUTANTS = [
         "parts are computed again without their pass",
         "return self._recompute(function, inner, named)",
         "return function(*inner, **named)",
-        AGAIN + "[False-sites-nothing]",
+        AGAIN + "[sites-nothing-False]",
     ),
     (
         "parts are computed again without what was read",
         "[()] * len(self.programs), here=self.states)",
         "[()] * len(self.programs))",
-        AGAIN + "[False-here-nothing]",
+        AGAIN + "[here-nothing-False]",
     ),
     (
         "a copy keeps its hooks",

@@ -8,11 +8,12 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hooks.errors import ResultError
 from interp.stats import benjamini_hochberg, bootstrap_ci, row_mean, sign_flip_p
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 
 @pytest.fixture(autouse=True)

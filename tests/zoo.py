@@ -129,6 +129,7 @@ def _gemma2() -> nn.Module:
             attn_logit_softcapping=3.0,
             final_logit_softcapping=4.0,
             pad_token_id=None,
+            attn_implementation="eager",  # of older transformers, SDPA would be the default, which leaves out the cap
         )
     )
 

@@ -33,6 +33,7 @@ class Training:
         steps: of a run.
         every: steps between probes.
         repetitions: interleaved ones of every way.
+        device: where it trains.
     """
 
     sizes: dict[str, int] = field(
@@ -51,6 +52,7 @@ class Training:
     steps: int = 40
     every: int = 10
     repetitions: int = 5
+    device: str = "cpu"
 
 
 def bare(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tensor:
@@ -62,7 +64,7 @@ def bare(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tensor:
 
 def by_hand(model: LlamaForCausalLM, batches: Tensor, setting: Training) -> Tensor:
     """The prefix-matching score as a user would write it: eager attention for the probe, and its weights returned."""
-    fixed, found = prompts(setting), []
+    fixed, found = prompts(setting).to(setting.device), []
 
     def probe() -> None:
         model.set_attn_implementation("eager")
@@ -119,15 +121,19 @@ def prompts(setting: Training) -> Tensor:
 def measure(setting: Training) -> dict[str, Any]:
     """Ratios of running times, and how far weights and scores differ."""
     torch.manual_seed(0)
-    start = LlamaForCausalLM(LlamaConfig(**setting.sizes, bos_token_id=None, eos_token_id=None)).train()
+    start: Any = LlamaForCausalLM(LlamaConfig(**setting.sizes, bos_token_id=None, eos_token_id=None)).train()
+    start = start.to(setting.device)
     batches = torch.randint(setting.sizes["vocab_size"], (setting.steps, setting.batch, setting.width))
+    batches = batches.to(setting.device)
     models: dict[str, LlamaForCausalLM] = {}
 
     def run(name: str) -> Tensor:
         models[name] = copy.deepcopy(start)
         return WAYS[name](models[name], batches, setting)
 
-    seconds, found = interleaved({name: lambda name=name: run(name) for name in WAYS}, setting.repetitions, "cpu")
+    seconds, found = interleaved(
+        {name: lambda name=name: run(name) for name in WAYS}, setting.repetitions, setting.device
+    )
     weights = {name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in models.items()}
     probes = len(found["probed"])
     one = {
@@ -137,6 +143,7 @@ def measure(setting: Training) -> dict[str, Any]:
     step = [s / setting.steps for s in seconds["bare"]]
     return {
         "probes": probes,
+        "seconds": {name: _median(each) for name, each in seconds.items()},
         "over_bare": {name: ratio(seconds[name], seconds["bare"]) for name in WAYS if name != "bare"},
         "steps_a_probe": {name: _median(each) / probes / _median(step) for name, each in one.items()},
         "largest_difference_of_weights": float((weights["probed"] - weights["bare"]).abs().max()),

@@ -25,7 +25,8 @@ def forward_overhead(setting: Setting, model: ip.Model, batch: int, tokens: int,
     """
     ids = setting.ids(batch, tokens)
     inputs, on_device = model.inputs(ids), ids.to(setting.device)
-    vector = torch.randn(setting.width, generator=torch.Generator().manual_seed(setting.seed)).to(setting.device)
+    vector = torch.randn(setting.width, generator=torch.Generator().manual_seed(setting.seed))
+    vector = vector.to(model.device, model.dtype)
     residuals = [ip.site("resid_post", layer=layer) for layer in range(setting.layers)]
     steering = ip.steer(ip.site("resid_post", layer=setting.layers // 2), vector)
 

@@ -33,33 +33,36 @@ MATMUL_ROWS = {"cpu": 512, "cuda": 4096}
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """One model three times: wrapped by the library, as a bridge (of a copy), and as it is."""
+    """One model three times: wrapped by the library, as a bridge of a copy (None without that side), and as it is."""
 
     wrapped: ip.Model
     bridge: Any
     bare: Any
 
 
-def measure_sweep(setting: Setting, models: Models, task: Task) -> dict[str, Any]:
-    """Time a sweep on every side, and bare matrix products for the bound, and compare the effects that come out."""
-    others = {
-        "transformer_lens": partial(sides.transformer_lens, models.bridge, task),
-        "hook_loop": partial(sides.hook_loop, models.bare, task),
-    }
+def measure_sweep(setting: Setting, models: Models, task: Task, batched: bool = False) -> dict[str, Any]:
+    """Time a sweep on every side, and bare matrix products for the bound, and compare the effects that come out.
+
+    The executor `batched` runs where the other sides run every cell, or where it is asked for.
+    """
+    others = {"hook_loop": partial(sides.hook_loop, models.bare, task)}
+    if models.bridge is not None:
+        others = {"transformer_lens": partial(sides.transformer_lens, models.bridge, task), **others}
     for warm_up in (sides.ours(models.wrapped, task, layers=(0,)), *(side(task.cells[:2]) for side in others.values())):
         warm_up()
     rows = MATMUL_ROWS[torch.device(setting.device).type]
-    products, product_operations = block_products(setting.width, rows, setting.layers, setting.device)
+    products, product_operations = block_products(setting.width, rows, setting.layers, setting.device, setting.dtype)
     runs = {"ours": sides.ours(models.wrapped, task), **{name: side(task.sampled) for name, side in others.items()}}
     seconds, effects = interleaved({**runs, "products": products}, setting.repetitions, setting.device)
     operations = sweep_operations(setting, task)
     bound = [s * operations / product_operations for s in seconds.pop("products")]
     for name in others:
         seconds[name] = [s * task.scale for s in seconds[name]]
-    if task.sampled == task.cells:
-        took, effects["batched"] = timed(sides.ours(models.wrapped, task, executor="batched"), setting.device)
-        seconds["batched"] = [took]
-    compared = effects["ours"][[task.cells.index(cell) for cell in task.sampled]]
+    places = [task.cells.index(cell) for cell in task.sampled]
+    if batched or task.sampled == task.cells:
+        took, every = timed(sides.ours(models.wrapped, task, executor="batched"), setting.device)
+        seconds["batched"], effects["batched"] = [took], every[places]
+    compared = effects["ours"][places]
     differing = [name for name in effects if name not in ("ours", "products")]
     return {
         "site": task.site,

@@ -39,15 +39,17 @@ def metric() -> ip.Metric:
     return ip.logit_diff(ANSWER, FOIL)
 
 
-def measure_sweep(name: str, setting: Setting, model: ip.Model, task: Task, sample: int) -> dict[str, Any]:
-    """Every edge of a model, and a sample of them (or all) one by one, half of it before and half after."""
+def measure_sweep(
+    name: str, setting: Setting, model: ip.Model, task: Task, sample: int, readers: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Every edge (into some readers), and a sample of them (or all) one by one, half of it before and half after."""
     graph = paths.Graph.of(model)
-    every = list(graph.listed)
+    every = list(graph.select(None, None, readers))
     chosen = random.Random(0).sample(every, min(sample, len(every)))
     halves = [chosen[::2], chosen[1::2]]
     loops = [edge_loop(model.module, task.clean, task.corrupt, graph, half) for half in halves]
     clean, corrupt = model.inputs(task.clean), model.inputs(task.corrupt)
-    sweep = partial(paths.edge_sweep, model, clean, corrupt, metric=metric(), progress=False)
+    sweep = partial(paths.edge_sweep, model, clean, corrupt, metric=metric(), progress=False, readers=readers)
     sweep(readers=graph.readers[0].name)
     edge_loop(model.module, task.clean, task.corrupt, graph, chosen[:2])()
     before, first = timed(loops[0], setting.device)

@@ -49,6 +49,7 @@ class Setting:
     forwards: tuple[tuple[int, int, int], ...] = ((8, 64, 15), (1, 16, 100))
     seed: int = 0
     device: str = "cpu"
+    dtype: str = "float32"
     threads: int = 2
     quick: bool = False
 
@@ -58,7 +59,7 @@ class Setting:
         return replace(small, forwards=tuple((batch, tokens, 5) for batch, tokens, _ in self.forwards))
 
     def model(self) -> Any:
-        """A `GPT2LMHeadModel` in float32 and evaluation mode, the same for the same seed."""
+        """A `GPT2LMHeadModel` in evaluation mode, the same for the same seed."""
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(self.seed)
@@ -71,7 +72,7 @@ class Setting:
             eos_token_id=0,
         )
         model: Any = GPT2LMHeadModel(config).eval()
-        return model.to(self.device)
+        return model.to(self.device, getattr(torch, self.dtype))
 
     def bridge(self, model: Any) -> Any:
         """A `TransformerBridge` on a copy of the model, because a bridge changes the model that it wraps."""

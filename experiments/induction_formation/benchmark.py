@@ -53,6 +53,8 @@ class Setting:
         looped: members of the loop that are really run; their time is extrapolated by the number of members, since
             each costs the same.
         compared: first steps over which losses are compared.
+        treatments: whether members are treated, one entry a measurement.
+        compile: whether the compiled ensemble is measured, or the eager one alone.
     """
 
     members: tuple[int, ...] = (1, 8, 32)
@@ -60,6 +62,8 @@ class Setting:
     steps: int = 100
     looped: int = 8
     compared: int = 10
+    treatments: tuple[bool, ...] = (False, True)
+    compile: bool = True
     repetitions: int = 5
     rate: float = 1e-3
     device: str = "cpu"
@@ -103,7 +107,8 @@ def measure_size(setting: Setting, members: int, treated: bool) -> dict[str, Any
     people = [Member(seed, treatment) for seed, treatment in enumerate(held)]
     build = program(exemplar_table, batch=setting.batch)
     options: dict[str, Any] = {"rate": setting.rate, "device": setting.device}
-    together = {name: Ensemble(build, people, compile=name == "compiled", **options) for name in ("compiled", "eager")}
+    ways = ("compiled", "eager") if setting.compile else ("eager",)
+    together = {name: Ensemble(build, people, compile=name == "compiled", **options) for name in ways}
     pairs = list(zip(people, held, strict=True))[: setting.looped]
     loops = [Loop(member, treatment, exemplar_table, setting) for member, treatment in pairs]
     losses = {"loop": torch.stack([torch.stack(loop.train(setting.compared)) for loop in loops], 1)}
@@ -126,7 +131,7 @@ def measure_size(setting: Setting, members: int, treated: bool) -> dict[str, Any
         "looped": len(loops),
         "member_steps_per_second": {name: 1 / sorted(each)[len(each) // 2] for name, each in per.items()},
         "over_loop": {name: ratio(per["loop"], per[name]) for name in together},
-        "first_call_seconds": took["compiled"],
+        "first_call_seconds": took[ways[0]],
         "largest_difference": {name: float((losses[name] - losses["loop"]).abs().max()) for name in together},
         "loss_range": [float(losses["loop"].min()), float(losses["loop"].max())],
     }
@@ -143,7 +148,7 @@ def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[st
         "machine": machine.describe(setting.device),
         "sizes": [],
     }
-    for treated in (False, True):
+    for treated in setting.treatments:
         for members in setting.members:
             record["sizes"].append(measure_size(setting, members, treated))
             save(record)
@@ -188,18 +193,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--members", type=int, nargs="+", help="instead of 1, 8 and 32; 1024 for a GPU")
+    parser.add_argument("--repetitions", type=int, help="of each measurement, instead of 5")
+    parser.add_argument("--treatments", choices=["none", "mixed"], help="one of the two, instead of both")
+    parser.add_argument("--eager", action="store_true", help="without the compiled ensemble, and without a table")
     parser.add_argument("--quick", action="store_true", help="few steps of few members, to see that everything runs")
     parser.add_argument("--write-readme", action="store_true", help="measure nothing; put the table in README.md")
     args = parser.parse_args(argv)
     if args.write_readme:
         written(args.out, Path(__file__).parent / "README.md", tables)
         return
-    setting = Setting(device=args.device, threads=args.threads)
-    if args.members:
-        setting = replace(setting, members=tuple(args.members))
+    setting = Setting(device=args.device, threads=args.threads, compile=not args.eager)
     if args.quick:
         setting = replace(setting, members=(1, 2), steps=5, repetitions=2, compared=3, quick=True)
-    print(tables(measure(setting, lambda record: _write(args.out, record))))
+    if args.members:
+        setting = replace(setting, members=tuple(args.members))
+    if args.repetitions:
+        setting = replace(setting, repetitions=args.repetitions)
+    if args.treatments:
+        setting = replace(setting, treatments=(args.treatments == "mixed",))
+    record = measure(setting, lambda record: _write(args.out, record))
+    if setting.compile:
+        print(tables(record))
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
 """Those that do, and are taken into account."""
 WEIGHTLESS = frozenset({"sdpa_attention_forward", "flash_attention_forward", "flex_attention_forward", "attend"})
 """Attention functions that return no weights."""
+CAPLESS = frozenset({"sdpa_attention_forward"})
+"""Attention functions that leave out a cap of the scores which they are given, as models of older transformers run."""
 
 
 def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
@@ -86,7 +88,8 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
                 "which tokens they are of"
             )
         allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first)
-        scaling, cap = given.get("scaling"), given.get("softcap")
+        scaling, cap, kernel = given.get("scaling"), given.get("softcap"), getattr(own, "__name__", "")
+        cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
         z, pattern = exposed_attention(
             q,
             k,
@@ -96,10 +99,10 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
             visit,
             bias,
             dropout=given.get("dropout", 0.0),
-            cap=layer_attention.softcap if cap is None else cap,
+            cap=cap,
             sinks=given.get("s_aux"),
         )
         # The model's own kernel may have no weights to show to a caller who asks for them, and then there are none.
-        return z, None if getattr(own, "__name__", "") in WEIGHTLESS else pattern
+        return z, None if kernel in WEIGHTLESS else pattern
 
     return attend

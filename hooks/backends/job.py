@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from ..audit import FIRED, INERT, PRUNED, Audit
 from ..meter import Meter
 from ..models.network import Network
-from ..plan.plan import World
+from ..plan.plan import Plan, World
 from ..plan.sites import Site
 
 Skip = Callable[[int, slice], bool]
@@ -54,6 +55,84 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
+class Record:
+    """What the interventions of one world did on some rows.
+
+    Attributes:
+        plan: the world's.
+        changes: the largest change that each made, by its place in the plan; those that were not applied are not there.
+        pruned: those that were proved unable to reach anything that is read.
+        note: writes all of it into an audit of the plan.
+    """
+
+    plan: Plan
+    changes: Mapping[int, float]
+    pruned: frozenset[int]
+    note: Callable[[Audit], None]
+
+    def status(self, start: int = 0) -> str:
+        """``pruned`` if every intervention from place `start` on was, ``inert`` if none changed anything, else
+        ``fired``.
+        """
+        numbers = range(start, len(self.plan))
+        if len(numbers) and self.pruned.issuperset(numbers):
+            return PRUNED
+        fired = any(self.changes.get(n, 0.0) != 0.0 and n not in self.pruned for n in numbers)
+        return FIRED if fired else INERT
+
+    @property
+    def audit(self) -> Audit:
+        """The record as an audit."""
+        audit = Audit.of(self.plan)
+        self.note(audit)
+        return audit
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What was read of some worlds that were run together, for some of their rows.
+
+    Attributes:
+        indices: which worlds.
+        rows: the rows, of those of their inputs.
+        values: one tensor for each read, [W, b, ...].
+        records: what the interventions of each did.
+        output: the logits that the model itself returned, [W, b, T, V]; None where it was not called.
+        starts: for each world the first of its plan's interventions that is its own; those before it are held on the
+            model. None are where it is empty.
+        own: of one world alone, its values [b, ...] as they were made.
+    """
+
+    indices: tuple[int, ...]
+    rows: slice
+    values: tuple[Tensor, ...]
+    records: tuple[Record, ...]
+    output: Tensor | None = None
+    starts: tuple[int, ...] = ()
+    own: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of_one(cls, index: int, rows: slice, values: tuple[Tensor, ...], record: Record, output: Tensor) -> Outcomes:
+        """Those of one world, whose values [b, ...] stay the very tensors that gradients are taken by."""
+        return cls((index,), rows, tuple(v[None] for v in values), (record,), output[None], own=values)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def statuses(self) -> list[str]:
+        """What became of each world; see `Outcome.status`."""
+        starts = self.starts or (0,) * len(self)
+        return [record.status(start) for record, start in zip(self.records, starts, strict=True)]
+
+    def __iter__(self) -> Iterator[Outcome]:
+        for w, index in enumerate(self.indices):
+            output = None if self.output is None else self.output[w]
+            values = tuple(value[w] for value in self.values) if self.own is None else self.own
+            yield Outcome(index, self.rows, values, self.records[w], output, self.starts[w] if self.starts else 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What was read of one world, for some of its rows.
 
@@ -61,20 +140,24 @@ class Outcome:
         index: which world.
         rows: the rows, of those of its inputs.
         values: one tensor for each read, [b, ...].
-        audit: what its interventions did on these rows.
+        record: what its interventions did on these rows.
         output: the logits that the model itself returned, [b, T, V]; None where it was not called.
+        start: the first of the plan's interventions that is the world's own; those before it are held on the model.
     """
 
     index: int
     rows: slice
     values: tuple[Tensor, ...]
-    audit: Audit
+    record: Record
     output: Tensor | None = None
+    start: int = 0
+
+    @cached_property
+    def audit(self) -> Audit:
+        """What its interventions did on these rows."""
+        return Audit(self.record.audit.entries[self.start :])
 
     @property
     def status(self) -> str:
         """``pruned`` if every intervention was, ``inert`` if none changed anything, else ``fired``."""
-        found = {entry.status for entry in self.audit}
-        if found and found <= {PRUNED}:
-            return PRUNED
-        return FIRED if FIRED in found else INERT
+        return self.record.status(self.start)

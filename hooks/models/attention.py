@@ -42,29 +42,40 @@ def exposed_attention(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = attention_scores(q, k, allowed, scaling, bias, cap)
+    allowed = None if allowed is None else allowed.expand_as(scores)
+    scores = visit("scores", scores, None if allowed is None else (allowed, -torch.inf))
+    pattern = attention_pattern(scores, sinks).to(q.dtype)
+    pattern = visit("pattern", pattern, None if allowed is None else (allowed, 0.0))
+    if dropout:
+        pattern = torch.nn.functional.dropout(pattern, dropout)
+    return (pattern @ v).transpose(1, 2), pattern
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, allowed: Tensor | None, scaling: float, bias: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """Scores [B, H, T, S] of queries [B, H, T, D] and keys [B, H, S, D], -inf where attention is not allowed."""
     scores = (q @ k.transpose(-1, -2)) * scaling
     if cap is not None:
         scores = softcap(scores, cap)
     if bias is not None:
         scores = scores + bias
-    if allowed is not None:
-        allowed = allowed.expand_as(scores)
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    scores = visit("scores", scores, None if allowed is None else (allowed, -torch.inf))
+    return scores if allowed is None else scores.masked_fill(~allowed.expand_as(scores), -torch.inf)
+
+
+def attention_pattern(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax of scores [B, H, T, S], in float32 at least; zero for a query that may attend to nothing."""
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     # A dead row is softmaxed over zeros, so that neither its value nor its gradient is NaN, and then set to zero.
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = torch.where(dead, 0.0, scores)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-    pattern = scores.softmax(-1, dtype=wide).to(q.dtype)
+    pattern = scores.softmax(-1, dtype=wide)
     if sinks is not None:
         pattern = pattern[..., :-1]
-    pattern = torch.where(dead, 0.0, pattern)
-    pattern = visit("pattern", pattern, None if allowed is None else (allowed, 0.0))
-    if dropout:
-        pattern = torch.nn.functional.dropout(pattern, dropout)
-    return (pattern @ v).transpose(1, 2), pattern
+    return torch.where(dead, 0.0, pattern)
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

@@ -49,7 +49,7 @@ class Context:
             given for it may leave it out).
         row: int64 [B], ids of the rows.
         pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
-        head: the heads of `x`'s head axis, or None where the site has none.
+        head: the heads of `x`'s head axis, or None where the site has none; an int64 tensor where worlds are stacked.
         dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`: a slice, or int64 [B] where several rows that
@@ -64,7 +64,7 @@ class Context:
     row: Tensor
     pos: Tensor
     key_pos: Tensor | None
-    head: tuple[int, ...] | None
+    head: tuple[int, ...] | Tensor | None
     dim: Tensor | None
     seed: int
     window: slice | Tensor
@@ -80,7 +80,7 @@ class Context:
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
         device = self.row.device
-        heads = None if self.head is None else torch.tensor(self.head, device=device)
+        heads = beside(torch.tensor(self.head), device) if isinstance(self.head, tuple) else self.head
         given = {ROW: self.row, POS: self.pos, HEAD: heads, KEY: self.key_pos, DIM: self.dim}
         out = []
         for number, axis in enumerate(self.axes):
@@ -97,6 +97,11 @@ class Context:
 def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:
     """The same context, saying how each reference set is laid out."""
     return replace(ctx, references=references)
+
+
+def beside(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A value on a device, where a copy to it is not waited for; one from it is, since the host goes on with it."""
+    return value.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
 def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> Tensor | float:

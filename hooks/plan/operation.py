@@ -28,6 +28,9 @@ class Op:
         reads_alike: whether what is read has to have x's shape.
         needs_full_rows: whether each row of a reference set must have every position that is edited.
         reads_constants: whether no gradient flows into what is read.
+        still: whether it leaves x alone where what is read equals it; `replaces`: whether what is read is its result.
+        stacks: whether several worlds may go through it at once, under `torch.vmap`.
+        looks: whether it looks at `ctx` for more than the shape of its parameters.
     """
 
     name: ClassVar[str]
@@ -37,6 +40,10 @@ class Op:
     reads_alike: ClassVar[bool] = False
     needs_full_rows: ClassVar[bool] = False
     reads_constants: ClassVar[bool] = False
+    still: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         """Return the new value, of x's shape, dtype and device."""

@@ -15,6 +15,7 @@ from ..errors import PlanError, ShapeError
 from ..html import table
 from .encoding import Put, Record
 from .inputs import INPUTS_RECORDS, Inputs
+from .moving import mover
 from .operation import Op
 from .operations.table import OPERATIONS
 from .saving import load_plan, save_plan
@@ -247,6 +248,10 @@ class Plan:
     def strength(self, s: float | Tensor) -> Plan:
         """Every intervention at strength s; see `Intervention.strength`."""
         return Plan(tuple(i.strength(s) for i in self))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Plan:
+        """The same plan with its values, tapes and the plans that it reads on another device or in another dtype."""
+        return mover(device, dtype)(self)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write ``path.json`` and, where the plan holds tensors, ``path.safetensors``.

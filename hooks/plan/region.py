@@ -15,6 +15,9 @@ from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
 from .spans import New
 from .tokens import beyond, columns_of, listed
 
+Steps = tuple[tuple[int, Tensor], ...]
+"""The number of an axis and an index [n] or [B, n] along it, for each axis that is restricted."""
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -34,7 +37,7 @@ class Region:
 
     site: Site
     shape: dict[str, int]
-    steps: tuple[tuple[int, Tensor], ...]
+    steps: Steps
     valid: Tensor | None
     cols: Tensor
     key_cols: Tensor | None
@@ -42,22 +45,12 @@ class Region:
 
     def get(self, x: Tensor) -> Tensor:
         """Take the part out of a full activation."""
-        return self._levels(x)[-1]
+        return taken(x, self._on(x), self.elsewhere)
 
     def put(self, x: Tensor, part: Tensor) -> Tensor:
         """Return the activation with the part replaced (where it is valid)."""
-        levels = self._levels(x)
-        if self.valid is not None:
-            part = torch.where(self.valid.to(x.device), part, levels[-1])
-        for (axis, index), level in zip(reversed(self.steps), reversed(levels[:-1]), strict=True):
-            index, size = index.to(x.device), level.shape[axis]
-            if index.ndim == 1:
-                part = level.index_copy(axis, index, part)
-                continue
-            if axis in self.elsewhere:
-                level = torch.cat([level, level.narrow(axis, 0, 1)], axis)
-            part = level.scatter(axis, _spread(index, axis, part), part).narrow(axis, 0, size)
-        return part
+        steps, valid = self._on(x), None if self.valid is None else self.valid.to(x.device)
+        return replaced(x, part, steps, valid, self.elsewhere)
 
     def full_valid(self) -> Tensor:
         """bool of the part's shape, True where an entry counts."""
@@ -80,15 +73,41 @@ class Region:
         shape = dict(self.shape, row=window.stop - window.start)
         return Region(self.site, shape, steps, valid, self.cols[window], keys, self.elsewhere)
 
-    def _levels(self, x: Tensor) -> list[Tensor]:
-        levels = [x]
-        for axis, index in self.steps:
-            index = index.to(x.device)
-            if axis in self.elsewhere:
-                index = index.clamp_max(x.shape[axis] - 1)
-            x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
-            levels.append(x)
-        return levels
+    def _on(self, x: Tensor) -> Steps:
+        return tuple((axis, index.to(x.device)) for axis, index in self.steps)
+
+
+def taken(x: Tensor, steps: Steps, elsewhere: frozenset[int] = frozenset()) -> Tensor:
+    """The entries of an activation that indices, one axis after another, select; see `Region.elsewhere`."""
+    return _levels(x, steps, elsewhere)[-1]
+
+
+def replaced(
+    x: Tensor, part: Tensor, steps: Steps, valid: Tensor | None = None, elsewhere: frozenset[int] = frozenset()
+) -> Tensor:
+    """An activation with the selected entries replaced, where they are valid."""
+    levels = _levels(x, steps, elsewhere)
+    if valid is not None:
+        part = torch.where(valid, part, levels[-1])
+    for (axis, index), level in zip(reversed(steps), reversed(levels[:-1]), strict=True):
+        if index.ndim == 1:
+            part = level.index_copy(axis, index, part)
+        elif axis in elsewhere:
+            more = torch.cat([level, level.narrow(axis, 0, 1)], axis)
+            part = more.scatter(axis, _spread(index, axis, part), part).narrow(axis, 0, level.shape[axis])
+        else:
+            part = level.scatter(axis, _spread(index, axis, part), part)
+    return part
+
+
+def _levels(x: Tensor, steps: Steps, elsewhere: frozenset[int]) -> list[Tensor]:
+    levels = [x]
+    for axis, index in steps:
+        if axis in elsewhere:
+            index = index.clamp_max(x.shape[axis] - 1)
+        x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
+        levels.append(x)
+    return levels
 
 
 def _spread(index: Tensor, axis: int, like: Tensor) -> Tensor:

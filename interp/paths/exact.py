@@ -87,11 +87,12 @@ def edge_sweep(
         bar.set_description(f"{len(chosen)} edges x {rows} rows")
         for numbers, worlds in _batches(graph, chosen, todo, norms, measure):
             names = [f"the edge {chosen[i - 2].name}" if i > 1 else "the unedited run" for i in numbers]
-            for index, window, measured, status in measure.each(worlds, names):
-                if numbers[index] == 0:
-                    require_finite(measured[None], [metric.name], window)
-                stream.write(measured[None], numbers[index], window, status)
-                bar.update((window.stop - window.start) / rows)
+            for some, window, measured, status in measure.each(worlds, names):
+                places = [numbers[i] for i in some]
+                if 0 in places:
+                    require_finite(measured[None, places.index(0)], [metric.name], window)
+                stream.write(measured[None], places, window, status)
+                bar.update(len(places) * (window.stop - window.start) / rows)
     found, status = np.array(stream.values[0]), np.array(stream.status)
     result = measure.result(graph, found, status, chosen, norms=norms)
     result.config["identity"] = identity

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, Meter, MetricError, Model, Plan, Site, World, recompute, run_worlds
+from hooks import Inputs, Meter, MetricError, Model, Plan, Site, World, recompute, run_chunks
 from interp.axes import Axis
 from interp.evaluation import check_metrics
 from interp.grids import Cell
-from interp.metrics import Bound, Metric, call
+from interp.metrics import Bound, Metric, call_each
 from interp.paths.graph import Graph
 from interp.paths.nodes import Edge
 from interp.paths.pair import Pair
@@ -85,13 +86,14 @@ class Measure:
 
     def each(
         self, worlds: Sequence[World], names: Sequence[str] | None = None
-    ) -> Iterator[tuple[int, slice, np.ndarray, int]]:
-        """Yield of each world, for some of its rows: its number, the rows, the metric float64 [b], and its status.
+    ) -> Iterator[tuple[tuple[int, ...], slice, np.ndarray, list[int]]]:
+        """Yield of worlds that were run together, for some rows: which they are, the rows, the metric float64 [W, b],
+        and the status of each.
 
         Raises:
             MetricError: the metric is nan; the message has the world's name, where `names` are given.
         """
-        for outcome in run_worlds(
+        for chunk in run_chunks(
             self.model,
             worlds,
             self.bound.reads,
@@ -100,22 +102,23 @@ class Measure:
             seed=self.seed,
             meter=self.meter,
         ):
-            values = [*outcome.values, *(other[outcome.rows] for other in self.others)]
-            where = "" if names is None else f" in {names[outcome.index]}"
-            numbers = self.numbers(call(self.bound, self.metric.name, outcome.rows, values, where))
-            yield outcome.index, outcome.rows, numbers, STATUS.index(outcome.status)
+            others, places = [other[chunk.rows] for other in self.others], chunk.indices
+            where = partial(_named, names, places)
+            found = call_each(self.bound, self.metric.name, chunk.rows, chunk.values, others, where)
+            yield places, chunk.rows, self.numbers(found), [STATUS.index(status) for status in chunk.statuses]
 
     @staticmethod
     def numbers(measured: Tensor) -> np.ndarray:
-        """The metric of some rows, float64 [b]."""
+        """Values of the metric, in float64."""
         return measured.detach().to("cpu", torch.float64).numpy()
 
     def all(self, worlds: Sequence[World]) -> tuple[np.ndarray, np.ndarray]:
         """The metric of each world, float64 [worlds, rows], and its status, int8 [worlds, rows]."""
         shape = (len(worlds), len(self.inputs))
         out, status = np.full(shape, np.nan), np.zeros(shape, np.int8)
-        for index, rows, values, code in self.each(worlds):
-            out[index, rows], status[index, rows] = values, code
+        for places, rows, values, codes in self.each(worlds):
+            at = np.asarray(places)
+            out[at, rows], status[at, rows] = values, np.asarray(codes, np.int8)[:, None]
         return out, status
 
     def result(
@@ -169,3 +172,7 @@ def _cells(graph: Graph, edges: Sequence[Edge], inputs: Inputs) -> list[Cell]:
     """Which rows have each edge: a row that lacks a position of its span does not."""
     present = {span: graph.span(span, inputs)[1] for span in graph.span_names}
     return [Cell((i,), (), present[edge.span]) for i, edge in enumerate(edges)]
+
+
+def _named(names: Sequence[str] | None, places: Sequence[int], world: int) -> str:
+    return "" if names is None else f" in {names[places[world]]}"

@@ -138,7 +138,8 @@ class Rewired:
         block = self.model.architecture.blocks[place.layer]
         own = head_outputs(block, value)
         heads = [writer.head for writer in writers]
-        own = own.sum(2, keepdim=True) if heads[0] is None else own[:, :, heads]
+        # An index that is a list would be copied to the device, and waited for.
+        own = own.sum(2, keepdim=True) if heads[0] is None else torch.stack([own[:, :, head] for head in heads], 2)
         other = [self.source.writer(writer, self._whole(own[:, :, 0])) for writer in writers]
         return torch.stack([self._in_order(value, window, own) for value in other], 2) - own
 

@@ -56,17 +56,17 @@ def test_interrupted_it_continues(folder, tmp_path):
             "--classes",
             "4",
             "--batch",
-            "8",
+            "2",
             "--steps",
             str(steps),
         ]
 
-    whole, arguments = options("whole", 120)
+    whole, arguments = options("whole", 101)
     encode.main(arguments)
     parts, first = options("parts", 100)
     encode.main(first)
     before = load_file(parts)["exemplars"]
-    encode.main(options("parts", 120)[1])
+    encode.main(options("parts", 101)[1])
     assert load_file(whole)["exemplars"].shape == (4, encode.WIDTH)
     torch.testing.assert_close(load_file(parts)["exemplars"], load_file(whole)["exemplars"], rtol=0, atol=0)
     assert not torch.equal(before, load_file(parts)["exemplars"])

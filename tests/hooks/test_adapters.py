@@ -61,7 +61,10 @@ def gemma(**options) -> nn.Module:
 )
 @torch.no_grad()
 def test_options_of_a_family(make, options):
-    """Every site of every layer, edited in each executor, against the oracle, which agrees with the model itself."""
+    """Every site of every layer, edited, against the oracle, which agrees with the model itself.
+
+    Each is edited in two of the executors, which differ from one to the next.
+    """
     model = hk.wrap(make(**options))
     x, other = example(model), example(model, seed=2)
     logits, values = oracle.forward(model.module, x.ids, x.mask)
@@ -74,11 +77,14 @@ def test_options_of_a_family(make, options):
         edit = {key: lambda v, key=key: source[key]}
         expected.append(oracle.forward(model.module, x.ids, x.mask, edit)[0])
     assert all((e - logits)[x.mask].abs().max() > 1e-3 for e in expected[1:])
-    for executor in EXECUTORS:
-        for outcome in hk.run_worlds(model, worlds, [site("logits"), places[-4]], executor=executor):
-            what = f"{executor}, {worlds[outcome.index].plan}"
+    for turn, executor in enumerate(EXECUTORS):
+        some = [i for i in range(len(worlds)) if i % 3 != turn]
+        reads = [site("logits"), places[-4]]
+        for outcome in hk.run_worlds(model, [worlds[i] for i in some], reads, executor=executor):
+            index = some[outcome.index]
+            what = f"{executor}, {worlds[index].plan}"
             torch.testing.assert_close(
-                outcome.values[0][x.mask], expected[outcome.index][x.mask], **EXACT, msg=lambda m, w=what: f"{w}: {m}"
+                outcome.values[0][x.mask], expected[index][x.mask], **EXACT, msg=lambda m, w=what: f"{w}: {m}"
             )
 
 

@@ -7,21 +7,24 @@ import torch
 
 import hooks as hk
 from hooks import World, patch, site
+from tests import zoo
 from tests.hooks.executing import EXECUTORS, Ran, agree, bend, each_family, inputs, places
+from tests.turns import in_turn
 from tests.zoo import wrapped
 
 # What reached
 
 
-@pytest.mark.parametrize("layout", ["flat", "left"])
-@each_family
+@pytest.mark.parametrize(("family", "layout"), in_turn(zoo.FAMILIES, ["flat", "left"]))
 def test_what_stands_after_the_read_is_pruned_and_has_exactly_no_effect(family, layout):
     model = wrapped(family)
     x, other = inputs(model, layout, 1), inputs(model, layout, 2)
     source, reads = World(other), [site("logits", pos=1), site("logits", pos=2, dim=(4, 8))]
     sites = [place for place in places(model) if place.name not in ("pos_embed", "logits", "ln_final")]
-    worlds = [World(x, patch(place.at(pos=3), source)) for place in sites] + [World(x)]
+    each = [World(x, patch(place.at(pos=3), source)) for place in sites]
     for executor in EXECUTORS:
+        # The others compute everything, whatever is read.
+        worlds = [*(each if executor == "shared" else each[::3]), World(x)]
         ran = Ran(model, worlds, reads, executor)
         for world, values, status in zip(worlds[:-1], ran.values, ran.statuses, strict=False):
             for value, base in zip(values, ran.values[-1], strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +187,20 @@ def test_flex_attention():
     one, two = (model.run(x, plan, capture=[place]) for model in models)
     torch.testing.assert_close(one.tape[place], two.tape[place], rtol=0, atol=1e-5)
     torch.testing.assert_close(one.logits[x.mask], two.logits[x.mask], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_kernel_that_leaves_out_the_cap_is_exposed_without_it():
+    """Gemma 2 under SDPA, which older transformers allow: looking inside changes nothing, and nothing is shared."""
+    module: Any = zoo.make("gemma2")
+    if not module._supports_sdpa:
+        pytest.skip("this version of transformers knows that SDPA leaves out the cap")
+    capped = module(torch.tensor([[1, 2, 3, 4]])).logits
+    module.set_attn_implementation("sdpa")
+    model = hk.wrap(module)
+    x = model.inputs([[1, 2, 3, 4]])
+    plain = module(x.ids).logits
+    assert float((plain - capped).abs().max()) > 1e-3
+    for place in (site("pattern", 1), site("scores", 0), site("rot_q", 2)):
+        torch.testing.assert_close(model.run(x, capture=place).logits, plain, rtol=0, atol=1e-10)
+    assert hk.choose(model, [hk.World(x, hk.as_plan(hk.zero(site("z", 0))))]).executor == "batched"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import hooks as hk
@@ -14,6 +12,9 @@ from hooks.layout import Layout
 from hooks.plan.columns import Columns
 from hooks.program import State, visit
 from hooks.resolving import resolve
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 HEADS, DIM = 3, 4
 SIZES = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import interp as ip
 from tests import zoo
+from tests.turns import pairs
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 LENGTHS = (7, 4, 5)
@@ -117,10 +118,12 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "small_rms_rotary_gqa"])
-@pytest.mark.parametrize("sides", [("left", "right"), ("right", "left")], ids=["from left", "from right"])
-@pytest.mark.parametrize("name", POSITIONS)
-def test_positions_of_a_source_that_is_padded_on_the_other_side(name, sides, family):
+@pytest.mark.parametrize(
+    ("name", "family", "sides"),
+    pairs(POSITIONS, ["gpt2", "mistral", "small_rms_rotary_gqa"], [("left", "right"), ("right", "left")]),
+    ids=str,
+)
+def test_positions_of_a_source_that_is_padded_on_the_other_side(name, family, sides):
     """What is patched in is what the source has at the same positions of the same rows, as each pair has alone."""
     model, pos = zoo.wrapped(family), POSITIONS[name]
     source, x = (model.inputs(prompts(seed), padding=side) for seed, side in ((2, sides[0]), (1, sides[1])))

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import hooks as hk
 from hooks import Inputs, Intervention, Model, Plan, Site, World, site
 from tests import zoo
 from tests.zoo import wrapped
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 ATOL = 1e-10
 NONE = 1e-12

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from hooks import Inputs, Site, site
 from hooks.errors import ShapeError, SiteError
 from hooks.plan.region import entire, resolve
 from hooks.plan.sites import Span
+
+hypothesis = pytest.importorskip("hypothesis")
+assume, given, settings, st = hypothesis.assume, hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 HEADS, DIM = 3, 5
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import hooks as hk
 from hooks import Inputs, Model, Site, World, patch, site
 from tests import zoo
+from tests.turns import in_turn, pairs
 from tests.zoo import fresh, wrapped
 
 EXECUTORS = ("sequential", "batched", "shared")
@@ -113,9 +114,13 @@ def test_after_runs(family):
     state.assert_kept()
 
 
-@pytest.mark.parametrize("name", ["z", "result", "q_input", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"])
+@pytest.mark.parametrize(
+    "names",
+    [("z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"), ("q_input", "result")],
+    ids=["modules", "heads"],
+)
 @torch.no_grad()
-def test_no_activation_outlives_its_call(name):
+def test_no_activation_outlives_its_call(names):
     """A plan that is held for a whole training run keeps no layer's values from one call to the next."""
     model = wrapped("gpt2")
     x = example(model)
@@ -126,14 +131,13 @@ def test_no_activation_outlives_its_call(name):
         seen.append(weakref.ref(doubled))
         return doubled
 
-    with model.apply(hk.intervene(site(name, 0), note)):
+    with model.apply(hk.Plan(tuple(hk.intervene(site(name, 0), note) for name in names))):
         call(model, x)
         gc.collect()
-        assert [kept() for kept in seen] == [None]
+        assert [kept() for kept in seen] == [None] * len(names)
 
 
-@each_executor
-@each_family
+@pytest.mark.parametrize(("family", "executor"), in_turn(zoo.FAMILIES, EXECUTORS))
 def test_after_worlds(family, executor):
     model = wrapped(family)
     x = example(model)
@@ -191,7 +195,8 @@ def test_after_an_exception_in_the_users_function(family):
     x = example(model)
     state = State(model.module)
     everything = everywhere(model, World(example(model, seed=2)))
-    for name, error in zip(PLACES, cycle([RuntimeError("mine"), KeyboardInterrupt(), SystemExit(3)]), strict=False):
+    mine = PLACES[zoo.FAMILIES.index(family) % 2 :: 2]
+    for name, error in zip(mine, cycle([RuntimeError("mine"), KeyboardInterrupt(), SystemExit(3)]), strict=False):
         bomb = hk.intervene(site(name, 1 if hk.KINDS[name].per_layer else None, pos=1), raising(error))
         plan = everything + bomb
         with pytest.raises(type(error)):
@@ -211,7 +216,7 @@ def test_after_an_exception_in_a_world(family, executor):
     model = wrapped(family)
     x = example(model)
     state = State(model.module)
-    for name in PLACES:
+    for name in PLACES[(zoo.FAMILIES.index(family) + EXECUTORS.index(executor)) % 3 :: 3]:
         bomb = hk.intervene(site(name, 1 if hk.KINDS[name].per_layer else None), raising(KeyboardInterrupt()))
         for worlds in ([World(x), World(x, bomb)], [World(x, patch(site("resid_pre", 0), World(x, bomb)))]):
             with pytest.raises(KeyboardInterrupt):
@@ -335,10 +340,8 @@ def under(model: Model, plan: hk.Plan, x: Inputs) -> None:
 # Runs that do not end
 
 
-@each_executor
-@pytest.mark.parametrize("end", ["close", "throw", "delete"])
-@each_family
-def test_after_a_generator_that_is_left_half_way(family, end, executor):
+@pytest.mark.parametrize(("family", "executor", "end"), pairs(zoo.FAMILIES, EXECUTORS, ["close", "throw", "delete"]))
+def test_after_a_generator_that_is_left_half_way(family, executor, end):
     model = wrapped(family)
     x = example(model)
     state = State(model.module)

@@ -9,6 +9,7 @@ from hooks import Model, World, patch, site
 from hooks.record import choose
 from tests import zoo
 from tests.hooks.executing import Ran, agree
+from tests.turns import pairs
 
 LENGTH = 8
 LONG = {"short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 7.0], "original_max_position_embeddings": LENGTH}
@@ -27,10 +28,10 @@ def prompts(model: Model, lengths: list[int], side: str, seed: int) -> hk.Inputs
     return model.inputs(*zoo.random_inputs(zoo.VOCAB, lengths, side, seed))
 
 
-@pytest.mark.parametrize("lengths", [[6, 6], [12, 12], [12, 5], [5, 12, 7]], ids=str)
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_executors_and_budgets_agree(kind, side, lengths):
+@pytest.mark.parametrize(
+    ("lengths", "kind", "side"), pairs([[6, 6], [12, 12], [12, 5], [5, 12, 7]], KINDS, ["left", "right"])
+)
+def test_executors_and_budgets_agree(lengths, kind, side):
     model = make(kind)
     x, other = prompts(model, lengths, side, 1), prompts(model, lengths, side, 2)
     worlds = [

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hooks as hk
@@ -22,6 +20,9 @@ from tests import oracle, zoo
 from tests.hooks.test_properties import bend, gap, interventions, outcomes, parts
 from tests.hooks.test_region import chosen
 from tests.hooks.test_restore import State
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 EXECUTORS = ("sequential", "batched", "shared")
@@ -330,7 +331,10 @@ def replaced(place: Site, value: Tensor) -> dict:
 
 
 def test_every_site_is_written_as_by_hand():
-    """Whole and in part, from a world, a tape and a tensor, read at the logits and at every site after it."""
+    """Whole and in part, from a world, a tape and a tensor, read at the logits and at every site after it.
+
+    Of the parts, each site takes every other one, beginning with the first or the second.
+    """
     model, x, other = wrapped(), inputs(1), inputs(2)
     values = by_hand(other)
     tape = model.run(other, capture=[Site(*key) for key in values]).tape
@@ -338,7 +342,7 @@ def test_every_site_is_written_as_by_hand():
     for i, place in enumerate(every_site(model)):
         value = values[place.name, place.layer]
         donors = [World(other), tape, value]
-        for j, part in enumerate([{}, *restrictions(place)]):
+        for j, part in enumerate([{}, *restrictions(place)[i % 2 :: 2]]):
             here = place.at(**part)
             cases.append((Plan((patch(here, donors[(i + j) % 3]),)), replaced(here, value)))
         cases.append((Plan((hk.intervene(place, bend),)), {(place.name, place.layer): lambda v: bend(v, None)}))
@@ -622,7 +626,7 @@ def cases(draw: st.DrawFn) -> tuple[Inputs, list[Plan], list[Site]]:
     return x, plans, reads
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(cases())
 def test_executors_agree_on_random_plans(case):
     x, plans, reads = case

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +37,17 @@ def changed(option: str, value: str | None) -> list[str]:
     return [*PAIR[:at], *([] if value is None else [option, value]), *PAIR[at + 2 :]]
 
 
-def test_as_a_program(tmp_path):
-    """`python -m interp`, from a folder that is not the repository."""
+def test_as_a_program(tmp_path, monkeypatch, capsys):
+    """`python -m interp`, from a folder that is not the repository; and its exit status where it fails."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "interp"]
-    ended = subprocess.run([*command, "sites"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "interp", "sites"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "resid_pre" in ended.stdout and "attn.hook_z" in ended.stdout
-    ended = subprocess.run([*command, "sites", "--model", "ioi-mimi"], cwd=tmp_path, env=environment, text=True,
-                           capture_output=True)  # fmt: skip
-    assert ended.returncode == 2 and "ioi-mini" in ended.stderr and "Traceback" not in ended.stderr
+    monkeypatch.setattr(sys, "argv", ["interp", "sites", "--model", "ioi-mimi"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("interp", run_name="__main__")
+    assert stopped.value.code == 2 and "ioi-mini" in capsys.readouterr().err
 
 
 def test_without_a_command_it_explains_itself(capsys):

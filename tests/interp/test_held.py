@@ -49,8 +49,10 @@ def numbers(result: ip.Result) -> np.ndarray:
     return np.concatenate([part.ravel() for part in (result.effect, result.base, result.source)])
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
-@pytest.mark.parametrize("executor", ["sequential", "batched", "shared"])
+@pytest.mark.parametrize(
+    ("executor", "direction"),
+    [("sequential", "denoising"), ("batched", "noising"), ("shared", "denoising"), ("shared", "noising")],
+)
 def test_both_runs_of_a_sweep_are_under_the_plan(family, direction, executor):
     model, *pair = of(family)
     options = {"direction": direction, "executor": executor, "progress": False}

@@ -205,17 +205,16 @@ def test_answers_of_each_row_when_rows_are_run_one_at_a_time(model, padding):
     ]
     metrics = [dataclasses.replace(m, name=f"{number} {m.name}") for number, m in enumerate(metrics)]
     grid = ip.grid("resid_pre", layer=[1], pos=[1, -1])
-    for executor in ("sequential", "shared"):
-        whole, cut = (
-            ip.sweep(model, clean, corrupt, grid, metric=metrics, executor=executor, budget=budget)
-            for budget in (None, 1)
-        )
-        for name in ("base", "source", "effect"):
-            np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), **CLOSE, err_msg=name)
-        ranks = whole.metrics.index(next(m.name for m in metrics if m.name.endswith("rank")))
-        assert whole.base[ranks].tolist() == [25, 11, 16, 0]
-        assert all(len(set(row)) > 1 for row in whole.base.round(9).tolist())
-        assert (np.abs(whole.effect).max((1, 2, 3)) > 1e-6).mean() > 0.8
+    executor = "sequential" if padding == "right" else "shared"
+    whole, cut = (
+        ip.sweep(model, clean, corrupt, grid, metric=metrics, executor=executor, budget=budget) for budget in (None, 1)
+    )
+    for name in ("base", "source", "effect"):
+        np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), **CLOSE, err_msg=name)
+    ranks = whole.metrics.index(next(m.name for m in metrics if m.name.endswith("rank")))
+    assert whole.base[ranks].tolist() == [25, 11, 16, 0]
+    assert all(len(set(row)) > 1 for row in whole.base.round(9).tolist())
+    assert (np.abs(whole.effect).max((1, 2, 3)) > 1e-6).mean() > 0.8
 
 
 def test_kl(model, padding):

@@ -12,6 +12,7 @@ import torch
 import interp as ip
 from interp import paths
 from tests import zoo
+from tests.turns import pairs
 
 LENGTHS = (6, 4, 7)
 FAMILIES = ["gpt2", "mistral"]
@@ -58,27 +59,25 @@ GRIDS = {
 }
 
 
-@each_family
-@pytest.mark.parametrize("name", GRIDS)
-def test_effects_of_a_sweep(family, name):
+@pytest.mark.parametrize(("name", "family", "executor"), pairs(GRIDS, FAMILIES, ["sequential", "shared"]))
+def test_effects_of_a_sweep(name, family, executor):
     model = zoo.wrapped(family)
-    for executor in ("sequential", "shared"):
-        stand_alike(model, partial(ip.sweep, model, grid=GRIDS[name], metric=METRIC, executor=executor))
+    stand_alike(model, partial(ip.sweep, model, grid=GRIDS[name], metric=METRIC, executor=executor))
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_effects_of_random_interventions(executor):
     model = zoo.wrapped("small_rms_rotary_gqa")
-    for side in ("right", "left"):
-        donors = model.inputs(prompts(3, (7, 9, 8)), padding=side)
-        for intervention in (
-            lambda site: ip.noise(site, 0.5),
-            partial(ip.resample, source=donors, seed=2),
-            partial(ip.mean, source=donors),
-        ):
-            grid = ip.grid("z", layer="all", pos=[0, -1, slice(1, 3)])
-            options = {"metric": METRIC, "intervention": intervention, "executor": executor, "seed": 4}
-            stand_alike(model, partial(ip.sweep, model, grid=grid, **options))
+    sides = ("right", "left") if executor == "batched" else ("left", "right")
+    first, second = (model.inputs(prompts(3, (7, 9, 8)), padding=side) for side in sides)
+    for intervention in (
+        lambda site: ip.noise(site, 0.5),
+        partial(ip.resample, source=first, seed=2),
+        partial(ip.mean, source=second),
+    ):
+        grid = ip.grid("z", layer="all", pos=[0, -1, slice(1, 3)])
+        options = {"metric": METRIC, "intervention": intervention, "executor": executor, "seed": 4}
+        stand_alike(model, partial(ip.sweep, model, grid=grid, **options))
 
 
 @pytest.mark.parametrize("metric", ["kl", "cross_entropy", "log_prob", "rank"])

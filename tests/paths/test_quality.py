@@ -15,6 +15,7 @@ from tests import zoo
 from tests.paths import checks, networks
 from tests.paths.cases import METRIC, case
 from tests.paths.checks import made_up, random_scores
+from tests.turns import pairs
 
 W = networks.LINEAR[:, 1].double().tolist()
 
@@ -99,9 +100,9 @@ def test_a_whole_difference_of_zero_is_refused():
         paths.faithfulness(model, clean, clean, made_up(graph, np.ones((len(graph), 1))), graph, metric=ip.logit(1))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("executor", ["auto", "sequential"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("family", "executor", "dtype"), pairs(["gpt2", "llama"], ["auto", "sequential"], [torch.float32, torch.float64])
+)
 def test_a_prompt_against_itself_has_no_quality(family, executor, dtype):
     """Numerator and denominator are rounding, which is not a share of anything."""
     model = ip.wrap(copy.deepcopy(zoo.make(family)).to(dtype))

@@ -1,38 +1,35 @@
-"""Attention for worlds that share a base: the one step that has to know which world a token belongs to."""
+"""Attention for worlds that share a base: the one step that has to know which world a token belongs to.
+
+A world's keys and values are the base's, but for those that it has changed. Where it asks with few queries, the part
+over the base's keys is computed for all worlds together and the part over its own beside it, in one softmax (`Merged`);
+where it asks with many, its own are filled in among the base's (`Filled`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ...models.attention import exposed_attention
 from ...models.blocks import Attention
-from .tokens import Packed
+from .bans import Bans
+from .kernels import Filled, Merged
+from .tokens import Moves, Packed, Tokens
+from .trace import Trace, Value
 
+SCRATCH = {"cpu": 1 << 24}
+"""Bytes that the keys, values and scores of a group of members may take, by device type."""
+SCRATCH_ELSEWHERE = 1 << 29
+SHARE = 8
+"""A member is merged whose queries are at most this part of the keys, and who has changed at most half of these."""
+TILE = 256
+"""Queries for which masks and scores of long texts are made at a time."""
 
-def allowed_keys(layout: Layout, rows: Tensor, cols: Tensor, attention: Attention) -> Tensor:
-    """Which keys queries may attend to.
-
-    Args:
-        layout: of the base's rows.
-        rows: int64 [g], the base row of each group of queries.
-        cols: int64 [g, n], the columns of the queries.
-        attention: the layer, for its window and whether it is causal.
-
-    Returns:
-        bool [g, 1, n, T] on the CPU (n is 1 where all queries see the same).
-    """
-    real = layout.keys.real[rows]
-    if not attention.causal:
-        return real[:, None, None, :]
-    keys, own = torch.arange(layout.keys.width), cols[..., None] + layout.offset
-    allowed = (keys <= own) & real[:, None, :]
-    if attention.window is not None:
-        allowed &= keys > own - attention.window
-    return allowed[:, None]
+Base = Callable[[], Value]
 
 
 def reach(changed: Tensor, window: int | None, causal: bool) -> Tensor:
@@ -52,94 +49,204 @@ def seen_by(asking: Tensor, causal: bool) -> Tensor:
     return asking.flip(1).long().cumsum(1).flip(1) > 0
 
 
-def packed_attention(
-    attention: Attention,
-    layout: Layout,
-    out: Tensor,
-    qkv: tuple[Packed, Packed, Packed],
-    bases: tuple[Tensor | None, Tensor | None, Tensor | None],
-    exposed: bool,
-) -> Packed:
-    """Attention at given tokens, each against its own world's keys and values.
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """Attention of one layer, written down for worlds on one base.
 
-    Args:
-        attention: the layer, for its heads, scaling, cap and window.
+    Attributes:
+        trace, moves: take what is to be done.
         layout: of the base's rows.
-        out: bool [members, T], the tokens at which z is wanted.
-        qkv: the changed queries, keys and values.
-        bases: the base's, [b, T, heads, D]; None while the base itself is computed, when every token is changed.
-        exposed: use the kernel that the worlds which look inside attention use.
+        attention: the layer.
+        exposed: whether the kernel is used that shows its inside, as the worlds that look inside use it.
+        device: type of the device.
+    """
+
+    trace: Trace
+    moves: Moves
+    layout: Layout
+    attention: Attention
+    exposed: bool
+    device: str
+
+    def mix(
+        self,
+        out: Tokens,
+        qkv: tuple[Packed, Packed, Packed],
+        bases: tuple[Base | None, Base | None, Base | None],
+        bans: Bans | None = None,
+    ) -> Packed:
+        """Attention at given tokens, each against its own world's keys and values.
+
+        Args:
+            out: the tokens at which z is wanted.
+            qkv: the queries, keys and values that may differ from the base's.
+            bases: the base's, [b * T, heads, D]; None while the base itself is computed, when every token is changed.
+            bans: keys that are forbidden besides.
+
+        Returns:
+            z at `out`, values [N, H, D].
+        """
+        asking = out.counts > 0
+        q = self.moves.to(qkv[0], out, bases[0])
+        own = (qkv[1].tokens | qkv[2].tokens.mask) & asking[:, None]
+        k, v = (self.moves.to(x, own, base) for x, base in zip(qkv[1:], bases[1:], strict=True))
+        pieces, order = [], []
+        for members, merged in self.groups(out, own, bans):
+            make = self.merged if merged else self.filled
+            piece, tokens = make(members, out, own, (q, k, v), bases[1:], bans)
+            pieces.append(piece)
+            order.append(tokens)
+        if not pieces:
+            return Packed(out, q.value)
+        if len(pieces) == 1 and _in_order(order[0]):
+            return Packed(out, pieces[0])
+        back = torch.empty(len(out), dtype=torch.int64)
+        back[torch.cat(order)] = torch.arange(len(out))
+        return Packed(out, self.trace.do(_joined, *pieces, at=[back]))
+
+    def groups(self, out: Tokens, own: Tokens, bans: Bans | None) -> Iterator[tuple[Tensor, bool]]:
+        """Members with about as many queries each, so that little of a group is filler; and whether they are merged."""
+        q, k = self.attention.q, self.attention.k
+        itemsize, width = 4, self.layout.keys.width
+        scratch = SCRATCH.get(self.device, SCRATCH_ELSEWHERE)
+        members = (out.counts > 0).nonzero().squeeze(1)
+        asked, changed = out.counts[members], own.counts[members]
+        few = (asked * SHARE <= width) & (changed * 2 <= width)
+        banned = torch.zeros(len(members), dtype=torch.bool) if bans is None else bans.of[members] >= 0
+        for merged in (True, False):
+            for forbids in (False, True):
+                some = (few == merged) & (banned == forbids)
+                if not bool(some.any()):
+                    continue
+                # Sizes of a group are within a quarter of one another.
+                kinds = torch.ceil(asked[some].double().log() / math.log(1.25)).long()
+                for kind in kinds.unique().tolist():
+                    mine = members[some][kinds == kind]
+                    high, most = int(out.counts[mine].max()), int(own.counts[mine].max())
+                    each = 3 * q.heads * high * (width + (most if merged else 0)) if merged or self.looks else 0
+                    each += 0 if merged else 2 * width * k.heads * k.width
+                    fit = max(1, scratch // (each * itemsize))
+                    for start in range(0, len(mine), fit):
+                        yield mine[start : start + fit], merged
+
+    @property
+    def looks(self) -> bool:
+        """Whether scores are computed as such: no fused kernel of torch's caps them."""
+        return self.exposed or self.attention.softcap is not None
+
+    def filled(
+        self,
+        members: Tensor,
+        out: Tokens,
+        own: Tokens,
+        qkv: tuple[Packed, Packed, Packed],
+        bases: Sequence[Base | None],
+        bans: Bans | None,
+    ) -> tuple[Value, Tensor]:
+        """Attention of some members over keys and values that are filled in."""
+        ask, cols, real, tokens = _queries(members, out)
+        rows, width = members % out.rows, out.width
+        n, attention = cols.shape[1], self.attention
+        source, target = _own(members, own)
+        padded = not bool(self.layout.keys.real.all())
+        # Members whose keys are all their own need none of the base's, which then may not even be there.
+        based = bases[0] is not None and not bool((own.mask[members] | ~self.layout.keys.real[rows]).all())
+        complete = len(source) == len(members) * width
+        span = (int(source[0]), int(source[-1]) + 1) if complete and _consecutive(source) else None
+        square = n == width and bool((cols == torch.arange(width)).all()) and not padded
+        tiles = [(0, n, width)]
+        if n * width > TILE * TILE:
+            starts = range(0, n, TILE)
+            last = [int(cols[:, at : at + TILE].max()) + 1 + self.layout.offset for at in starts]
+            tiles = [(at, min(at + TILE, n), end if attention.causal else width)
+                     for at, end in zip(starts, last, strict=True)]  # fmt: skip
+        forbidden = [] if bans is None else bans.at(members, cols)
+        kernel = Filled(
+            attention, (len(members), n), width, out.rows, tuple(tiles), self.looks,
+            whole=square and attention.causal and attention.window is None and not forbidden and not self.looks,
+            based=based, shared=out.rows == 1 and not len(source), span=span,
+            offset=self.layout.offset, padded=bool((~real).any()), bans=len(forbidden),
+        )  # fmt: skip
+        at = [ask, rows, cols, self.layout.keys.real, source, target]
+        at += [real.flatten().nonzero().squeeze(1)] if kernel.padded else []
+        values = [x.value for x in qkv] + [base() for base in bases if base is not None and based]
+        return self.trace.do(kernel, *values, at=[*at, *forbidden]), tokens
+
+    def merged(
+        self,
+        members: Tensor,
+        out: Tokens,
+        own: Tokens,
+        qkv: tuple[Packed, Packed, Packed],
+        bases: Sequence[Base | None],
+        bans: Bans | None,
+    ) -> tuple[Value, Tensor]:
+        """Attention of some members over the base's keys and values, and over their own."""
+        rows = members % out.rows
+        if bases[0] is None:
+            return self.filled(members, out, own, qkv, bases, bans)
+        turn = torch.argsort(rows, stable=True)
+        members, rows = members[turn], rows[turn]
+        counts = torch.bincount(rows, minlength=out.rows)
+        used = counts.nonzero().squeeze(1)
+        most = int(counts.max())
+        # The members of each row that has some, [r, w]; those that fill up are the first, and of no account.
+        slot = torch.arange(len(members)) - (counts.cumsum(0) - counts)[rows]
+        line = torch.searchsorted(used, rows)
+        place = line * most + slot
+        every = members[:1].expand(len(used) * most).clone()
+        every[place] = members
+        there = torch.zeros(len(every), dtype=torch.bool)
+        there[place] = True
+        ask, cols, real, _ = _queries(every, out)
+        real &= there[:, None]
+        kept = real.flatten().nonzero().squeeze(1)
+        tokens = ask[kept]
+        shape = (len(used), most, cols.shape[1])
+        changed = own.mask[every]
+        at = [ask, used, cols.reshape(shape), self.layout.keys.real, kept]
+        owned = int(changed.sum(1).max())
+        if owned:
+            mine, columns, held, _ = _queries(every, own)
+            at += [mine, columns.reshape(*shape[:2], -1), held.reshape(*shape[:2], -1)]
+            at += [changed.reshape(*shape[:2], -1)]
+        forbidden = [] if bans is None else bans.at(every, cols)
+        kernel = Merged(self.attention, shape, owned, self.layout.offset, len(forbidden))
+        values = [x.value for x in qkv] + [base() for base in bases if base is not None]
+        return self.trace.do(kernel, *values, at=[*at, *forbidden]), tokens
+
+
+def _queries(members: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tokens of some members, padded to one number n.
 
     Returns:
-        z at `out`, values [N, H, D].
+        Their numbers int64 [m * n] (0 where there is none) and columns [m, n], which are real, bool [m, n], and the
+        numbers of the real ones.
     """
-    active = out.any(1)
-    q = qkv[0].to(out, bases[0])
-    k, v = (stream.to(stream.dirty & active[:, None], None) for stream in qkv[1:])
-    counts, device = out.sum(1), q.values.device
-    ends = [counts.cumsum(0), k.dirty.sum(1).cumsum(0), v.dirty.sum(1).cumsum(0)]
-    z = torch.empty_like(q.values)
-    for group in _groups(active.nonzero().squeeze(1), counts):
-        # Members in between have no tokens here, so a group's tokens lie together in every stream.
-        first, last = int(group[0]), int(group[-1])
-        asked, *spans = (slice(int(end[first - 1]) if first else 0, int(end[last])) for end in ends)
-        rows = group % q.rows
-        keys, values = (
-            _filled(stream, group, rows, stream.values[span], base)
-            for stream, span, base in zip((k, v), spans, bases[1:], strict=True)
-        )
-        most = int(counts[group].max())
-        cols = torch.argsort((~out[group]).byte(), dim=1, stable=True)[:, :most]
-        allowed = allowed_keys(layout, rows, cols, attention).to(device)
-        real = torch.arange(most) < counts[group][:, None]
-        slots = None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device)
-        queries = q.values[asked]
-        if slots is not None:
-            queries = queries.new_zeros((real.numel(), *queries.shape[1:])).index_copy_(0, slots, queries)
-        queries = queries.unflatten(0, (len(group), most)).transpose(1, 2)
-        # No fused kernel of torch's caps its scores.
-        if exposed or attention.softcap is not None:
-            mixed, _ = exposed_attention(
-                queries, keys, values, allowed, attention.scaling, _unseen, cap=attention.softcap
-            )
-        else:
-            mixed = torch.nn.functional.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=allowed,
-                scale=attention.scaling,
-                enable_gqa=attention.k.heads < attention.q.heads,
-            ).transpose(1, 2)
-        mixed = mixed.flatten(0, 1)
-        z[asked] = mixed if slots is None else mixed.index_select(0, slots)
-    return Packed(out, z, q.rows)
+    mask, counts = tokens.mask[members], tokens.counts[members]
+    n = int(counts.max())
+    cols = torch.argsort((~mask).byte(), dim=1, stable=True)[:, :n]
+    real = torch.arange(n) < counts[:, None]
+    flat = (members[:, None] * tokens.width + cols).flatten()
+    ask = torch.where(real.flatten(), tokens.place[flat], 0)
+    return ask, cols, real, ask[real.flatten()]
 
 
-def _unseen(_name: str, x: Tensor, _guard: object) -> Tensor:
-    return x
+def _own(members: Tensor, own: Tokens) -> tuple[Tensor, Tensor]:
+    """The numbers of the tokens that members hold, and where they go in [g * T]."""
+    where = own.mask[members].flatten().nonzero().squeeze(1)
+    flat = members[where // own.width] * own.width + where % own.width
+    return own.place[flat], where
 
 
-def _filled(stream: Packed, group: Tensor, rows: Tensor, changed: Tensor, base: Tensor | None) -> Tensor:
-    """All keys or values [g, heads, T, D] of a group of members: the base's, where they have none of their own."""
-    mine = stream.dirty[group]
-    if base is None:
-        whole = changed.new_zeros((*mine.shape, *changed.shape[1:]))
-    else:
-        whole = base.index_select(0, rows.to(base.device))
-    whole.flatten(0, 1).index_copy_(0, mine.flatten().nonzero().squeeze(1).to(changed.device), changed)
-    return whole.transpose(1, 2)
+def _consecutive(tokens: Tensor) -> bool:
+    return bool((tokens[1:] == tokens[:-1] + 1).all())
 
 
-def _groups(members: Tensor, counts: Tensor, most: int = 4096) -> Iterable[Tensor]:
-    """Runs of at most `most` members with about as many queries each, so that little of a group is filler."""
-    if not len(members):
-        return
-    sizes = counts[members].tolist()
-    start, low, high = 0, sizes[0], sizes[0]
-    for i, size in enumerate(sizes):
-        low, high = min(low, size), max(high, size)
-        if high > 1.25 * low + 1 or i - start >= most:
-            yield members[start:i]
-            start, low, high = i, size, size
-    yield members[start:]
+def _in_order(tokens: Tensor) -> bool:
+    return bool((tokens == torch.arange(len(tokens))).all())
+
+
+def _joined(*args: Tensor) -> Tensor:
+    *pieces, back = args
+    return torch.cat(pieces).index_select(0, back)

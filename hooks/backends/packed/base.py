@@ -13,6 +13,7 @@ from ...meter import Meter
 from ...models.network import Network
 from ...models.positions import Rotary
 from ...plan.inputs import Inputs
+from ...plan.plan import World
 from ...plan.region import Region
 from ...plan.sites import Key, Site, execution_order
 from .attention import seen_by
@@ -21,13 +22,23 @@ COMPANIONS = {
     "q_input": ("attn_in", "q"),
     "k_input": ("attn_in", "k"),
     "v_input": ("attn_in", "v"),
-    "scores": ("z",),
-    "pattern": ("z",),
+    "scores": ("z", "rot_q", "rot_k", "v"),
+    "pattern": ("z", "rot_q", "rot_k", "v"),
     "result": ("z",),
-    "mlp_pre": ("mlp_in",),
-    "mlp_post": ("mlp_in",),
+    "mlp_pre": ("mlp_in", "resid_mid"),
+    "mlp_post": ("mlp_in", "resid_mid"),
+    "mlp_in": ("resid_mid",),
+    "mlp_out": ("resid_mid",),
+    "pos_embed": ("embed",),
+    "logits": ("ln_final",),
 }
 """Sites whose base value an edit at another one needs besides its own."""
+COPIES = frozenset({"q_input", "k_input", "v_input", "result"})
+"""Sites that hold a copy of the residual stream for every head, of which the base's are kept only to be read."""
+ATTENDED = ("rot_q", "rot_k", "v")
+"""Sites whose base value worlds need that spread from token to token: what others ask with, and what they see."""
+BESIDE = ("attn_out", "mlp_out")
+"""The same in a parallel block, where attention may have changed tokens that the MLP has not, and the reverse."""
 
 
 def record_keys(keys: Iterable[Key]) -> frozenset[Key]:
@@ -35,6 +46,19 @@ def record_keys(keys: Iterable[Key]) -> frozenset[Key]:
     keys = set(keys)
     more = {(name, layer, stack) for at, layer, stack in keys for name in COMPANIONS.get(at, ())}
     return frozenset(keys | more)
+
+
+def first_spread(worlds: Iterable[World], inputs: Inputs, depth: int) -> int:
+    """The first layer at which some world may differ from its base in some tokens and not in others."""
+    first = depth
+    for world in worlds:
+        if world.inputs is not inputs:
+            return 0
+        for item in world.plan:
+            whole = not item.site.restricted and item.only is None and not item.op.still
+            if not (whole and item.site.name == "embed"):
+                first = min(first, max(0, execution_order(item.site.key, depth)[0]))
+    return first
 
 
 @dataclass(eq=False)
@@ -47,9 +71,10 @@ class Base:
         window: the rows of them that are run.
         reads: the sites whose values are wanted of every world.
         exposed: layers whose attention is computed with its inside exposed, for every world alike.
-        recorded: sites of which the base's value will be needed, besides those that every run needs.
+        recorded: sites of which the base's value will be needed, besides those by which worlds spread.
+        spread: the first layer at which worlds may differ from it in some tokens and not in others.
         trim: whether tokens that no read depends on may be dropped.
-        values: the base's value [b, T, ...] of the sites that are recorded, by key.
+        values: the base's value [b * T, ...] of the sites that are recorded, by key.
         meter: counts the work.
     """
 
@@ -59,6 +84,7 @@ class Base:
     reads: Sequence[Site]
     exposed: frozenset[int]
     recorded: frozenset[Key]
+    spread: int = 0
     trim: bool = True
     values: dict[Key, Tensor] = field(default_factory=dict)
     meter: Meter | None = None
@@ -91,6 +117,17 @@ class Base:
     def causal(self) -> bool:
         """Whether tokens see those before them alone, in every layer."""
         return all(block.attention.causal for block in self.arch.blocks)
+
+    def keeps(self, key: Key) -> bool:
+        """Whether worlds may need its value of a site."""
+        name, layer, _ = key
+        if key in self.recorded:
+            return True
+        if name == "resid_pre" or name == "resid_post":
+            return self.spread <= (0 if name == "resid_pre" else layer + 1) < len(self.arch.blocks)
+        if layer < self.spread:
+            return False
+        return name in ATTENDED or (name in BESIDE and self.arch.blocks[layer].parallel)
 
     def region(self, site: Site) -> Region:
         """A read resolved on these rows, as wide as on all of them."""

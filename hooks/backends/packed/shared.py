@@ -1,9 +1,9 @@
 """The copy-on-write executor: worlds on one input are computed together, and only where they differ from the base.
 
 A world joins at the layer and at the positions where its plan first changes a value. From then on it carries the tokens
-that differ (`Packed`); every step of a block that works token by token runs on one long row of them, and attention
-alone fills in the rest of a world's keys and values from the base. Tokens that nothing read depends on are dropped, so
-the last layer is computed only at the positions that are read.
+that may differ; every step of a block that works token by token runs on one long row of them, and attention alone looks
+at the rest of a world's keys and values, which are the base's. Tokens that nothing read depends on are dropped, so the
+last layer is computed only at the positions that are read.
 
 The base is the same program, run for one world in which every token differs.
 """
@@ -11,59 +11,93 @@ The base is the same program, run for one world in which every token differs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...audit import Audit
-from ...budget import bytes_per_token, keeps_rows_together
+from ...budget import held_per_token, keeps_rows_together
 from ...plan.inputs import Inputs
-from ...plan.plan import World
-from ...plan.sites import Site
+from ...plan.plan import Plan, World
+from ...plan.sites import Key, Site
 from ...plan.tape import Tape
-from ...program import Program
-from ...resolving import resolve, source_id
-from ..job import Job, Outcome
+from ...resolving import source_id, touched
+from ..job import Job, Outcomes, Record
 from ..sources import all_reads, read_tapes
-from .base import Base, record_keys
-from .chunk import Chunk
-from .tokens import Packed
+from .base import COPIES, Base, first_spread, record_keys
+from .route import Route
+
+ENOUGH = {"cpu": 4096}
+"""Tokens in a chunk from which on the products of a block do not get faster, by device type."""
+ENOUGH_ELSEWHERE = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What came of some worlds.
+
+    Attributes:
+        values: for each read its value in every world, [W, b, ...].
+        records: what the interventions of each world did.
+        dirty: of the sites that were read whole, the tokens that may differ from the base, bool [W * b, T].
+    """
+
+    values: tuple[Tensor, ...]
+    records: tuple[Record, ...]
+    dirty: Mapping[Key, Tensor]
 
 
 def run_base(base: Base) -> list[Tensor]:
-    """Compute the base, keep what worlds will need of it, and return its reads."""
-    real, network = base.inputs.mask, base.network
-    program = resolve(World(base.whole), network.sizes, {}, device=network.device, window=base.window)
-    x = Packed(real, base.embedded(base.inputs, real), len(base.inputs))
-    return Chunk(base, [program], is_base=True).run(x)[0]
+    """Compute the base, keep what worlds will need of it, and return its reads of the logits."""
+    route = Route(base, [World(base.whole)], {}, {}, 0, is_base=True)
+    route.write()
+    found = route.trace.run(base.device)
+    base.values.update({key: found[value] for key, value in route.recorded.items()})
+    base.logits.update({index: found[value] for index, value in route.read.items()})
+    return [base.logits[index] for index in sorted(base.logits)]
 
 
 def run_against(
-    base: Base, worlds: Sequence[World], programs: Sequence[Program]
-) -> tuple[list[list[Tensor]], list[Audit]]:
+    base: Base,
+    worlds: Sequence[World],
+    tapes: Mapping[Any, Tape] | None = None,
+    differs: Mapping[tuple[int, Key], Tensor] | None = None,
+    seed: int = 0,
+) -> Found:
     """Run worlds against a base, whose inputs may differ from theirs.
 
-    Returns:
-        Of each world its reads, and what its interventions did.
+    Args:
+        base: what they share, which has been run.
+        worlds: the worlds.
+        tapes: of the worlds that their plans read, by `source_id`.
+        differs: where those may differ from the base, by tape and site.
+        seed: of random interventions.
     """
-    chunk = Chunk(base, programs)
-    dirty, pieces = [], []
-    for world in worlds:
-        own = base.inputs if world.inputs is base.whole else world.inputs.rows(base.window)
-        differs = own.differs(base.inputs) & base.inputs.mask
-        dirty.append(differs)
-        if bool(differs.any()):
-            pieces.append(base.embedded(own, differs))
-    # Where no world has tokens of its own, one token's embedding says of what shape and dtype they would be.
-    values = torch.cat(pieces) if pieces else base.values["embed", -1, None][0, :0]
-    found = chunk.run(Packed(torch.cat(dirty), values, len(base.inputs)))
-    return found, chunk.audits()
+    route = Route(base, worlds, tapes or {}, differs or {}, seed)
+    route.write()
+    found = route.trace.run(base.device)
+    values = (found[route.read[index]] for index in range(len(base.reads)))
+    changes = route.effects.read(found)
+    records = tuple(
+        _record(world.plan, route.effects.cells[w], changes[w], route.effects.pruned[w])
+        for w, world in enumerate(worlds)
+    )
+    return Found(tuple(v.unflatten(0, (len(worlds), -1)) for v in values), records, route.dirty)
 
 
-def run_shared(job: Job) -> Iterator[list[Outcome]]:
+def _record(plan: Plan, cells: Mapping[int, Any], changes: Mapping[int, float], pruned: set[int]) -> Record:
+    def note(audit: Audit) -> None:
+        for number, cell in cells.items():
+            if number in changes:
+                audit[number].record(*touched(cell.region), changes[number])
+            audit[number].pruned = number in pruned
+
+    return Record(plan, changes, frozenset(pruned), note)
+
+
+def run_shared(job: Job) -> Iterator[Outcomes]:
     """Run worlds against bases that those with one `Inputs` object share, and yield them a chunk at a time."""
     groups: dict[int, list[int]] = {}
     for index, world in enumerate(job.worlds):
@@ -71,7 +105,7 @@ def run_shared(job: Job) -> Iterator[list[Outcome]]:
     return chain.from_iterable(_run_group(job, members) for members in groups.values())
 
 
-def _run_group(job: Job, members: Sequence[int]) -> Iterator[list[Outcome]]:
+def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
     """Run the worlds of one base, by their numbers."""
     network, mine = job.network, [job.worlds[i] for i in members]
     inputs = mine[0].inputs
@@ -81,14 +115,15 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[list[Outcome]]:
     apart |= {key for key, (source, _) in sources.items() if not _shares_base(source, inputs)}
     fixed = read_tapes(network, mine, job.seed, job.expose, job.limit, only=apart)
     sources = {key: found for key, found in sources.items() if key not in apart}
-    order = sorted(range(len(mine)), key=lambda i: _first_column(mine[i], inputs))
-    own = [r for w in mine for i in w.plan for r in i.own_reads]
-    keys = {item.site.key for world in mine for item in world.plan} | {r.key for r in job.reads}
-    keys |= {r.site.key for r in own if r.site is not None}
-    keys |= {site.key for _, sites in sources.values() for site in sites}
-    per_row = bytes_per_token(network) * inputs.width
+    firsts = [_first_column(world, inputs) for world in mine]
+    order = sorted(range(len(mine)), key=firsts.__getitem__)
+    own = {r.site.key for w in mine for i in w.plan for r in i.own_reads if r.site is not None}
+    shown = {r.key for r in job.reads} | own | {site.key for _, sites in sources.values() for site in sites}
+    keys = {item.site.key for world in mine for item in world.plan} | shown
+    spread = first_spread([*mine, *(source for source, _ in sources.values())], inputs, network.n_layers)
+    per_token = held_per_token(network)
     limit = float("inf") if job.limit is None else job.limit
-    step = max(1, _at_most(limit / 2 / (per_row * network.n_layers), len(inputs)))
+    step = max(1, _at_most(limit / 2 / (inputs.width * per_token * network.n_layers), len(inputs)))
     if keeps_rows_together(network, inputs):
         step = len(inputs)
     for window in job.windows(len(inputs), step):
@@ -101,25 +136,44 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[list[Outcome]]:
             window=window,
             reads=job.reads,
             exposed=job.expose,
-            recorded=record_keys(keys),
+            recorded=frozenset(key for key in record_keys(keys) if key[0] not in COPIES or key in shown),
+            spread=spread,
             # A value read from another position of the same world may be one that nothing else needs.
             trim=not own,
             meter=job.meter,
         )
         run_base(base)
-        tapes = {**fixed, **_tapes_beside(base, sources)}
-        together = max(1, _at_most(limit / (per_row * len(base.inputs)), len(left)))
-        for at in range(0, len(left), together):
-            chosen = left[at : at + together]
-            programs = [
-                resolve(mine[i], network.sizes, tapes, device=network.device, seed=job.seed, window=window)
-                for i in chosen
-            ]
-            found, audits = run_against(base, [mine[i] for i in chosen], programs)
-            yield [
-                Outcome(members[i], window, tuple(values), audit)
-                for i, audit, values in zip(chosen, audits, found, strict=True)
-            ]
+        beside, differs = _tapes_beside(base, sources)
+        tapes = {**fixed, **beside}
+        for chosen in _chunks(base, left, firsts, limit / 2, per_token):
+            found = run_against(base, [mine[i] for i in chosen], tapes, differs, job.seed)
+            yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
+
+
+def _chunks(
+    base: Base, left: Sequence[int], firsts: Sequence[int], limit: float, per_token: int
+) -> Iterator[list[int]]:
+    """Worlds, as many at a time as their tokens and what is read of them allow."""
+    rows, width = base.layout.queries.real.shape
+    enough = ENOUGH.get(base.device.type, ENOUGH_ELSEWHERE)
+    itemsize = base.network.dtype.itemsize
+    read = 0
+    for site in base.reads:
+        size = 1
+        for count in base.region(site).shape.values():
+            size *= count
+        read += size * itemsize
+    chunk: list[int] = []
+    tokens = 0
+    for i in left:
+        more = rows * max(1, width - firsts[i])
+        held = (tokens + more) * per_token + (len(chunk) + 1) * read
+        if chunk and (tokens + more > enough or held > limit):
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(i)
+        tokens += more
+    yield chunk
 
 
 def _shares_base(source: World, inputs: Inputs) -> bool:
@@ -127,18 +181,22 @@ def _shares_base(source: World, inputs: Inputs) -> bool:
     return source.inputs.columns.laid_like(inputs.columns) and not len(source.plan)
 
 
-def _tapes_beside(base: Base, sources: Mapping[Any, tuple[World, list[Site]]]) -> dict[Any, Tape]:
+def _tapes_beside(
+    base: Base, sources: Mapping[Any, tuple[World, list[Site]]]
+) -> tuple[dict[Any, Tape], dict[tuple[int, Key], Tensor]]:
     """Run the worlds that are read as worlds of the same base: where their inputs agree with it, so do their values,
     bitwise.
+
+    Returns:
+        Their tapes, and where they may differ from the base, by tape and site.
     """
-    tapes, network = {}, base.network
+    tapes, differs, network = {}, {}, base.network
     for key, (source, sites) in sources.items():
-        view = replace(base, reads=sites, trim=False)
-        program = resolve(source, network.sizes, {}, device=network.device, window=base.window)
-        found, _ = run_against(view, [source], [program])
-        kept = tuple(zip(sites, found[0], strict=True))
+        found = run_against(replace(base, reads=sites, trim=False), [source])
+        kept = tuple((site, values[0]) for site, values in zip(sites, found.values, strict=True))
         tapes[key] = Tape(source.inputs, kept, network.sizes, base.window)
-    return tapes
+        differs |= {(id(tapes[key]), at): mask for at, mask in found.dirty.items()}
+    return tapes, differs
 
 
 def _first_column(world: World, inputs: Inputs) -> int:

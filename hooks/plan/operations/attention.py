@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError, SiteError
-from ..context import Context
+from ..context import Context, beside
 from ..operation import Op
 
 
@@ -21,6 +21,8 @@ class Knockout(Op):
     """-inf on attention scores: the query cannot attend to the key (Geva et al. 2023)."""
 
     name: ClassVar[str] = "knockout"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
     writes_inf: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
@@ -47,10 +49,11 @@ class Attend(Op):
 
     pattern: Tensor
     name: ClassVar[str] = "attend"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
-        pattern = self.pattern.to(device=x.device, dtype=x.dtype)
+        pattern = beside(self.pattern, x.device, x.dtype)
         if pattern.ndim == 3:
             if len(pattern) != ctx.total:
                 raise ShapeError(f"{ctx.site}: a pattern for {len(pattern)} rows, the inputs have {ctx.total}")
@@ -72,6 +75,7 @@ class AttendBack(Op):
 
     offset: int = 1
     name: ClassVar[str] = "attend_back"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -85,6 +89,7 @@ class ForbidBack(Op):
 
     offset: int = 1
     name: ClassVar[str] = "forbid_back"
+    stacks: ClassVar[bool] = True
     writes_inf: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

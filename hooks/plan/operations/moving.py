@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
-from ..context import Context
+from ..context import Context, beside
 from ..operation import Op
 
 
@@ -24,10 +24,11 @@ class CopyScores(Op):
     tokens: Tensor
     rest: float = -1e9
     name: ClassVar[str] = "copy_scores"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         scores = reads[0]
-        tokens = self.tokens.to(x.device)
+        tokens = beside(self.tokens, x.device)
         if tokens.ndim == 3:
             if len(tokens) != ctx.total:
                 raise ShapeError(f"{ctx.site}: tokens for {len(tokens)} rows, the inputs have {ctx.total}")
@@ -52,7 +53,7 @@ class FromPositions(Op):
     mixes: ClassVar[frozenset[str]] = frozenset({"pos"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        moved = reads[0].index_select(1, self.source.to(x.device))
+        moved = reads[0].index_select(1, beside(self.source, x.device))
         if moved.ndim == x.ndim - 1:
             moved = moved.unsqueeze(2)
         return moved.to(x.dtype).expand_as(x)

@@ -16,6 +16,10 @@ class Patch(Op):
     """The value read, in place of x (Vig et al. 2020; Meng et al. 2022)."""
 
     name: ClassVar[str] = "patch"
+    still: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
     reads_alike: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

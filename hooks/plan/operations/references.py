@@ -19,6 +19,7 @@ class Mean(Op):
 
     pooled: bool = False
     name: ClassVar[str] = "mean"
+    stacks: ClassVar[bool] = True
 
     @property
     def pools_positions(self) -> bool:
@@ -44,6 +45,7 @@ class Resample(Op):
 
     seed: int = 0
     name: ClassVar[str] = "resample"
+    stacks: ClassVar[bool] = True
     needs_full_rows: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

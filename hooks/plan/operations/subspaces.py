@@ -32,6 +32,8 @@ class ProjectOut(Op):
 
     directions: Tensor
     name: ClassVar[str] = "project_out"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         basis = _orthonormal(self.directions, x)
@@ -44,6 +46,9 @@ class Interchange(Op):
 
     directions: Tensor
     name: ClassVar[str] = "interchange"
+    still: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
     reads_alike: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

@@ -19,6 +19,8 @@ class Clamp(Op):
 
     value: Value
     name: ClassVar[str] = "clamp"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return torch.zeros_like(x) + fit(self.value, x, ctx)
@@ -29,6 +31,8 @@ class Zero(Op):
     """Zero ablation."""
 
     name: ClassVar[str] = "zero"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return torch.zeros_like(x)
@@ -41,6 +45,8 @@ class Steer(Op):
     vector: Tensor
     scale: Value = 1.0
     name: ClassVar[str] = "steer"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return x + fit(self.scale, x, ctx) * fit(self.vector, x, ctx)
@@ -52,6 +58,8 @@ class Scale(Op):
 
     factor: Value
     name: ClassVar[str] = "scale"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return x * fit(self.factor, x, ctx)
@@ -64,6 +72,7 @@ class Noise(Op):
     std: Value
     seed: int = 0
     name: ClassVar[str] = "noise"
+    stacks: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         draw = normal(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))
@@ -75,6 +84,8 @@ class Recompute(Op):
     """x itself, but all that follows is computed again: what that changes is rounding, the noise floor of an effect."""
 
     name: ClassVar[str] = "recompute"
+    stacks: ClassVar[bool] = True
+    looks: ClassVar[bool] = False
     always: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
