@@ -23,8 +23,9 @@ from .errors import (
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
 from .html import table
+from .members import Members
 from .meter import Meter
-from .model import Model, Run, wrap
+from .model import Compiled, Model, Run, wrap
 from .models.blocks import Block
 from .models.projections import linear_weight
 from .plan.context import Context
@@ -70,6 +71,7 @@ __all__ = [
     "AttendBack",
     "Audit",
     "Block",
+    "Compiled",
     "Context",
     "CopyScores",
     "CycleError",
@@ -82,6 +84,7 @@ __all__ = [
     "InputsError",
     "InterpError",
     "Intervention",
+    "Members",
     "Meter",
     "MetricError",
     "Model",

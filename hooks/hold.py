@@ -16,6 +16,7 @@ from .audit import Audit
 from .backends import frames
 from .backends.caching import cache_of
 from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
+from .backends.dynamo import HOOK_GUARDS, forget_graphs
 from .backends.gate import gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_as_constants, read_tapes
@@ -74,6 +75,8 @@ class Holds:
                 if holds and not self.holds:
                     self.decodings = Decodings(module, self.is_in_force)
                     gate.open(module)
+                if placement is not None:
+                    forget_graphs(module)
             except BaseException:
                 assert placement is not None
                 placement.remove()
@@ -81,9 +84,12 @@ class Holds:
                 raise
             if before is not None:
                 before.remove()
+            if holds and not self.holds:
+                HOOK_GUARDS.open()
             if self.holds and not holds:
                 gate.close()
                 self._forget()
+                HOOK_GUARDS.close()
             self.holds, self.placement = holds, placement
             gate.start = self.start if holds else None
             gate.holding = self.is_in_force if holds else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .layout import Layout
 from .plan.context import Context, fit
 from .plan.operation import Op
 from .plan.plan import Intervention, Plan
-from .plan.region import Region
+from .plan.region import Entries, Region
 from .plan.sites import Key
 
 Guard = tuple[Tensor, float]
@@ -30,7 +31,7 @@ class Here:
     """A read of this world's own value of a site, as edited, that is computed earlier."""
 
     key: Key
-    region: Region
+    region: Region | Entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,21 @@ class State:
     changes: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def visit(program: Program, state: State, key: Key, x: Tensor, guard: Guard | None = None) -> tuple[State, Tensor]:
+class Steps(Protocol):
+    """What `visit` needs of a program."""
+
+    @property
+    def steps(self) -> Mapping[Key, tuple[Step, ...]]:
+        """The interventions by the site that they edit."""
+        ...
+
+    @property
+    def held_back(self) -> frozenset[Key]:
+        """The sites whose values are read further on."""
+        ...
+
+
+def visit(program: Steps, state: State, key: Key, x: Tensor, guard: Guard | None = None) -> tuple[State, Tensor]:
     """Apply the steps at a site to its value (all rows of the window), in the order of the plan.
 
     Returns:

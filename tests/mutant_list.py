@@ -629,4 +629,29 @@ MUTANTS = [
         "return True",
         WAYS + "guidance_calls_the_model_on_a_text_of_its_own",
     ),
+    # Compiled
+    (
+        "a number that a graph is made for",
+        "            elif name in op.numbers:\n",
+        "            elif name in op.numbers and False:\n",
+        "tests/hooks/test_compile.py::test_new_values_vectors_strengths_positions_heads_and_seeds_are_one_graph[gpt2]",
+    ),
+    (
+        "a gradient that ends at the tap",
+        "        return gradient, gradient\n",
+        "        return 0 * gradient, gradient\n",
+        "tests/hooks/test_compile.py::test_gradients_by_taps_are_those_of_a_plain_run",
+    ),
+    (
+        "graphs of before a plan was held",
+        "eval_frame.reset_code(code)",
+        "eval_frame._debug_get_cache_entry_list(code)",
+        "tests/hooks/test_dynamo.py::test_compiled_before_and_called_within[small_attn_only-module]",
+    ),
+    (
+        "members in the order of their groups",
+        'torch.cat(found).index_select(0, constants["plans"])',
+        "torch.cat(found)",
+        "tests/training/test_members.py::test_plans_of_other_structures_and_worlds_that_are_read",
+    ),
 ]

@@ -237,10 +237,11 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "resolving", "budget", "meter"},
+    {"audit", "program", "resolving", "lowering", "budget", "meter"},
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
+    {"compiling", "members"},
     {"model"},
 )
 

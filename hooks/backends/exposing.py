@@ -40,6 +40,11 @@ def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], fi
     """Put in place what is there only while the model is called: attention that shows its inside, logits uncapped."""
     if ("logits", -1, None) in keys:
         stack.enter_context(arch.lift_cap())
+    swap_attentions(arch, keys, expose, find, stack)
+
+
+def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
+    """Put in place attention functions that show their inside, where a site is within one, and in layers besides."""
     layers = {layer for name, layer, _ in keys if name in INSIDE} | set(expose)
     for layer in sorted(layers):
         attention = arch.blocks[layer].attention

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Call:
         run: the pass whose call it is; None for one that is of nobody's.
         close: what ends it.
         returned: what is told of the value that it returns, before it ends.
+        compiler: what looks into the thread's frames outside the call, and not within it; None for nothing.
     """
 
     module: nn.Module
@@ -29,6 +31,7 @@ class Call:
     run: Any = None
     close: Callable[[], None] | None = None
     returned: Callable[[Any], None] | None = None
+    compiler: Any = None
 
 
 class _Calls(threading.local):
@@ -65,6 +68,8 @@ def pop(module: nn.Module, output: Any = None) -> None:
     """End the innermost call, if it is one of this model; what it returns is None where it raised."""
     if _CALLS.stack and _CALLS.stack[-1].module is module:
         call = _CALLS.stack.pop()
+        if call.compiler is not None:
+            set_eval_frame(call.compiler)
         try:
             if call.returned is not None and output is not None:
                 call.returned(output)

@@ -7,11 +7,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
+from ..models import hook as hook_module
 from ..models.hook import Hook
 from . import frames
 
@@ -96,14 +99,24 @@ class Gate:
         return self._suspended.get(threading.get_ident(), 0)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Within a compiled call of the user's, the model runs as it is written until this call ends.
+        compiler = set_eval_frame(None)
         nested = frames.inside(module)
-        call = frames.Call(module, sys._getframe(2))
+        call = frames.Call(module, _caller(), compiler=compiler)
         frames.push(call)
         run = self._expected.pop(threading.get_ident(), None)
         if run is not None:
             call.run = run
         elif not nested and self.start is not None:
             self.start(call, args, kwargs)
+
+
+def _caller() -> FrameType:
+    """The frame that called the model: a compiler may have cut that of a hook in two."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename == hook_module.__file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _end(module: nn.Module, _args: Any, output: Any) -> None:

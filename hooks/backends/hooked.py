@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from ..audit import Audit
 from ..budget import rows_per_pass
-from ..program import Program, State
 from ..resolving import resolve
 from .exposing import INSIDE
 from .job import Job, Outcomes, Record
@@ -53,34 +51,9 @@ def run_hooked(job: Job, batch: bool) -> Iterator[Outcomes]:
                 run, logits = run_pass(network, programs, inputs, [job.reads] * len(chosen), expose, job.graph)
                 if job.meter is not None:
                     job.meter.whole(len(chosen) * len(first.ids[window]), first.width)
-                records = tuple(_record(p, state) for p, state in zip(programs, run.states, strict=True))
+                records = tuple(Record.of(p, state) for p, state in zip(programs, run.states, strict=True))
                 for record in records:
                     record.audit.require_fired()
                 outputs = logits.chunk(len(chosen))
                 for w, index in enumerate(chosen):
                     yield Outcomes.of_one(index, window, run.values(w), records[w], outputs[w])
-
-
-def _record(program: Program, state: State) -> Record:
-    """What one pass of a program did; sizes are read from the device when somebody asks."""
-
-    def note(audit: Audit) -> None:
-        program.report(state, audit)
-
-    return Record(program.plan, _Changes(state), frozenset(), note)
-
-
-class _Changes(Mapping[int, float]):
-    """The changes of a pass, each read from the device when it is asked for."""
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-
-    def __getitem__(self, number: int) -> float:
-        return float(self.state.changes[number])
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.state.changes)
-
-    def __len__(self) -> int:
-        return len(self.state.changes)

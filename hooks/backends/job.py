@@ -13,6 +13,7 @@ from ..meter import Meter
 from ..models.network import Network
 from ..plan.plan import Plan, World
 from ..plan.sites import Site
+from ..program import Program, State
 
 Skip = Callable[[int, slice], bool]
 """Says of a world (by index) and a range of rows that they need not be run."""
@@ -54,6 +55,22 @@ class Job:
             yield slice(start, min(start + step, chosen.stop))
 
 
+class Changes(Mapping[int, float]):
+    """The changes of a pass, each read from the device when it is asked for."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __getitem__(self, number: int) -> float:
+        return float(self.state.changes[number])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.state.changes)
+
+    def __len__(self) -> int:
+        return len(self.state.changes)
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """What the interventions of one world did on some rows.
@@ -69,6 +86,15 @@ class Record:
     changes: Mapping[int, float]
     pruned: frozenset[int]
     note: Callable[[Audit], None]
+
+    @classmethod
+    def of(cls, program: Program, state: State) -> Record:
+        """What one pass of a program did; sizes are read from the device when somebody asks."""
+
+        def note(audit: Audit) -> None:
+            program.report(state, audit)
+
+        return cls(program.plan, Changes(state), frozenset(), note)
 
     def status(self, start: int = 0) -> str:
         """``pruned`` if every intervention from place `start` on was, ``inert`` if none changed anything, else

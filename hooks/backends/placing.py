@@ -50,10 +50,11 @@ class Hooks:
         find: which pass that is.
         within: whether this thread is in a call that is nobody's, within one that these hooks were placed for.
         stack: where the removal of every hook is registered, at the moment at which it is placed.
+        kind: of the hooks.
     """
 
-    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack) -> None:
-        self.find, self.within, self.stack = find, within, stack
+    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack, kind: type[Hook] = Hook) -> None:
+        self.find, self.within, self.stack, self.kind = find, within, stack, kind
 
     def on_output(self, module: nn.Module, edit: Edit, within: Callable[[Tensor], Tensor] | None = None) -> None:
         """Edit what a module returns, or the first of several values.
@@ -70,7 +71,7 @@ class Hooks:
                 return (edit(run, output[0]), *output[1:])
             return edit(run, output)
 
-        self.stack.callback(module.register_forward_hook(Hook(hook)).remove)
+        self.stack.callback(module.register_forward_hook(self.kind(hook)).remove)
 
     def on_input(self, module: nn.Module, edit: Edit) -> None:
         """Edit what a module is called with: its first argument, or its hidden states."""
@@ -84,7 +85,7 @@ class Hooks:
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             return args, {**kwargs, name: edit(run, kwargs[name])}
 
-        self.stack.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
+        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
 
     def on_keys(self, module: nn.Module, edit: Edit) -> None:
         """Edit the keys [B, K, T, D] that an attention module writes into a cache, if it is called with one."""
@@ -96,7 +97,7 @@ class Hooks:
             entering = lambda x: Entering(x, partial(edit, run)) if is_cache(x) else x  # noqa: E731
             return tuple(map(entering, args)), {name: entering(value) for name, value in kwargs.items()}
 
-        self.stack.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
+        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
 
     def watch(self, module: nn.Module) -> None:
         """Notice a call of a module by itself."""
@@ -104,11 +105,17 @@ class Hooks:
         def hook(_module: nn.Module, _args: Any) -> None:
             self.find()
 
-        self.stack.callback(module.register_forward_pre_hook(Hook(hook)).remove)
+        self.stack.callback(module.register_forward_pre_hook(self.kind(hook)).remove)
 
 
 def place_hooks(
-    arch: Architecture, keys: Set[Key], find: Find, within: Callable[[], bool], stack: ExitStack, watched: bool
+    arch: Architecture,
+    keys: Set[Key],
+    find: Find,
+    within: Callable[[], bool],
+    stack: ExitStack,
+    watched: bool,
+    kind: type[Hook] = Hook,
 ) -> None:
     """Place on a model the hooks of some sites.
 
@@ -119,8 +126,9 @@ def place_hooks(
         within: whether this thread is in a call that is nobody's, within one that these hooks are placed for.
         stack: takes the hooks away again.
         watched: notice blocks that are called by themselves.
+        kind: of the hooks.
     """
-    hooks = Hooks(find, within, stack)
+    hooks = Hooks(find, within, stack, kind)
 
     def show(name: str) -> Edit:
         return lambda run, x: run.visit((name, -1, None), x)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+UNTRACED = (
+    "run() and apply() know whose call this is by the thread and the stack, which no graph holds. Compile the model "
+    "and the plan as one with model.compile(plan), or leave out fullgraph=True"
+)
+
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
@@ -21,6 +28,8 @@ class Hook:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNTRACED)
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
@@ -28,3 +37,12 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+class TracedHook(Hook):
+    """A hook that a compiler looks into."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)

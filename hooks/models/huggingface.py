@@ -46,7 +46,10 @@ def own_attention(module: Any, implementation: str) -> AttentionFunction:
 
 
 def _dispatch(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return _FUNCTIONS[module](module, *args, **kwargs)
+    function = _FUNCTIONS.get(module)
+    if function is None:  # another thread's swap ended between this thread's look at the config and its call
+        function = own_attention(module, module.config._attn_implementation)
+    return function(module, *args, **kwargs)
 
 
 @contextmanager

@@ -92,16 +92,20 @@ class Network:
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
+        logits = logits_of(self.module(**self.arguments(ids, mask, positions, pixels)))
+        return logits if self.architecture.readout is None else logits.unsqueeze(1)
+
+    def arguments(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> dict[str, Any]:
+        """What the model is called with."""
         if pixels is not None:
             # In the model's dtype, as it would bring them into by itself.
-            logits = _logits_of(self.module(pixel_values=pixels.to(self.device, self.dtype)))
-            return logits if self.architecture.readout is None else logits.unsqueeze(1)
+            return {"pixel_values": pixels.to(self.device, self.dtype)}
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
         if hasattr(getattr(self.module, "config", None), "use_cache"):
             arguments["use_cache"] = False
-        return _logits_of(self.module(**arguments))
+        return arguments
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
@@ -161,7 +165,7 @@ def _users(hooks: dict[int, Any]) -> bool:
     return any(not isinstance(hook, Hook) and getattr(hook, "__module__", "") != _COUNTER for hook in hooks.values())
 
 
-def _logits_of(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """The logits among what a model returns: alone, by name, or first in a tuple."""
     if isinstance(output, tuple):
         output = output[0]

@@ -49,7 +49,8 @@ class Context:
             given for it may leave it out).
         row: int64 [B], ids of the rows.
         pos: int64 [B, n], absolute query positions; `key_pos` [B, m] those of the keys, where the site has them.
-        head: the heads of `x`'s head axis, or None where the site has none; an int64 tensor where worlds are stacked.
+        head: the heads of `x`'s head axis, or None where the site has none; int64 [H] in a compiled graph, as the seed
+            is int64 [], so that others are the same graph, and where worlds are stacked.
         dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
         window: the rows of the whole batch that `x` holds, of `total`: a slice, or int64 [B] where several rows that
@@ -66,7 +67,7 @@ class Context:
     key_pos: Tensor | None
     head: tuple[int, ...] | Tensor | None
     dim: Tensor | None
-    seed: int
+    seed: int | Tensor
     window: slice | Tensor
     total: int
     references: tuple[Reference | None, ...] = ()
@@ -142,3 +143,17 @@ def fit(value: Tensor | float, x: Tensor, ctx: Context, whole: bool = False) -> 
     sizes = ", ".join(f"{axis} {size}" for axis, size in zip(ctx.axes, kept, strict=True))
     how = "every axis" if whole else "the last axes"
     raise ShapeError(f"{place}: a value of shape {list(value.shape)} does not fit; {how} must match ({sizes})")
+
+
+def times(value: Tensor | float, y: Tensor | float, x: Tensor, ctx: Context) -> Tensor:
+    """value * y, for a parameter that fits `x` (see `fit`) and a `y` of x's dtype.
+
+    A number counts as exactly where it is a tensor [] as where it is one of Python's: in half precision it is not
+    rounded first.
+    """
+    fitted = fit(value, x, ctx)
+    assert isinstance(y, Tensor)
+    if not isinstance(value, Tensor) or value.ndim or value.dtype == y.dtype:
+        return fitted * y
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * value.to(wide)).to(y.dtype)

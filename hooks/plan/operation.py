@@ -31,6 +31,9 @@ class Op:
         still: whether it leaves x alone where what is read equals it; `replaces`: whether what is read is its result.
         stacks: whether several worlds may go through it at once, under `torch.vmap`.
         looks: whether it looks at `ctx` for more than the shape of its parameters.
+        numbers: parameters that may be tensors [] in place of numbers, so that in a compiled graph others are the same
+            graph.
+        tables: parameters that are moved to the device of what they are applied to.
     """
 
     name: ClassVar[str]
@@ -44,6 +47,8 @@ class Op:
     replaces: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
     looks: ClassVar[bool] = True
+    numbers: ClassVar[frozenset[str]] = frozenset()
+    tables: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         """Return the new value, of x's shape, dtype and device."""

@@ -20,6 +20,22 @@ Steps = tuple[tuple[int, Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
+class Entries:
+    """Entries of an activation, as tensors alone; attributes as of a `Region`."""
+
+    steps: Steps
+    valid: Tensor | None
+
+    def get(self, x: Tensor) -> Tensor:
+        """Take the part out of a full activation."""
+        return taken(x, self.steps)
+
+    def put(self, x: Tensor, part: Tensor) -> Tensor:
+        """Return the activation with the part replaced (where it is valid)."""
+        return replaced(x, part, self.steps, self.valid)
+
+
+@dataclass(frozen=True, eq=False)
 class Region:
     """The entries of an activation that a site means on given inputs.
 

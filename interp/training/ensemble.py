@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hooks import ModelError, ResultError, ShapeError, pair, write_all
+from hooks import Inputs, Members, ModelError, PlanError, ResultError, ShapeError, pair, wrap, write_all
 from interp.training.replay import Replayed
 
 SCHEMA, VERSION = "interp.ensemble", 1
@@ -229,8 +229,17 @@ def from_modules(
     modules: Sequence[nn.Module],
     loss: Callable[[Callable[..., Any], dict[str, Tensor], Tensor], Tensor],
     data: dict[str, Tensor] | None = None,
+    *,
+    plans: Sequence[Any] | None = None,
+    inputs: Inputs | None = None,
+    adapter: Callable[[Any], Any] | None = None,
+    seed: int | Sequence[int] = 0,
 ) -> Program:
     """A program for any PyTorch module, by `torch.func.vmap` over stacked parameters: the plain reference.
+
+    Members may be trained under plans, each under its own, as within ``model.apply(plan)``. Those whose plans differ in
+    values, vectors, strengths, positions or heads alone are one batch; there is one for each structure of plans. A
+    world that a plan reads is run anew in every call, with the member's parameters, and gradients flow through it.
 
     Args:
         modules: one a member, of one architecture; buffers and training mode are those of the first. What they draw
@@ -238,10 +247,15 @@ def from_modules(
         loss: ``loss(call, data, step)`` of one member, where ``call(*inputs)`` runs its module and `data` are its own
             entries; returns a scalar.
         data: tensors with a leading axis of members: values that are held, seeds, inputs.
+        plans: a plan for each member, or None where it holds nothing.
+        inputs: rows, positions and padding of what every call gets, with plans.
+        adapter: as of `wrap`, for modules of a family that is not known, with plans.
+        seed: of random interventions, one for all or one a member.
 
     Raises:
         ModelError: no module, modules of several architectures, or parameters that are frozen.
-        ShapeError: data without a leading axis of members.
+        ShapeError: data without a leading axis of members, or as many plans as there are not members.
+        PlanError: a plan that cannot be held within a graph: one that depends on the batch, say; or no inputs to it.
     """
     if not modules:
         raise ModelError("an ensemble needs at least one member")
@@ -259,6 +273,8 @@ def from_modules(
                 f"data {name!r} must have a leading axis of {len(modules)} members, not {list(value.shape)}"
             )
     params = {name: torch.stack([own[name].detach() for own in every]) for name in every[0]}
+    if plans is not None:
+        return _under_plans(modules, params, loss, dict(data or {}), plans, inputs, adapter, seed)
 
     def stacked(params: Params, constants: dict[str, Tensor], step: Tensor) -> Tensor:
         def one(own: Params, given: dict[str, Tensor]) -> Tensor:
@@ -269,3 +285,48 @@ def from_modules(
             return torch.func.vmap(one, randomness="different")(params, constants)
 
     return Program(params, dict(data or {}), stacked)
+
+
+def _under_plans(
+    modules: Sequence[nn.Module],
+    params: Params,
+    loss: Callable[[Callable[..., Any], dict[str, Tensor], Tensor], Tensor],
+    data: dict[str, Tensor],
+    plans: Sequence[Any],
+    inputs: Inputs | None,
+    adapter: Callable[[Any], Any] | None,
+    seed: int | Sequence[int],
+) -> Program:
+    """The program of members that hold plans: one batch for each structure of them."""
+    if len(plans) != len(modules):
+        raise ShapeError(f"give one plan a member ({len(modules)}), or None for it; got {len(plans)}")
+    if inputs is None:
+        raise PlanError("plans are resolved on rows and positions: give inputs= of the shape that every call gets")
+    members = Members(wrap(modules[0], adapter=adapter), plans, inputs, seed)
+    constants = dict(data)
+    for number, group in enumerate(members.groups):
+        constants |= {f"plan {number}.{n}": value for n, value in enumerate(group.tensors)}
+        constants[f"plan {number}"] = group.index
+    order = torch.cat([group.index for group in members.groups]).argsort()
+    constants["plans"] = order
+
+    def stacked(params: Params, constants: dict[str, Tensor], step: Tensor) -> Tensor:
+        found = []
+        for number, group in enumerate(members.groups):
+            index = constants[f"plan {number}"]
+            held = [constants[f"plan {number}.{n}"] for n in range(len(group.tensors))]
+
+            def one(own: Params, given: dict[str, Tensor], held: Sequence[Tensor], group: Any = group) -> Tensor:
+                return loss(lambda *inputs: group.call(own, held, inputs), given, step)
+
+            own = {name: value.index_select(0, index) for name, value in params.items()}
+            given = {name: constants[name].index_select(0, index) for name in data}
+            batched = torch.func.vmap(one, in_dims=(0, 0, group.axes), randomness="different")
+            found.append(batched(own, given, held))
+        return torch.cat(found).index_select(0, constants["plans"])
+
+    def plainly(params: Params, constants: dict[str, Tensor], step: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return stacked(params, constants, step)
+
+    return Program(params, constants, plainly)

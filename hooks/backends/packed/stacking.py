@@ -27,9 +27,6 @@ from .cells import Cell, Stack, index_of, stacked_index
 from .stacked import ContextOf, Gathered, Given, Parameter, Placed, StackedEdit, change_of, value_of
 from .trace import Trace, Value
 
-SHAPED = ("value", "vector", "scale", "factor", "std")
-"""Parameters of operations that are numbers or tensors, and may differ from world to world as either."""
-
 
 @dataclass(eq=False)
 class Stacker:
@@ -273,7 +270,8 @@ class Stacker:
             if isinstance(first, Tensor):
                 found[name] = Parameter(value=torch.stack(values))
             elif any(value != first for value in values):
-                found[name] = Parameter(at=placed.add(torch.tensor(values, dtype=torch.float64)))
+                dtype = torch.int64 if all(isinstance(value, int) for value in values) else torch.float64
+                found[name] = Parameter(at=placed.add(torch.tensor(values, dtype=dtype)))
         return found
 
     def _weight(self, stack: Stack, placed: Placed) -> float | Tensor | Parameter:
@@ -292,7 +290,7 @@ def _likeness_of_op(op: Op) -> Any:
     for name, value in op.parameters().items():
         if isinstance(value, Tensor):
             found.append((name, tuple(value.shape), value.dtype, value.device))
-        elif name in SHAPED and isinstance(value, (int, float)):
+        elif name in op.numbers and isinstance(value, (int, float)):
             found.append((name, "number"))
         else:
             found.append((name, value))

@@ -50,6 +50,7 @@ class Attend(Op):
     pattern: Tensor
     name: ClassVar[str] = "attend"
     stacks: ClassVar[bool] = True
+    tables: ClassVar[frozenset[str]] = frozenset({"pattern"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -73,9 +74,10 @@ class Attend(Op):
 class AttendBack(Op):
     """All attention on the key `offset` positions before the query; on the query itself where there is none."""
 
-    offset: int = 1
+    offset: int | Tensor = 1
     name: ClassVar[str] = "attend_back"
     stacks: ClassVar[bool] = True
+    numbers: ClassVar[frozenset[str]] = frozenset({"offset"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         query, key = _edges(x, ctx)
@@ -87,9 +89,10 @@ class AttendBack(Op):
 class ForbidBack(Op):
     """-inf on the scores from every query to the key `offset` positions before it, in which nothing else is changed."""
 
-    offset: int = 1
+    offset: int | Tensor = 1
     name: ClassVar[str] = "forbid_back"
     stacks: ClassVar[bool] = True
+    numbers: ClassVar[frozenset[str]] = frozenset({"offset"})
     writes_inf: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

@@ -22,9 +22,11 @@ class CopyScores(Op):
     """
 
     tokens: Tensor
-    rest: float = -1e9
+    rest: float | Tensor = -1e9
     name: ClassVar[str] = "copy_scores"
     stacks: ClassVar[bool] = True
+    tables: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    numbers: ClassVar[frozenset[str]] = frozenset({"rest"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         scores = reads[0]
@@ -40,7 +42,8 @@ class CopyScores(Op):
                 f"{ctx.site}: scores {list(scores.shape)} and tokens {list(tokens.shape)} for {list(x.shape)}; "
                 f"expected the scores of one head {list(shape)}, one key for each token"
             )
-        rest = torch.full_like(x, max(self.rest, torch.finfo(x.dtype).min))
+        rest = torch.as_tensor(self.rest, dtype=x.dtype, device=x.device).clamp_min(torch.finfo(x.dtype).min)
+        rest = torch.zeros_like(x) + rest
         return rest.scatter(2, tokens, scores[:, 0].to(x.dtype))
 
 
@@ -50,6 +53,7 @@ class FromPositions(Op):
 
     source: Tensor
     name: ClassVar[str] = "from_positions"
+    tables: ClassVar[frozenset[str]] = frozenset({"source"})
     mixes: ClassVar[frozenset[str]] = frozenset({"pos"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

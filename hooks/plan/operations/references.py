@@ -43,9 +43,10 @@ class Mean(Op):
 class Resample(Op):
     """Resample ablation: the value of a random row of a reference set, one row for each row of x (Chan et al. 2022)."""
 
-    seed: int = 0
+    seed: int | Tensor = 0
     name: ClassVar[str] = "resample"
     stacks: ClassVar[bool] = True
+    numbers: ClassVar[frozenset[str]] = frozenset({"seed"})
     needs_full_rows: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...random import normal
-from ..context import Context, fit
+from ..context import Context, fit, times
 from ..operation import Op, Value
 
 
@@ -21,6 +21,7 @@ class Clamp(Op):
     name: ClassVar[str] = "clamp"
     stacks: ClassVar[bool] = True
     looks: ClassVar[bool] = False
+    numbers: ClassVar[frozenset[str]] = frozenset({"value"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return torch.zeros_like(x) + fit(self.value, x, ctx)
@@ -47,9 +48,10 @@ class Steer(Op):
     name: ClassVar[str] = "steer"
     stacks: ClassVar[bool] = True
     looks: ClassVar[bool] = False
+    numbers: ClassVar[frozenset[str]] = frozenset({"scale"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return x + fit(self.scale, x, ctx) * fit(self.vector, x, ctx)
+        return x + times(self.scale, fit(self.vector, x, ctx), x, ctx)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +62,10 @@ class Scale(Op):
     name: ClassVar[str] = "scale"
     stacks: ClassVar[bool] = True
     looks: ClassVar[bool] = False
+    numbers: ClassVar[frozenset[str]] = frozenset({"factor"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        return x * fit(self.factor, x, ctx)
+        return times(self.factor, x, x, ctx)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +73,14 @@ class Noise(Op):
     """x + std * standard normal noise, a function of seed, site, row, position and entry (Meng et al. 2022)."""
 
     std: Value
-    seed: int = 0
+    seed: int | Tensor = 0
     name: ClassVar[str] = "noise"
     stacks: ClassVar[bool] = True
+    numbers: ClassVar[frozenset[str]] = frozenset({"std", "seed"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         draw = normal(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))
-        return x + fit(self.std, x, ctx) * draw.to(x.dtype)
+        return x + times(self.std, draw.to(x.dtype), x, ctx)
 
 
 @dataclass(frozen=True, eq=False)
