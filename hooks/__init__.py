@@ -54,6 +54,7 @@ from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
 from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
+from .plan.spans import New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
@@ -88,6 +89,7 @@ __all__ = [
     "MetricError",
     "Model",
     "ModelError",
+    "New",
     "Origin",
     "Outcome",
     "Outcomes",
@@ -124,6 +126,7 @@ __all__ = [
     "listed",
     "mean",
     "nearest",
+    "new",
     "noise",
     "normal",
     "pair",

@@ -14,6 +14,10 @@ class SiteError(InterpError):
     """A site that does not parse, or that the model does not have."""
 
 
+class ElsewhereError(SiteError):
+    """Tokens that a site means are all in other calls of the same text, or not generated yet."""
+
+
 class ShapeError(InterpError):
     """A value whose shape does not match the site it is meant for."""
 

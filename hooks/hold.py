@@ -2,85 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .audit import Audit, Entry
+from .audit import Audit
 from .backends import frames
-from .backends.checkpointing import checkpointing, uncheckpointed
+from .backends.caching import cache_of
+from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.dynamo import HOOK_GUARDS, forget_graphs
 from .backends.gate import gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
-from .backends.sources import all_reads, read_tapes
-from .errors import PlanError, UnfiredError
-from .models.calls import arguments_of_call, inputs_of_call, keeps_some_logits
+from .backends.sources import all_reads, read_as_constants, read_tapes
+from .decoding import Decodings
+from .errors import PlanError
+from .fed import Decoding, Fed
+from .holding import Hold
+from .layout import Layout
+from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_plan
 from .models.network import Network
 from .plan.inputs import Inputs
-from .plan.plan import Plan, World, as_plan
+from .plan.plan import Plan, World
 from .plan.sites import Site
+from .plan.spans import New
 from .plan.tape import Tape
 from .resolving import resolve
-
-PlanOf = Callable[[Inputs], Any]
-"""A plan (or an intervention, or several) that depends on what the model is called with."""
-
-
-class Hold:
-    """What one `apply` holds on a model.
-
-    Attributes:
-        plan: a plan, or a function from the inputs of a call to one.
-        audit: its record, which grows by entries where the plan is a function.
-        seed: of its random interventions.
-        thread, depth: who applied it, and how often that thread had suspended then what was held.
-    """
-
-    def __init__(self, plan: Any, seed: int, depth: int) -> None:
-        self.seed, self.thread, self.depth = seed, threading.get_ident(), depth
-        self.plan: Plan | PlanOf
-        if callable(plan) and not isinstance(plan, type):
-            self.plan, self.audit = plan, Audit()
-        else:
-            self.plan = as_plan(plan)  # type: ignore[arg-type]
-            self.audit = Audit.of(self.plan)
-
-    def on(self, inputs: Inputs, network: Network) -> tuple[Plan, tuple[Entry, ...]]:
-        """The plan on these inputs, and the entry of the record that belongs to each of its interventions."""
-        if isinstance(self.plan, Plan):
-            return self.plan, self.audit.entries
-        plan = as_plan(self.plan(inputs))
-        check_plan(network, plan)
-        # The n-th intervention of a kind at a place is the same one from call to call, whatever its values are.
-        left: dict[Any, list[Entry]] = {}
-        for entry in self.audit.entries:
-            left.setdefault(_kind(entry.intervention), []).append(entry)
-        found = []
-        for item in plan:
-            same = left.get(_kind(item))
-            found.append(same.pop(0) if same else Entry(item))
-        known = {id(entry) for entry in self.audit.entries}
-        self.audit.entries += tuple(entry for entry in found if id(entry) not in known)
-        return plan, tuple(found)
-
-    def require_fired(self) -> None:
-        """Raise where something never fired, or where a function never gave anything to do."""
-        if not isinstance(self.plan, Plan) and not len(self.audit):
-            name = getattr(self.plan, "__name__", type(self.plan).__name__)
-            raise UnfiredError(f"never fired: {name} was asked for no intervention while it was applied")
-        self.audit.require_fired()
-
-
-def _kind(item: Any) -> Any:
-    return (item.site.key, item.op.name, str(item.site.head))
 
 
 class Holds:
@@ -90,12 +43,14 @@ class Holds:
         network: the model, as it was wrapped by whoever held the last.
         holds: what is held.
         placement: hooks at the sites of the plans that are no functions, which stay between calls.
+        decodings: what is known of the texts that the model is fed meanwhile.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.holds: list[Hold] = []
         self.placement: Placement | None = None
+        self.decodings: Decodings | None = None
 
     def add(self, hold: Hold) -> None:
         """Hold one more plan."""
@@ -104,6 +59,8 @@ class Holds:
     def remove(self, hold: Hold) -> None:
         """Take one away, and leave the others as they are."""
         self._change([one for one in self.holds if one is not hold])
+        if self.decodings is not None:
+            self.decodings.forget(hold)
 
     def _change(self, holds: list[Hold]) -> None:
         """Hold other plans: hooks are placed anew, and where that fails those of before stay."""
@@ -116,12 +73,14 @@ class Holds:
                 placement.place()
             try:
                 if holds and not self.holds:
+                    self.decodings = Decodings(module, self.is_in_force)
                     gate.open(module)
                 if placement is not None:
                     forget_graphs(module)
             except BaseException:
                 assert placement is not None
                 placement.remove()
+                self._forget()
                 raise
             if before is not None:
                 before.remove()
@@ -129,10 +88,16 @@ class Holds:
                 HOOK_GUARDS.open()
             if self.holds and not holds:
                 gate.close()
+                self._forget()
                 HOOK_GUARDS.close()
             self.holds, self.placement = holds, placement
             gate.start = self.start if holds else None
             gate.holding = self.is_in_force if holds else None
+
+    def _forget(self) -> None:
+        if self.decodings is not None:
+            self.decodings.close()
+            self.decodings = None
 
     def in_force(self) -> list[Hold]:
         """What is held, but for what this thread has suspended since."""
@@ -151,31 +116,37 @@ class Holds:
             plan, entries, seeds = plan + part, entries + found, seeds + (one.seed,) * len(part)
         return plan, Audit(entries), seeds
 
-    def start(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Pass | None, Callable[[], None] | None]:
-        """Begin the pass of a call of the user's, before the model runs; and what ends it."""
-        gate = gate_of(module)
+    def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin the pass of a call of the user's, before the model runs."""
+        module, network = call.module, self.network
+        gate, decodings = gate_of(module), self.decodings
         if not self.in_force():
-            return None, None
+            return
+        assert decodings is not None
         with ExitStack() as stack:
             gate.lock.acquire()
             stack.callback(gate.lock.release)
-            call = arguments_of_call(module, args, kwargs)
-            inputs = inputs_of_call(call, self.network.architecture.images)
-            plan, audit, seeds = self.on(inputs)
-            world = World(inputs, plan)
+            given = arguments_of_call(module, args, kwargs)
+            fed = decodings.fed(module, given, network.architecture)
+            plan, audit, seeds = self.on(fed.inputs)
+            whole = World(fed.inputs, plan)
+            self.check(fed, given, plan)
+            # Tokens that an intervention means may be in other calls of the text.
+            now = fed.live(plan, network.sizes)
+            fed.note_gone(plan, audit.entries, network.sizes)
+            world = World(fed.inputs, Plan(tuple(plan[n] for n in now)))
+            audit, seeds = Audit(tuple(audit[n] for n in now)), tuple(seeds[n] for n in now)
             placement = self.placement
             assert placement is not None
             if not all(isinstance(one.plan, Plan) for one in self.in_force()):
-                placement = Placement(self.network, touched([world]), exposed_layers([world], ()))
-            if keeps_some_logits(call) and ("logits", -1, None) in touched([world]):
-                raise PlanError("the plan edits the logits, and this call computes only some of them (logits_to_keep)")
+                placement = Placement(network, touched([whole]), exposed_layers([whole], ()))
             tapes: dict[Any, Tape] = {}
-            if all_reads([world]):
+            if all_reads([whole]):
                 # Run anew for every call: in training the weights have changed since the last one.
-                tapes = self.read(world, placement.expose, seeds, lambda: _again(module, args, kwargs))
-            program = resolve(world, self.network.sizes, tapes, device=self.network.device, seed=seeds)
+                again = partial(self.again, call, args, kwargs, fed)
+                tapes = self.read(whole, world, placement.expose, fed, again)
+            program = resolve(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
+            program = fed.counted(program, audit.entries)
             run = Pass(placement, [program], [()])
             if not placement.placed:
                 stack.callback(placement.remove)
@@ -185,23 +156,74 @@ class Holds:
                 stack.enter_context(checkpointing(module, run.bind))
             # Last, so that it comes first: what the interventions did is noted however the call ended.
             stack.callback(lambda: program.report(run.states[0], audit))
-            return run, stack.pop_all().close
+            call.run, call.returned = run, partial(decodings.returned, fed)
+            call.close = stack.pop_all().close
+
+    def check(self, fed: Fed, given: dict[str, Any], plan: Plan) -> None:
+        """Refuse what the plans in force cannot do in a call.
+
+        Raises:
+            PlanError: something of that kind.
+        """
+        if keeps_listed_logits(given) and any(item.site.name == "logits" for item in plan):
+            raise PlanError("the plan edits the logits, and this call computes only those it lists (logits_to_keep)")
+        fed.require_known(plan)
+        for one in self.in_force():
+            mine, _ = one.on(fed.inputs, self.network) if isinstance(one.plan, Plan) else (plan, ())
+            fed.require_reached(mine, one, self.network.sizes)
+
+    def again(
+        self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any], fed: Fed, path: tuple[Any, ...]
+    ) -> None:
+        """Make a call once more for a world that is read, with that world's own cache in place of the caller's."""
+        assert self.decodings is not None
+        mirror = self.decodings.mirror(fed, path)
+
+        def apart(value: Any) -> Any:
+            return value if fed.cache is None or value is not fed.cache else mirror
+
+        output = call.module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
+        cache = cache_of(output)
+        if fed.cache is None and cache is not None:
+            fed.decoding.mirrors[path] = cache
 
     def read(
-        self, world: World, expose: frozenset[int], seeds: Sequence[int], again: Callable[[], Any]
+        self,
+        world: World,
+        now: World,
+        expose: frozenset[int],
+        fed: Fed,
+        again: Callable[[tuple[Any, ...]], Any],
+        path: tuple[Any, ...] = (),
     ) -> dict[Any, Tape]:
-        """Run the worlds that a world reads: those on the inputs of the call by making the call again."""
+        """Run the worlds that a world reads: those on the inputs of the call by making the call again.
+
+        Args:
+            world: the world, and `now` what of its plan is on tokens that are fed now. Where the text goes on, worlds
+                of it are run in every call, for their caches.
+            again: makes the call, for the world that is reached by a path.
+            path: how this one was.
+        """
         tapes: dict[Any, Tape] = {}
-        constants = _read_as_constants(world)
+        constants, wanted = read_as_constants(now), all_reads([now])
         seed = self.in_force()[-1].seed
-        for key, (source, sites) in all_reads([world]).items():
+        for key, (source, _) in all_reads([world if fed.caches else now]).items():
+            sites = wanted[key][1] if key in wanted else []
             graph = torch.is_grad_enabled() and key not in constants
             if source.inputs is not world.inputs:
-                tapes |= read_tapes(self.network, [world], seed, expose, only={key}, graph=graph)
+                if key in wanted:
+                    tapes |= read_tapes(self.network, [now], seed, expose, only={key}, graph=graph)
                 continue
+            mine = (*path, key[0], *key[2:])
+            live = fed.live(source.plan, self.network.sizes)
+            # Held, so that no other plan takes the identity by which it is reached.
+            fed.decoding.sources[mine] = source.plan
+            if all(isinstance(one.plan, Plan) for one in self.in_force()):
+                self.in_force()[0].read.setdefault(mine, (source.plan, set()))[1].update(live)
+            part = World(source.inputs, Plan(tuple(source.plan[n] for n in live)))
             with torch.set_grad_enabled(graph):
-                deeper = self.read(source, expose, seeds, again)
-                values = self.repeat(source, deeper, sites, expose, seed, again, graph)
+                deeper = self.read(source, part, expose, fed, again, mine)
+                values = self.repeat(part, deeper, sites, expose, seed, partial(again, mine), graph, fed.layout)
             tapes[key] = Tape(source.inputs, values, self.network.sizes)
         return tapes
 
@@ -214,16 +236,17 @@ class Holds:
         seed: int,
         again: Callable[[], Any],
         graph: bool,
+        layout: Layout,
     ) -> tuple[tuple[Site, Tensor], ...]:
         """Make the call again under other edits, and keep the values at some sites."""
         network, device = self.network, self.network.device
-        program = resolve(world, network.sizes, tapes, device=device, seed=seed)
+        program = resolve(world, network.sizes, tapes, device=device, seed=seed, layout=layout)
         placement = Placement(network, program.touched | {place.key for place in sites}, expose)
         run = Pass(placement, [program], [sites], graph)
         with ExitStack() as stack:
             # The user's own pass is to draw the same numbers (dropout) as this one, and as it would have without it.
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            stack.enter_context(_buffers_kept(network.module))
+            stack.enter_context(buffers_kept(network.module))
             if graph:
                 stack.enter_context(uncheckpointed(network.module))
             stack.callback(placement.remove)
@@ -255,6 +278,10 @@ def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
     if holds is None or frames.inside(network.module):
         return Plan(), Audit()
     plan, audit, _ = holds.on(inputs)
+    if any(isinstance(index, New) for item in plan for index in (item.site.pos, item.site.key_pos)):
+        # A run has no new tokens.
+        live = Fed(inputs, Layout.of(inputs), Decoding()).live(plan, network.sizes)
+        plan, audit = Plan(tuple(plan[n] for n in live)), Audit(tuple(audit[n] for n in live))
     return plan, audit
 
 
@@ -280,35 +307,3 @@ def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
         if not holds.holds:
             _HOLDS.pop(network.module, None)
     mine.require_fired()
-
-
-def _again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call once more, so that it writes nothing into what the caller keeps: a cache is copied."""
-
-    def apart(value: Any) -> Any:
-        keeps = hasattr(value, "update") and not isinstance(value, (Tensor, nn.Module))
-        return copy.deepcopy(value) if keeps else value
-
-    return module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what a call writes into the model's buffers, as running means do in training."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()] if module.training else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _read_as_constants(world: World) -> set[Any]:
-    """The worlds that are read by functions through which no gradient flows, and by no other."""
-    constant: dict[Any, bool] = {}
-    for item in world.plan:
-        for key in all_reads([replace(world, plan=Plan((item,)))]):
-            constant[key] = constant.get(key, True) and item.op.reads_constants
-    return {key for key, every in constant.items() if every}

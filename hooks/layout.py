@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,12 +26,22 @@ class Layout:
         queries: the tokens that are fed now, in T columns.
         keys: the tokens that they may see, in S columns: those of the past, then those that are fed, S - T further on.
         stack: which stack of layers, in a model that has several.
+        kept: of how many of the last queries there are logits; None for all.
+        windows: for each layer whose attention has other key columns than the text, the column of the text that its
+            first is and how many it has. They are the last ones where it slides, and may go on beyond what is written.
+        origin: int64 [B], the row of the plan that each row is, where beams or samples share one; None where it is
+            its own.
+        given: how many rows the plan is for; None for as many as there are.
     """
 
     rows: Tensor
     queries: Columns
     keys: Columns
     stack: str | None = None
+    kept: int | None = None
+    windows: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    origin: Tensor | None = None
+    given: int | None = None
     _known: dict[Any, Region] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -48,6 +59,40 @@ class Layout:
         """The key column of the first query."""
         return self.keys.width - self.queries.width
 
+    @property
+    def total(self) -> int:
+        """How many rows the plan is for."""
+        return len(self.rows) if self.given is None else self.given
+
+    def first(self, layer: int) -> int:
+        """The key column of a layer's attention that is the first query's own."""
+        return self.offset - self.windows.get(layer, (0, 0))[0]
+
+    def columns(self, site: Site) -> tuple[Columns, Columns]:
+        """The tokens along the query and the key axis of an activation."""
+        queries, keys = self.queries, self.keys
+        if self.kept is not None and site.name == "logits":
+            end = queries.start + queries.width
+            prompt = end if queries.prompt is None else queries.prompt
+            queries = replace(queries.between(end - self.kept, end), prompt=prompt)
+        window = None if site.layer is None else self.windows.get(site.layer)
+        if window is not None:
+            start, width = window
+            keys = keys.between(start, start + width)
+        return queries, keys
+
+    def of_rows(self, index: Any) -> Any:
+        """What a plan says of its rows, a tensor [R, ...], for each row that there is; anything else as it is."""
+        if self.origin is None or not isinstance(index, Tensor) or len(index) != self.total:
+            return index
+        return index[self.origin.to(index.device)]
+
+    def for_rows(self, site: Site) -> Site:
+        """A site that lists positions or entries for each row of the plan, for each row that there is."""
+        if self.origin is None:
+            return site
+        return site.at(**{axis: self.of_rows(getattr(site, axis)) for axis in site.axes if axis != ROW})
+
     def window(self, rows: slice) -> Layout:
         """The same for a range of rows."""
         queries = self.queries.rows(rows)
@@ -58,17 +103,19 @@ class Layout:
     def resolve(self, site: Site, sizes: dict[str, int], only: Tensor | None = None) -> Region:
         """The entries of an activation that a site means; see `hooks.plan.region.resolve`."""
         indices = (site.head, site.pos, site.key_pos, site.dim)
+        queries, keys = self.columns(site)
         if only is not None or any(isinstance(index, Tensor) for index in indices):
-            return resolve(site, self.queries, sizes, only, self.keys)
+            return resolve(self.for_rows(site), queries, sizes, self.of_rows(only), keys)
         # The cells of a sweep mean the same entries in every layer.
-        key = (site.axes, indices, tuple(sizes.items()))
+        key = (site.axes, indices, tuple(sizes.items()), site.layer if self.windows else None, site.name == "logits")
         if key not in self._known:
-            self._known[key] = resolve(site, self.queries, sizes, None, self.keys)
+            self._known[key] = resolve(site, queries, sizes, None, keys)
         return replace(self._known[key], site=site)
 
     def entire(self, site: Site, sizes: dict[str, int]) -> Region:
         """The region of a whole activation, padding included."""
-        return entire(site, self.queries, sizes, self.keys)
+        queries, keys = self.columns(site)
+        return entire(site, queries, sizes, keys)
 
     def context(self, region: Region, seed: int, window: slice, device: torch.device | None) -> Context:
         """Describe a region, resolved on this layout and restricted to the rows of a window, to a function.
@@ -81,7 +128,8 @@ class Layout:
             if axis in site.axes:
                 index = steps.get(site.axes.index(axis))
                 entries[axis] = torch.arange(region.shape[axis]) if index is None else index
-        keys = region.key_cols
+        cols = region.key_cols
+        queries, keys = self.columns(site)
 
         def on(x: torch.Tensor) -> torch.Tensor:
             return x if device is None else x.to(device)
@@ -92,13 +140,13 @@ class Layout:
             axes=site.axes,
             single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
             row=on(self.rows[window]),
-            pos=on(self.queries.index[window].gather(1, region.cols)),
-            key_pos=None if keys is None else on(self.keys.index[window].gather(1, keys)),
+            pos=on(queries.index[window].gather(1, region.cols)),
+            key_pos=None if cols is None else on(keys.index[window].gather(1, cols)),
             head=tuple(entries[HEAD].tolist()) if HEAD in entries else None,
             dim=on(entries[DIM]) if DIM in entries else None,
             seed=seed,
-            window=window,
-            total=len(self.rows),
+            window=window if self.origin is None else on(self.origin),
+            total=self.total,
         )
 
 

@@ -15,7 +15,8 @@ from .audit import Audit
 from .backends.gate import gate_of
 from .compiling import Graphs, Options
 from .errors import InputsError, ModelError, PlanError, SiteError, nearest
-from .hold import PlanOf, held, hold, holds_on
+from .hold import held, hold, holds_on
+from .holding import PlanOf
 from .html import table
 from .models import describe
 from .models.architecture import Architecture
@@ -241,12 +242,21 @@ class Model(Network):
         return Run(outcome.output, Tape(inputs, kept, self.sizes), outcome.audit)
 
     def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> AbstractContextManager[Audit]:
-        """Hold a plan on the model while the user calls it: any forward, or a training step.
+        """Hold a plan on the model while the user calls it: any forward, `generate`, or a training step.
 
         Inside another one, and for `run` and sweeps inside, the outer plan comes first: together they are one plan.
         The model is as it was afterwards, whatever was raised inside. Gradients flow through the interventions. Where
         the plan reads this world unedited or under another plan, each call is made once more for it, with the same
         dropout.
+
+        While a model decodes with a key/value cache, each token is edited once, when it is fed, and what is edited of
+        its key and value stays in the cache; the result is that of running the whole text at every step. Positions
+        mean tokens of the prompt: ``pos=-1`` is its last and stays so, a slice ends with it. ``pos="new"`` (or
+        ``new(0, 5)``) means tokens that are generated, and no `pos`, or ``"all"``, both. Rows that beams and samples
+        go on from one prompt are that prompt's row, for plans of rows and for random draws. The prompt of `generate`
+        is all that it is given, in a chat with a cache the whole conversation so far. In a loop of your own it is what
+        the first call feeds, and again all that stands there when a later call feeds several tokens; one token at a
+        time is generated.
 
         Args:
             plan: a plan; or a function from the `Inputs` of a call (ids, mask, positions) to a plan, for one whose
@@ -259,7 +269,8 @@ class Model(Network):
 
         Raises:
             UnfiredError: on leaving without an exception, where an intervention never fired.
-            PlanError: a call that continues from a key/value cache, whose earlier tokens the plan has not seen.
+            PlanError: a call whose positions cannot be told, or that needs tokens which are not fed any more: those
+                of a cache that was filled before, positions that a function mixes, the model as its own assistant.
         """
         return hold(self, plan, seed)
 

@@ -212,11 +212,11 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice) -> Tensor:
+def blend(x: Tensor, y: Tensor, weight: float | Tensor, rows: int, window: slice | Tensor) -> Tensor:
     """x + s (y - x), exactly x at s = 0 and exactly y at s = 1; differentiable in all three.
 
     Args:
-        weight: a number, or a tensor [] or [B] over all rows of the world, of which `window` is run.
+        weight: a number, or a tensor [] or [B] over all rows of the world, of which `window` are run.
     """
     if not isinstance(weight, Tensor):
         if weight == 1.0:

@@ -131,35 +131,55 @@ class Resolver:
         It is the value itself where a tape has kept no more, and a tensor of the region's shape is yet to be fitted.
         """
         if isinstance(read.source, Tensor):
-            size, site = self.sizes[item.site.key], item.site
-            widths = {ROW: len(self.layout), POS: self.layout.queries.width, KEY: self.layout.keys.width} | size
-            if tuple(read.source.shape) == tuple(widths[axis] for axis in site.axes):
-                return read.source[self.window], region
-            return Whole(read.source)
+            return self.tensor(read.source, item, region)
         return self.taped(self.tape(read, item), read, item, region)
+
+    def tensor(self, source: Tensor, item: Intervention, region: Region) -> tuple[Tensor, Region] | Whole:
+        """A tensor with every axis of the activation is taken at the region; one of the region's is fitted to it."""
+        size, site = self.sizes[item.site.key], item.site
+        queries, keys = self.layout.columns(site)
+        prompt = queries.width if queries.prompt is None else queries.prompt
+        widths = {ROW: self.layout.total, POS: prompt, KEY: keys.width} | size
+        if tuple(source.shape) != tuple(widths[axis] for axis in site.axes):
+            return Whole(source)
+        if queries.prompt is not None:
+            axis = site.axes.index(POS)
+            filler = [0, 0] * (source.ndim - 1 - axis) + [0, max(0, queries.start + queries.width - prompt)]
+            source = torch.nn.functional.pad(source, filler).narrow(axis, queries.start, queries.width)
+        return self.layout.of_rows(source)[self.window], region
 
     def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor:
         """Where a tape holds what is read, with its positions laid where ours are."""
         place = item.site if read.site is None else read.site
-        rows, there = len(self.layout), tape.inputs.columns
+        rows, there, layout = self.layout.total, tape.inputs.columns, self.layout
+        whole = tape.whole(place)
+        if tape.inputs is self.inputs and tape.window is None and whole is not None:
+            # Of this very pass, whatever part of a text it is of.
+            found = region if read.site is None else self.region(place)[1]
+            self.require_alike(item, region, place, found)
+            return whole[self.window], found
         if len(tape.inputs) != rows:
             raise ShapeError(f"{item}: the source has {len(tape.inputs)} rows, these inputs {rows}; a row is a pair")
-        whole = tape.whole(place)
         if whole is None:
-            return _checked(tape[place], item, region, rows)[self.window]
+            return layout.of_rows(_checked(tape[place], item, region, rows))[self.window]
+        if layout.origin is not None:
+            there, whole = there.rows(layout.origin), layout.of_rows(whole)
         if read.site is None:
             full, _ = self.region(item.site, item.only)
-            found = corresponding(full, self.layout.queries, there, self.sizes[place.key])
+            queries, keys = layout.columns(item.site)
+            found = corresponding(full, queries, there, self.sizes[place.key], keys)
         else:
-            found = resolve_site(place, there, self.sizes[place.key])
-            for axis in (POS, KEY) if place.axes == item.site.axes else ():
-                if found.shape.get(axis) != region.shape.get(axis):
-                    raise ShapeError(
-                        f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}"
-                    )
+            found = resolve_site(layout.for_rows(place), there, self.sizes[place.key])
+            self.require_alike(item, region, place, found)
         # A tape may hold a part of a larger batch, which is run against this world row by row.
         assert tape.window is None or tape.window == self.window
         return (whole[self.window] if tape.window is None else whole), found.rows(self.window)
+
+    def require_alike(self, item: Intervention, region: Region, place: Site, found: Region) -> None:
+        """Refuse a read of another number of positions than are edited, where that decides which belongs to which."""
+        for axis in (POS, KEY) if place.axes == item.site.axes else ():
+            if found.shape.get(axis) != region.shape.get(axis):
+                raise ShapeError(f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}")
 
     def reference(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
         """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
@@ -170,8 +190,11 @@ class Resolver:
         given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
         loose = {axis: None for axis, index in given.items() if not listed(index)}
         there = resolve_site(place.at(**loose), tape.inputs.columns, self.sizes[place.key])
-        wanted = {POS: (self.layout.queries, region.cols), KEY: (self.layout.keys, region.key_cols)}
+        queries, keys = self.layout.columns(item.site)
+        wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
+            if axis == POS and item.op.pools_positions:
+                continue
             columns, cols = wanted[axis]
             assert cols is not None
             last = int(columns.index[self.window].gather(1, cols).max())

@@ -30,6 +30,8 @@ CALLS = "tests/hooks/test_calls.py::test_"
 AGAIN = CALLS + "what_checkpointing_computes_again_is_of_its_own_call"
 CERTIFICATE = "tests/hooks/test_certificate.py::test_"
 CHUNKS = "tests/hooks/test_executors.py::test_"
+DECODING, WAYS = "tests/hooks/test_generation.py::test_", "tests/hooks/test_generation_modes.py::test_"
+BY_HAND = "tests/hooks/test_generation_by_hand.py::test_"
 
 CAP = "    if cap is not None:\n        scores = softcap(scores, cap)\n"
 BIAS = "    if bias is not None:\n        scores = scores + bias\n"
@@ -565,6 +567,67 @@ MUTANTS = [
         "allowed &= keys > own - attention.window",
         "allowed &= keys >= own - attention.window",
         "tests/hooks/test_executors.py::test_executors_agree",
+    ),
+    # Decoding
+    (
+        "the prompt's end moves with the text",
+        "return Columns(index, self.real, self.lengths, prompt=self.prompt)",
+        "return Columns(index, self.real, self.real.sum(1), prompt=self.prompt)",
+        DECODING + "positions_are_those_of_the_prompt",
+    ),
+    (
+        "a slice goes on after the prompt",
+        "(tokens.index < torch.minimum(high, lengths))",
+        "(tokens.index < high)",
+        DECODING + "positions_are_those_of_the_prompt",
+    ),
+    (
+        "edited keys that do not persist",
+        "self._cache.update(self._edit(key_states), value_states, *args, **kwargs)",
+        "self._cache.update(key_states, value_states, *args, **kwargs)",
+        DECODING + "generation_is_recomputation[llama-greedy]",
+    ),
+    (
+        "caches of worlds that are read are not followed",
+        "for mirror in self.mirrors.values():",
+        "for mirror in ():",
+        BY_HAND + "what_is_done_to_a_cache_between_calls_is_followed",
+    ),
+    (
+        "a static prefill aligned to the lower right",
+        "first = keys - queries if first is None else first",
+        "first = keys - queries",
+        DECODING + "a_static_prefill_has_more_columns_than_tokens[none]",
+    ),
+    (
+        "padding of a finished row that counts",
+        "real = real & (torch.arange(width) < self.ended[:, None])",
+        "real = real & True",
+        WAYS + "padding_that_a_finished_row_is_fed_is_no_token",
+    ),
+    (
+        "tokens that are counted twice",
+        "marks[:, : max(0, self.decoding.counted - start)] = False",
+        "marks[:, : 0 * start] = False",
+        WAYS + "prompt_lookup[llama] " + WAYS + "padding_that_a_finished_row_is_fed_is_no_token",
+    ),
+    (
+        "decoding that is compiled without its hooks",
+        "lambda own, *args, **kwargs: where().__call__",
+        "lambda own, *args, **kwargs: own(*args, **kwargs)",
+        WAYS + "decoding_that_is_compiled_by_itself",
+    ),
+    (
+        "tokens in a cache that nobody edits",
+        "if not self.past:",
+        "if self.past >= 0:",
+        BY_HAND + "a_cache_that_was_filled_before[llama]",
+    ),
+    (
+        "calls for guidance that are taken for the generation's",
+        "return cache is self.cache",
+        "return True",
+        WAYS + "guidance_calls_the_model_on_a_text_of_its_own",
     ),
     # Compiled
     (

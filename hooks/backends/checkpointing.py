@@ -1,4 +1,4 @@
-"""Gradient checkpointing, under which parts of a forward pass run again during the backward pass."""
+"""Gradient checkpointing, under which parts of a forward pass run again, and what a call that is made twice writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
@@ -53,3 +54,16 @@ def uncheckpointed(module: nn.Module) -> Iterator[None]:
     finally:
         for m in flagged:
             m.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a call writes into the model's buffers, as running means do in training."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()] if module.training else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)

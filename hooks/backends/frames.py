@@ -22,6 +22,7 @@ class Call:
         stood: the stack frame that called; once it is gone, so is the call, however it ended.
         run: the pass whose call it is; None for one that is of nobody's.
         close: what ends it.
+        returned: what is told of the value that it returns, before it ends.
         compiler: what looks into the thread's frames outside the call, and not within it; None for nothing.
     """
 
@@ -29,6 +30,7 @@ class Call:
     stood: FrameType
     run: Any = None
     close: Callable[[], None] | None = None
+    returned: Callable[[Any], None] | None = None
     compiler: Any = None
 
 
@@ -62,13 +64,17 @@ def push(call: Call) -> None:
     _CALLS.stack.append(call)
 
 
-def pop(module: nn.Module) -> None:
-    """End the innermost call, if it is one of this model."""
+def pop(module: nn.Module, output: Any = None) -> None:
+    """End the innermost call, if it is one of this model; what it returns is None where it raised."""
     if _CALLS.stack and _CALLS.stack[-1].module is module:
         call = _CALLS.stack.pop()
         if call.compiler is not None:
             set_eval_frame(call.compiler)
-        _end(call)
+        try:
+            if call.returned is not None and output is not None:
+                call.returned(output)
+        finally:
+            _end(call)
 
 
 def drop_ended() -> None:

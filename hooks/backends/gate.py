@@ -18,8 +18,8 @@ from ..models import hook as hook_module
 from ..models.hook import Hook
 from . import frames
 
-Start = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Callable[[], None] | None]]
-"""From a call of the user's to the pass that it is (None where it is nobody's), and what ends it."""
+Start = Callable[[frames.Call, tuple[Any, ...], dict[str, Any]], None]
+"""Begins a call of the user's: says which pass it is (none where it is nobody's), and what ends it."""
 
 
 class Gate:
@@ -108,7 +108,7 @@ class Gate:
         if run is not None:
             call.run = run
         elif not nested and self.start is not None:
-            call.run, call.close = self.start(module, args, kwargs)
+            self.start(call, args, kwargs)
 
 
 def _caller() -> FrameType:
@@ -119,8 +119,8 @@ def _caller() -> FrameType:
     return frame
 
 
-def _end(module: nn.Module, *_: Any) -> None:
-    frames.pop(module)
+def _end(module: nn.Module, _args: Any, output: Any) -> None:
+    frames.pop(module, output)
 
 
 _GATES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()

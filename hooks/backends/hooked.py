@@ -9,9 +9,9 @@ from typing import Any
 
 from ..budget import rows_per_pass
 from ..resolving import resolve
+from .exposing import INSIDE
 from .job import Job, Outcomes, Record
 from .passes import run_pass
-from .placing import INSIDE
 from .sources import read_tapes
 
 

@@ -17,8 +17,9 @@ from ..plan.plan import World
 from ..plan.sites import Key, Site
 from ..program import Guard, Program, State, visit
 from . import frames
+from .exposing import swap_functions
 from .gate import Gate, gate_of
-from .placing import place_hooks, swap_functions
+from .placing import place_hooks
 
 
 class Placement:
@@ -145,6 +146,11 @@ class Pass:
         if self._again is None:
             self._again = self.again()
         return self._again
+
+    def keys(self, layer: int) -> tuple[int, int | None]:
+        """The key column of a layer's attention that is the first query's own, and how many there are to be."""
+        layout = self.programs[0].layout
+        return layout.first(layer), layout.windows.get(layer, (0, None))[1]
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""

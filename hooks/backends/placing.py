@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -10,33 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
 from ..models.architecture import Architecture
-from ..models.attention import exposed_attention
 from ..models.blocks import Attention, Block, Sublayer
 from ..models.hook import Hook
-from ..models.masks import read_mask
 from ..models.projections import linear_weight
 from ..plan.sites import Key
 from ..program import Guard
-
-INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
-"""Sites inside attention, for which a layer's attention function is swapped."""
-
-HARMLESS = frozenset(
-    {
-        *("position_ids", "cache_position", "past_key_values", "use_cache", "is_causal", "sliding_window"),
-        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
-        *("labels", "num_items_in_batch", "token_type_ids", "mm_token_type_ids", "deterministic"),
-    }
-)
-"""Keyword arguments of attention functions that do not change what they compute, given their mask."""
-UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
-"""Those that do, and are taken into account."""
-WEIGHTLESS = frozenset({"sdpa_attention_forward", "flash_attention_forward", "flex_attention_forward", "attend"})
-"""Attention functions that return no weights."""
-CAPLESS = frozenset({"sdpa_attention_forward"})
-"""Attention functions that leave out a cap of the scores which they are given, as models of older transformers run."""
+from .caching import Entering, is_cache
 
 
 class Running(Protocol):
@@ -47,6 +27,10 @@ class Running(Protocol):
     @property
     def rows(self) -> int:
         """Rows of the whole batch."""
+        ...
+
+    def keys(self, layer: int) -> tuple[int, int | None]:
+        """The key column of a layer's attention that is the first query's own, and how many there are to be."""
         ...
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
@@ -100,6 +84,18 @@ class Hooks:
                 return (edit(run, args[0]), *args[1:]), kwargs
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             return args, {**kwargs, name: edit(run, kwargs[name])}
+
+        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
+
+    def on_keys(self, module: nn.Module, edit: Edit) -> None:
+        """Edit the keys [B, K, T, D] that an attention module writes into a cache, if it is called with one."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self.find()
+            if run is None:
+                return None
+            entering = lambda x: Entering(x, partial(edit, run)) if is_cache(x) else x  # noqa: E731
+            return tuple(map(entering, args)), {name: entering(value) for name, value in kwargs.items()}
 
         self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
 
@@ -162,22 +158,6 @@ def place_hooks(
         hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
 
 
-def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
-    """Put in place what is there only while the model is called: attention that shows its inside, logits uncapped."""
-    if ("logits", -1, None) in keys:
-        stack.enter_context(arch.lift_cap())
-    swap_attentions(arch, keys, expose, find, stack)
-
-
-def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
-    """Put in place attention functions that show their inside, where a site is within one, and in layers besides."""
-    layers = {layer for name, layer, _ in keys if name in INSIDE} | set(expose)
-    for layer in sorted(layers):
-        attention = arch.blocks[layer].attention
-        names = {name for name, at, _ in keys if at == layer}
-        stack.enter_context(arch.swap_attention(attention.module, _exposed(attention, layer, names, find)))
-
-
 class _BlockHooks:
     """The hooks of one block. Values wait in the pass's scratch from one hook to the next."""
 
@@ -199,6 +179,8 @@ class _BlockHooks:
     def place(self) -> None:
         self.around_attention()
         self.projections()
+        if "rot_k" in self.names:
+            self.hooks.on_keys(self.block.attention.module, self.cached)
         self.heads()
         if self.block.of_mlp is not None:
             self.around_mlp(self.block.of_mlp)
@@ -264,6 +246,11 @@ class _BlockHooks:
             out = projection.write(out, self.visit(run, name, part))
         return out
 
+    def cached(self, run: Running, k: Tensor) -> Tensor:
+        # Here an edit persists; what the attention function sees are the keys of all tokens, edited or not.
+        self.wait(run, "cached", True)
+        return self.visit(run, "rot_k", k.transpose(1, 2)).transpose(1, 2)
+
     def heads(self) -> None:
         out = self.block.attention.out
         if self.names & {"z", "result"}:
@@ -319,57 +306,3 @@ def head_results_change(attention: Attention, z: Tensor, edit: Callable[[Tensor]
     result = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (attention.q.heads, attention.q.width)))
     edited = edit(result)
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)
-
-
-def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
-    """An attention function that shows its inside, in the form that models call theirs."""
-
-    def attend(
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Any,
-        *,
-        own: Callable[..., Any],
-        **given: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        run = find()
-        if run is None:  # another thread, or a call that is nobody's
-            return own(module, q, k, v, mask, **given)
-        odd = sorted(name for name, value in given.items() if value is not None and name not in HARMLESS | UNDERSTOOD)
-        if odd:
-            raise ModelError(
-                f"attention of layer {layer} is called with {', '.join(odd)}, which may change what it computes, and "
-                "whose inside is not understood: leave out sites and edits of its scores, patterns, rot_q and rot_k"
-            )
-
-        def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
-            return run.visit((name, layer, None), x, guard) if name in names else x
-
-        for name in ("rot_q", "rot_k"):
-            if name in names:
-                x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
-                q, k = (x, k) if name == "rot_q" else (q, x)
-        # Where there is no mask, the call or the module says whether attention is causal, as it does to a kernel.
-        causal = given.get("is_causal")
-        causal = getattr(module, "is_causal", layer_attention.causal) if causal is None else causal
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal)
-        scaling, cap, kernel = given.get("scaling"), given.get("softcap"), getattr(own, "__name__", "")
-        cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
-        z, pattern = exposed_attention(
-            q,
-            k,
-            v,
-            allowed,
-            layer_attention.scaling if scaling is None else scaling,
-            visit,
-            bias,
-            dropout=given.get("dropout", 0.0),
-            cap=cap,
-            sinks=given.get("s_aux"),
-        )
-        # The model's own kernel may have no weights to show to a caller who asks for them, and then there are none.
-        return z, None if kernel in WEIGHTLESS else pattern
-
-    return attend

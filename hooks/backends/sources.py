@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,3 +82,12 @@ def read_tapes(
         values = tuple((site, torch.cat([p[i] for p in pieces])) for i, site in enumerate(sites))
         tapes[key] = Tape(source.inputs, values, network.sizes)
     return tapes
+
+
+def read_as_constants(world: World) -> set[Any]:
+    """The worlds that are read by functions through which no gradient flows, and by no other."""
+    constant: dict[Any, bool] = {}
+    for item in world.plan:
+        for key in all_reads([replace(world, plan=Plan((item,)))]):
+            constant[key] = constant.get(key, True) and item.op.reads_constants
+    return {key for key, every in constant.items() if every}

@@ -18,7 +18,8 @@ from ..models.twin import Twin
 from ..plan.region import Entries
 from ..plan.sites import Key
 from ..program import Guard, State, visit
-from .placing import place_hooks, swap_attentions
+from .exposing import swap_attentions
+from .placing import place_hooks
 
 Captures = Sequence[tuple[Key, Entries | None, Tensor | None]]
 """For each value that is kept: its site, its entries (None for all), and what takes its gradient, of its shape."""
@@ -46,6 +47,10 @@ class _Pass:
         self.state = State(here)
         self.scratch: dict[Any, Any] = {}
         self.kept: dict[int, Tensor] = {}
+
+    def keys(self, layer: int) -> tuple[int, int | None]:
+        """The key column that is the first query's own: a graph is of whole texts, without a cache."""
+        return 0, None
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site."""

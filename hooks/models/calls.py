@@ -24,43 +24,72 @@ def arguments_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return found
 
 
-def keeps_some_logits(call: dict[str, Any]) -> bool:
-    """Whether a call asks for the logits of some positions only; 0 means all of them."""
-    kept = call.get("logits_to_keep")
-    return isinstance(kept, Tensor) or bool(kept)
-
-
-def inputs_of_call(call: dict[str, Any], images: ImageFormat | None) -> Inputs:
-    """The inputs of a call of the user's, given its arguments by name, as far as positions and rows go.
+def kept_logits(call: dict[str, Any]) -> int | None:
+    """Of how many tokens, from the last on, a call computes the logits; None for all.
 
     Raises:
-        PlanError: positions cannot be told, as in a call that continues from a key/value cache.
-        InputsError: rows that hold several sequences, or images of which patches are masked.
+        PlanError: of tokens that are listed.
     """
-    if images is not None:
-        return _images_of_call(call, images)
-    cache = call.get("past_key_values")
-    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
-        raise PlanError(
-            "this call continues from a key/value cache, which plans do not support yet; pass the whole text"
-        )
-    ids, embeds, mask = (call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    if not isinstance(ids, Tensor):
-        if not isinstance(embeds, Tensor):
-            raise PlanError("the model is called without input_ids or inputs_embeds: positions cannot be told")
-        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64)
-    inputs = Inputs.of(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-    positions = call.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == inputs.width > 1:
-        both = inputs.mask[:, 1:] & inputs.mask[:, :-1]
-        if bool(((positions.cpu().diff(dim=1) != 1).expand_as(both) & both).any()):
-            raise InputsError(
-                "the positions start anew within a row: packed sequences are not supported; give each its row"
+    kept = call.get("logits_to_keep")
+    return int(kept) if isinstance(kept, int) and kept else None
+
+
+def keeps_listed_logits(call: dict[str, Any]) -> bool:
+    """Whether a call asks for the logits of tokens that it lists."""
+    return isinstance(call.get("logits_to_keep"), Tensor)
+
+
+def tokens_of_call(call: dict[str, Any]) -> Tensor:
+    """The token ids [B, T] of a call; zeros, where it gives embeddings in their place.
+
+    Raises:
+        PlanError: it gives neither.
+    """
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids if ids.ndim > 1 else ids[None]
+    if not isinstance(embeds, Tensor):
+        raise PlanError("the model is called without input_ids or inputs_embeds: positions cannot be told")
+    return torch.zeros(embeds.shape[:2], dtype=torch.int64)
+
+
+def real_columns(call: dict[str, Any], ids: Tensor, past: int) -> Tensor:
+    """Which columns [B, past + T] of a text are real, by the mask or the positions of a call that feeds the last T.
+
+    Raises:
+        PlanError: they do not say.
+    """
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    rows, width = len(ids), past + ids.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        cached = call.get("past_key_values") is not None
+        if len(mask) != rows or mask.shape[1] < width or (mask.shape[1] > width and not cached):
+            raise PlanError(
+                f"the attention mask is {list(mask.shape)}, and the call has {rows} rows of {width} columns"
+                + (f", {past} of them cached" if past else "")
             )
-    return inputs
+        if bool((mask < 0).any()):
+            raise InputsError(
+                "a mask is nonzero at real tokens and 0 at padding; this one, with negative numbers, is added"
+            )
+        return mask[:, :width].to("cpu", torch.bool, copy=True)
+    real = torch.ones(rows, width, dtype=torch.bool)
+    if mask is None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return real
+    # A mask of queries and keys, as static caches have: the last token's position says what is before its row.
+    padding = width - 1 - positions[:, -1:].to("cpu")
+    if bool((padding < 0).any()):
+        raise PlanError("the positions of the call go beyond its columns, so which of these are real cannot be told")
+    return real & (torch.arange(width) >= padding)
 
 
-def _images_of_call(call: dict[str, Any], images: ImageFormat) -> Inputs:
+def inputs_of_call(call: dict[str, Any], images: ImageFormat) -> Inputs:
+    """The images of a call of the user's, given its arguments by name, as far as positions and rows go.
+
+    Raises:
+        PlanError: there are none.
+        InputsError: patches of them are masked.
+    """
     pixels, mask = call.get("pixel_values"), call.get("attention_mask")
     if not isinstance(pixels, Tensor) or pixels.ndim != 4:
         raise PlanError("the model is called without pixel_values [B, C, height, width]: positions cannot be told")

@@ -11,7 +11,13 @@ from ..errors import ModelError
 
 
 def read_mask(
-    mask: Any, queries: int, keys: int, device: torch.device, window: int | None = None, causal: bool = True
+    mask: Any,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    window: int | None = None,
+    causal: bool = True,
+    first: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Split a mask in whatever form a model hands to its attention into what is allowed and what is added.
 
@@ -20,6 +26,8 @@ def read_mask(
             of flex attention.
         window: width of the layer's sliding window, which a mask that is 2-D or None does not tell.
         causal: whether the attention is, which such a mask does not tell either.
+        first: the key column that is the first query's own; None where the last query's is the last one. A static cache
+            has columns that nothing is written in yet.
 
     Returns:
         (allowed, bias): bool broadcastable to [B, H, T, S] or None, and a float bias or None.
@@ -27,7 +35,7 @@ def read_mask(
     if mask is not None and not isinstance(mask, Tensor):
         return _dense(mask, device), None
     if mask is None or mask.ndim == 2:
-        allowed = causal_mask(queries, keys, device, window) if causal else None
+        allowed = causal_mask(queries, keys, device, window, first) if causal else None
         if mask is not None:
             real = mask.bool()[:, None, None, :]
             allowed = real if allowed is None else allowed & real
@@ -38,9 +46,12 @@ def read_mask(
     return allowed, torch.where(allowed, mask, 0)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
-    """bool [1, 1, T, S]: the last query's own key is the last one; each sees that and those before, in a window."""
-    own = torch.arange(keys - queries, keys, device=device)[:, None]
+def causal_mask(
+    queries: int, keys: int, device: torch.device, window: int | None = None, first: int | None = None
+) -> Tensor:
+    """bool [1, 1, T, S]: each query sees its own key and those before, in a window; see `read_mask`."""
+    first = keys - queries if first is None else first
+    own = torch.arange(first, first + queries, device=device)[:, None]
     key = torch.arange(keys, device=device)
     allowed = key <= own
     return (allowed if window is None else allowed & (key > own - window))[None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,12 +21,17 @@ class Columns:
         real: bool [B, T], False at padding.
         lengths: int64 [B], the tokens of each row's prompt, from which negative positions count back.
         rotary: int64 [B, T] or [3, B, T], the positions by which queries and keys are turned; None where it is `index`.
+        start: the column of the text that the first of these is, where they are a part of one.
+        prompt: how many columns of that text are its prompt, what follows being generated; None where these are all
+            that there is, a prompt alone.
     """
 
     index: Tensor
     real: Tensor
     lengths: Tensor
     rotary: Tensor | None = None
+    start: int = 0
+    prompt: int | None = None
 
     @property
     def width(self) -> int:
@@ -51,10 +56,32 @@ class Columns:
         at = torch.searchsorted(numbers, index.contiguous()).clamp_max(self.width - 1)
         return columns.gather(1, at), numbers.gather(1, at) == index
 
-    def rows(self, window: slice) -> Columns:
-        """The same for a range of rows."""
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the whole prompt is among these."""
+        return self.prompt is None or (self.start == 0 and self.width >= self.prompt)
+
+    def of_prompt(self, mask: Tensor) -> Tensor:
+        """A mask [B, P] over the columns of the prompt as one [B, T] over these; False at what is generated."""
+        if self.prompt is None:
+            return mask
+        filler = mask.new_zeros(len(mask), max(0, self.start + self.width - mask.shape[1]))
+        return torch.cat([mask, filler], 1)[:, self.start : self.start + self.width]
+
+    def rows(self, window: slice | Tensor) -> Columns:
+        """The same for a range of rows, or for rows by their numbers."""
         rotary = None if self.rotary is None else self.rotary[..., window, :]
-        return Columns(self.index[window], self.real[window], self.lengths[window], rotary)
+        return replace(
+            self, index=self.index[window], real=self.real[window], lengths=self.lengths[window], rotary=rotary
+        )
+
+    def between(self, start: int, stop: int) -> Columns:
+        """The columns from one up to another of the text; those that are not here are nobody's."""
+        first, last = start - self.start, min(stop - self.start, self.width)
+        pad = (0, stop - self.start - last)
+        index, real = (torch.nn.functional.pad(x[:, first:last], pad) for x in (self.index, self.real))
+        rotary = None if self.rotary is None else torch.nn.functional.pad(self.rotary[..., first:last], pad)
+        return replace(self, index=index, real=real, rotary=rotary, start=start)
 
     def cut(self, width: int) -> Columns:
         """The first columns alone."""

@@ -53,7 +53,8 @@ class Context:
             is int64 [], so that others are the same graph, and where worlds are stacked.
         dim: int64 [n] or [B, n], the entries of its last axis, or None where that is one of keys.
         seed: the seed of the run.
-        window: the rows of the whole batch that `x` holds, of `total`.
+        window: the rows of the whole batch that `x` holds, of `total`: a slice, or int64 [B] where several rows that
+            are generated go on from one.
         references: for each read, how the positions of a reference set are laid out; None for reads row by row.
     """
 
@@ -67,7 +68,7 @@ class Context:
     head: tuple[int, ...] | Tensor | None
     dim: Tensor | None
     seed: int | Tensor
-    window: slice
+    window: slice | Tensor
     total: int
     references: tuple[Reference | None, ...] = ()
 

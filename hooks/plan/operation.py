@@ -54,6 +54,11 @@ class Op:
         """Return the new value, of x's shape, dtype and device."""
         raise NotImplementedError
 
+    @property
+    def pools_positions(self) -> bool:
+        """Whether it takes all positions of a reference set together, so that x may have others."""
+        return False
+
     def parameters(self) -> dict[str, Any]:
         """The function's parameters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]

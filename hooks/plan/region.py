@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import ShapeError, SiteError
 from .columns import Columns
 from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
-
-_EVER = 1 << 62
+from .spans import New
+from .tokens import beyond, columns_of, listed
 
 Steps = tuple[tuple[int, Tensor], ...]
 """The number of an axis and an index [n] or [B, n] along it, for each axis that is restricted."""
@@ -47,6 +47,8 @@ class Region:
             None means that every entry counts.
         cols: int64 [B, n], the columns of the query positions.
         key_cols: int64 [B, m], the columns of the key positions, for sites that have them.
+        elsewhere: axes (numbers) along which some of the positions that the site lists are in another call of the text.
+            Such a place has no column: the one beyond the last stands for it, and what is put there is dropped.
     """
 
     site: Site
@@ -55,14 +57,16 @@ class Region:
     valid: Tensor | None
     cols: Tensor
     key_cols: Tensor | None
+    elsewhere: frozenset[int] = frozenset()
 
     def get(self, x: Tensor) -> Tensor:
         """Take the part out of a full activation."""
-        return taken(x, self._on(x))
+        return taken(x, self._on(x), self.elsewhere)
 
     def put(self, x: Tensor, part: Tensor) -> Tensor:
         """Return the activation with the part replaced (where it is valid)."""
-        return replaced(x, part, self._on(x), None if self.valid is None else self.valid.to(x.device))
+        steps, valid = self._on(x), None if self.valid is None else self.valid.to(x.device)
+        return replaced(x, part, steps, valid, self.elsewhere)
 
     def full_valid(self) -> Tensor:
         """bool of the part's shape, True where an entry counts."""
@@ -73,7 +77,7 @@ class Region:
         """The same region with what `get` and `put` index by on a device; columns stay where they are."""
         steps = tuple((axis, index.to(device)) for axis, index in self.steps)
         valid = None if self.valid is None else self.valid.to(device)
-        return Region(self.site, self.shape, steps, valid, self.cols, self.key_cols)
+        return Region(self.site, self.shape, steps, valid, self.cols, self.key_cols, self.elsewhere)
 
     def rows(self, window: slice) -> Region:
         """The region restricted to a range of rows."""
@@ -83,33 +87,40 @@ class Region:
         valid = self.valid if self.valid is None or len(self.valid) == 1 else self.valid[window]
         keys = None if self.key_cols is None else self.key_cols[window]
         shape = dict(self.shape, row=window.stop - window.start)
-        return Region(self.site, shape, steps, valid, self.cols[window], keys)
+        return Region(self.site, shape, steps, valid, self.cols[window], keys, self.elsewhere)
 
     def _on(self, x: Tensor) -> Steps:
         return tuple((axis, index.to(x.device)) for axis, index in self.steps)
 
 
-def taken(x: Tensor, steps: Steps) -> Tensor:
-    """The entries of an activation that indices, one axis after another, select."""
-    return _levels(x, steps)[-1]
+def taken(x: Tensor, steps: Steps, elsewhere: frozenset[int] = frozenset()) -> Tensor:
+    """The entries of an activation that indices, one axis after another, select; see `Region.elsewhere`."""
+    return _levels(x, steps, elsewhere)[-1]
 
 
-def replaced(x: Tensor, part: Tensor, steps: Steps, valid: Tensor | None = None) -> Tensor:
+def replaced(
+    x: Tensor, part: Tensor, steps: Steps, valid: Tensor | None = None, elsewhere: frozenset[int] = frozenset()
+) -> Tensor:
     """An activation with the selected entries replaced, where they are valid."""
-    levels = _levels(x, steps)
+    levels = _levels(x, steps, elsewhere)
     if valid is not None:
         part = torch.where(valid, part, levels[-1])
     for (axis, index), level in zip(reversed(steps), reversed(levels[:-1]), strict=True):
         if index.ndim == 1:
             part = level.index_copy(axis, index, part)
+        elif axis in elsewhere:
+            more = torch.cat([level, level.narrow(axis, 0, 1)], axis)
+            part = more.scatter(axis, _spread(index, axis, part), part).narrow(axis, 0, level.shape[axis])
         else:
             part = level.scatter(axis, _spread(index, axis, part), part)
     return part
 
 
-def _levels(x: Tensor, steps: Steps) -> list[Tensor]:
+def _levels(x: Tensor, steps: Steps, elsewhere: frozenset[int]) -> list[Tensor]:
     levels = [x]
     for axis, index in steps:
+        if axis in elsewhere:
+            index = index.clamp_max(x.shape[axis] - 1)
         x = x.index_select(axis, index) if index.ndim == 1 else x.gather(axis, _spread(index, axis, x))
         levels.append(x)
     return levels
@@ -138,23 +149,27 @@ def resolve(
 
     Raises:
         SiteError: a head, position or dimension that is not there.
+        ElsewhereError: none of the tokens that are meant is among these, which are a part of a text.
         ShapeError: a mask or index whose shape does not fit the batch.
     """
     axes, queries = site.axes, _as_wide(queries, sizes)
     keys = queries if keys is None else keys
     rows = len(queries.real)
-    cols, valid = _columns(POS, site.pos, queries, where, site)
+    cols, valid = columns_of(POS, site.pos, queries, where, site)
     shape = {ROW: rows, POS: cols.shape[1]}
     steps = _position_steps(axes.index(POS), cols, queries.width)
     flags = [] if valid is None else [_on_axes(valid, POS, axes)]
-    key_cols = None
+    elsewhere = {POS: beyond(cols, queries.width)}
+    cols, key_cols = cols.clamp_max(queries.width - 1), None
     if HEAD in axes:
         shape[HEAD], step = _entries(HEAD, site, sizes[HEAD], axes)
         steps += step
     if KEY in axes:
-        key_cols, key_valid = _columns(KEY, site.key_pos, keys, None, site)
+        key_cols, key_valid = columns_of(KEY, site.key_pos, keys, None, site)
         shape[KEY] = key_cols.shape[1]
         steps += _position_steps(axes.index(KEY), key_cols, keys.width)
+        elsewhere[KEY] = beyond(key_cols, keys.width)
+        key_cols = key_cols.clamp_max(keys.width - 1)
         if key_valid is not None:
             flags.append(_on_axes(key_valid, KEY, axes))
     if DIM in axes:
@@ -163,10 +178,13 @@ def resolve(
     merged = None
     for flag in flags:
         merged = flag if merged is None else merged & flag
-    return Region(site, shape, tuple(steps), merged, cols, key_cols)
+    gone = frozenset(axes.index(axis) for axis, some in elsewhere.items() if some)
+    return Region(site, shape, tuple(steps), merged, cols, key_cols, gone)
 
 
-def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[str, int]) -> Region:
+def corresponding(
+    region: Region, mine: Columns, source: Columns, sizes: dict[str, int], keys: Columns | None = None
+) -> Region:
     """The region of a source's activation that belongs to a region resolved on other tokens, position by position.
 
     Positions that the site lists are looked up in the source's own rows (so -1 is the source's last token); those that
@@ -175,16 +193,18 @@ def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[st
     Raises:
         ShapeError: the source has other lengths, or lacks such a position.
     """
-    if source.laid_like(mine):
+    if source.laid_like(mine) and (keys is None or source.laid_like(keys)):
         return region
     site, axes = region.site, region.site.axes
     mine, source = _as_wide(mine, sizes), _as_wide(source, sizes)
+    here = {POS: mine, KEY: mine if keys is None else keys}
     found: dict[str, Tensor] = {}
     steps: list[tuple[int, Tensor]] = []
     for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
         if cols is None:
             continue
         index: Index = getattr(site, axis)
+        mine = here[axis]
         if index is None and bool((mine.lengths != source.lengths).any()):
             row = int((mine.lengths != source.lengths).nonzero()[0])
             raise ShapeError(
@@ -192,7 +212,7 @@ def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[st
                 f"{int(mine.lengths[row])} here; clean and corrupt of different lengths do not correspond"
             )
         if listed(index):
-            found[axis], _ = _columns(axis, index, source, None, site)
+            found[axis], _ = columns_of(axis, index, source, None, site)
         else:
             wanted = mine.index.gather(1, cols)
             real = mine.real.gather(1, cols)
@@ -205,15 +225,11 @@ def corresponding(region: Region, mine: Columns, source: Columns, sizes: dict[st
                 raise ShapeError(
                     f"{site}: row {row} of the source has {int(source.lengths[row])} tokens, and position "
                     f"{int(wanted[row][real[row]].max())} is wanted"
+                    + ("" if mine.prompt is None else "; a slice, as pos=slice(None), means the prompt's tokens alone")
                 )
         steps += _position_steps(axes.index(axis), found[axis], source.width)
     steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
     return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
-
-
-def listed(index: Index) -> bool:
-    """Whether an index of positions lists them (by an int, ints, or ints for each row)."""
-    return isinstance(index, (int, tuple)) or (isinstance(index, Tensor) and index.dtype != torch.bool)
 
 
 def _along(valid: Tensor, axis: int) -> Tensor:
@@ -248,7 +264,7 @@ def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tens
     """The index steps that take columns [B, n] out of an axis of `width`."""
     if cols.shape[1] == width and bool((cols == torch.arange(width)).all()):
         return []
-    if bool((cols == cols[:1]).all()):
+    if bool((cols == cols[:1]).all()) and not beyond(cols, width):
         return [(axis, cols[0].contiguous())]
     return [(axis, cols)]
 
@@ -256,6 +272,7 @@ def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tens
 def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int = 0) -> tuple[int, list]:
     """Size of, and index steps for, an axis of heads or dimensions."""
     index: Index = getattr(site, axis)
+    assert not isinstance(index, New)
     if index is None:
         return size, []
     if isinstance(index, Tensor):
@@ -279,71 +296,3 @@ def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int 
     if len(set(chosen)) != len(chosen):
         raise SiteError(f"{site}: {axis}={index} names one of the {size} twice")
     return len(chosen), [(axes.index(axis), torch.tensor(chosen))]
-
-
-def _columns(
-    axis: str, index: Index, tokens: Columns, where: Tensor | None, site: Site
-) -> tuple[Tensor, Tensor | None]:
-    """Columns [B, n] of the positions meant, and which of them count (None: all)."""
-    rows, width = tokens.real.shape
-    lengths = tokens.lengths[:, None]
-    if isinstance(index, Tensor) and index.shape[0] != rows:
-        raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
-    if index is None or isinstance(index, Span) or (isinstance(index, Tensor) and index.dtype == torch.bool):
-        if isinstance(index, Tensor):
-            if index.shape != tokens.real.shape:
-                raise ShapeError(f"{site}: the mask is {list(index.shape)}, the inputs {list(tokens.real.shape)}")
-            chosen = index.cpu()
-            if bool((chosen & ~tokens.real).any()):
-                raise ShapeError(f"{site}: the mask selects padding; intersect it with inputs.mask")
-        else:
-            start, stop = (index.start, index.stop) if isinstance(index, Span) else (None, None)
-            low = _bound(start, 0, lengths)
-            high = _bound(stop, _EVER, lengths)
-            chosen = tokens.real & (tokens.index >= low) & (tokens.index < high)
-        if where is not None:
-            chosen = chosen & _where_columns(where, tokens, site)
-        count = chosen.sum(1)
-        widest = int(count.max())
-        if widest == 0:
-            raise SiteError(f"{site}: {axis} selects no token of any row")
-        # A stable sort puts the chosen columns first and keeps all columns of a row distinct, as scatter requires.
-        cols = torch.argsort((~chosen).byte(), dim=1, stable=True)[:, :widest]
-        ragged = bool((count != widest).any())
-        return cols, (torch.arange(widest) < count[:, None]) if ragged else None
-    if isinstance(index, Tensor):
-        pos = index.long().cpu().reshape(rows, -1)
-    else:
-        pos = torch.tensor(index if isinstance(index, tuple) else (index,)).expand(rows, -1)
-    resolved = torch.where(pos < 0, pos + lengths, pos)
-    cols, there = tokens.find(resolved)
-    outside = (~there).any(1).nonzero().flatten().tolist()
-    if outside:
-        row = outside[0]
-        raise SiteError(
-            f"{site}: {axis} {pos[row].tolist()} is not in row {row}, which has {int(lengths[row])} "
-            + ("tokens" if site.name != "logits" or width > 1 else "position there")
-            + (f" (nor in {len(outside) - 1} other rows)" if len(outside) > 1 else "")
-            + "; a slice or a mask takes from each row what it has"
-        )
-    ordered = resolved.sort(1).values
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise SiteError(f"{site}: {axis}={index} names one position of a row twice")
-    valid = None if where is None else _where_columns(where, tokens, site).gather(1, cols)
-    return cols, valid
-
-
-def _bound(value: int | None, default: int, lengths: Tensor) -> Tensor:
-    if value is None:
-        return torch.full_like(lengths, default)
-    return lengths + value if value < 0 else torch.full_like(lengths, value)
-
-
-def _where_columns(where: Tensor, tokens: Columns, site: Site) -> Tensor:
-    where = where.cpu()
-    if where.dtype != torch.bool or where.shape not in (tokens.real.shape, tokens.real.shape[:1]):
-        raise ShapeError(
-            f"{site}: where() takes a bool mask of shape {list(tokens.real.shape[:1])} or {list(tokens.real.shape)}, "
-            f"got {where.dtype} of shape {list(where.shape)}"
-        )
-    return (where if where.ndim == 2 else where[:, None]) & tokens.real

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import SiteError, nearest
 from .encoding import Put, Record
+from .spans import NEW, SPAN, New, Span
 
 ROW, POS, KEY, HEAD, DIM = "row", "pos", "key_pos", "head", "dim"
 
@@ -73,29 +74,10 @@ _ORDER = {name: index for index, name in enumerate(KINDS)}
 _BY_HOOK = {kind.hook: kind.name for kind in KINDS.values()} | {"hook_unembed": "logits"}
 
 
-@dataclass(frozen=True)
-class Span:
-    """Positions from `start` up to but not including `stop` (None: open); negative numbers count from the end."""
+_WORDS: dict[str, int | New | None] = {"last": -1, "all": None, "new": New()}
+"""Positions that have a name."""
 
-    start: int | None = None
-    stop: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("start", "stop"):
-            bound = getattr(self, name)
-            if bound is not None and (not isinstance(bound, Integral) or isinstance(bound, bool)):
-                raise SiteError(f"the ends of a slice are ints or open, not {bound!r}")
-            object.__setattr__(self, name, None if bound is None else int(bound))
-
-    def encoded(self, put: Put) -> dict[str, Any]:
-        """The span as data."""
-        return SPAN.encoded(self, put)
-
-    def __str__(self) -> str:
-        return f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
-
-
-Index = int | tuple[int, ...] | Span | Tensor | None
+Index = int | tuple[int, ...] | Span | New | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +91,9 @@ class Site:
         head: an int, ints, or None for all. Key/value heads where the site has those.
         pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
             or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
-            positions count from the row's last real token. Of an image, 0 is the class token, and the patches follow
-            row by row; the logits of a classifier have one position.
+            positions count from the row's last real token. While a model generates, all of these are of the prompt,
+            a `New` is of the tokens that follow it, and None is of both. Of an image, 0 is the class token, and the
+            patches follow row by row; the logits of a classifier have one position.
         key_pos: key positions of ``scores`` and ``pattern``, in the same forms.
         dim: entries of the last axis; for ``logits`` these are tokens, and may be ints [B, n], a list for each row.
     """
@@ -212,7 +195,9 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
         name: a kind with its `layer` (``"z"``, 8), or TransformerLens's full name (``"blocks.8.attn.hook_z"``).
         layer: the block, from 0.
         **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`. ``pos="last"`` is -1, a slice is a
-            `Span`.
+            `Span`. While the model generates, these mean tokens of the prompt, and ``pos=-1`` stays its last;
+            ``pos="new"`` is what is generated (``pos=new(0, 5)`` its first five tokens), and no `pos`, or
+            ``pos="all"``, is every token, of the prompt and new. So it is for `key_pos`.
 
     Raises:
         SiteError: the name is unknown, the layer is missing or superfluous, or the site lacks a restricted axis.
@@ -280,9 +265,9 @@ def execution_order(key: Key, n_layers: int) -> tuple[int, int]:
 def _index(axis: str, value: Any) -> Index:
     """Bring what a user may write for positions, heads or dimensions into one of the forms of `Index`."""
     if isinstance(value, str):
-        if value in ("last", "all") and axis in (POS, KEY):
-            return -1 if value == "last" else None
-        raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None{nearest(value, ('last', 'all'))}")
+        if value in _WORDS and axis in (POS, KEY):
+            return _WORDS[value]
+        raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None{nearest(value, _WORDS)}")
     if hasattr(value, "__array__") and not isinstance(value, Tensor):
         value = torch.as_tensor(value)
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool and not value.ndim):
@@ -298,7 +283,7 @@ def _index(axis: str, value: Any) -> Index:
         return _ints(axis, value)
     if isinstance(value, Tensor):
         return _tensor_index(axis, value)
-    if value is None or isinstance(value, (int, Span)):
+    if value is None or isinstance(value, (int, Span)) or (isinstance(value, New) and axis in (POS, KEY)):
         return value
     raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None")
 
@@ -349,12 +334,11 @@ def describe_index(value: Index) -> str:
     return str(value)
 
 
-SPAN = Record("span", {"start": (int, type(None)), "stop": (int, type(None))}, Span)
 SITE = Record(
     "site",
     {"name": (str,), "layer": (int, type(None)), "stack": (str, type(None))}
-    | {axis: (int, tuple, Span, Tensor, type(None)) for axis in (HEAD, POS, KEY, DIM)},
+    | {axis: (int, tuple, Span, New, Tensor, type(None)) for axis in (HEAD, POS, KEY, DIM)},
     Site,
 )
-SITE_RECORDS = (SITE, SPAN)
+SITE_RECORDS = (SITE, SPAN, NEW)
 """How sites stand in a file."""

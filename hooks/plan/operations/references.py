@@ -21,6 +21,11 @@ class Mean(Op):
     name: ClassVar[str] = "mean"
     stacks: ClassVar[bool] = True
 
+    @property
+    def pools_positions(self) -> bool:
+        """Whether positions are averaged over."""
+        return self.pooled
+
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         reference, layout = reads[0], ctx.references[0]
         assert layout is not None

@@ -1,0 +1,121 @@
+"""Key/value caches: what is edited on its way in, and what their owner does to them between two calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from . import seams
+
+OPERATIONS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+"""Methods of a cache that change which tokens of which rows it holds."""
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a key/value cache of transformers."""
+    return hasattr(value, "update") and hasattr(value, "get_seq_length")
+
+
+def cache_of(output: Any) -> Any:
+    """The cache among what a model returns, by name or somewhere in a tuple; None where there is none."""
+    if isinstance(output, tuple):
+        return next((value for value in output if is_cache(value)), None)
+    found = getattr(output, "past_key_values", None)
+    return found if is_cache(found) else None
+
+
+def filled(cache: Any) -> int:
+    """How many columns a cache holds; 0 of none. Waits for the device where the cache counts there."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def require_plain(cache: Any, attentions: Iterable[Any]) -> None:
+    """Refuse caches that hold something else than one key and one value for each token, as attention sees them.
+
+    Raises:
+        PlanError: such a cache.
+    """
+    if not is_cache(cache):
+        raise PlanError(
+            f"a {type(cache).__name__} is no key/value cache that a plan can follow: use a Cache of transformers"
+        )
+    if hasattr(cache, "cross_attention_cache"):
+        raise PlanError("an EncoderDecoderCache holds two caches, and plans know models with one stack of layers")
+    if any(getattr(cache, "is_linear", ())):
+        raise PlanError("layers with a state in place of keys and values (linear attention) cannot be followed")
+    if any(hasattr(attention, "kv_lora_rank") for attention in attentions):
+        raise PlanError(
+            "latent attention caches what keys and values are made of, so their edits would not persist: decode with "
+            "use_cache=False"
+        )
+
+
+def windows(cache: Any, queries: int, layers: int) -> dict[int, tuple[int, int]]:
+    """For each layer, the column that the first key of its attention is and their number, in a call of some queries."""
+    if cache is None:
+        return {}
+    sizes = [cache.get_mask_sizes(queries, layer) for layer in range(layers)]
+    return {layer: (int(start), int(width)) for layer, (width, start) in enumerate(sizes)}
+
+
+class Entering:
+    """A cache as one attention layer sees it: what is written into it is edited first, and so persists.
+
+    The cache itself is the caller's, and stays what it is.
+    """
+
+    def __init__(self, cache: Any, edit: Callable[[Tensor], Tensor]) -> None:
+        self._cache, self._edit = cache, edit
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys [B, K, T, D], edited, and values; returns all that attention is to see."""
+        return self._cache.update(self._edit(key_states), value_states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+
+def rows_after(name: str, argument: Any, rows: int) -> Tensor | None:
+    """The rows of a cache after an operation, each by the row that it goes on from; None where it keeps them."""
+    if name == "batch_repeat_interleave":
+        return torch.arange(rows).repeat_interleave(int(argument))
+    if name in ("reorder_cache", "batch_select_indices"):
+        return torch.arange(rows)[torch.as_tensor(argument).to("cpu")]
+    return None
+
+
+def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
+    """Learn of all that is done to a cache between calls, as ``note(operation, argument)``; returns what ends it."""
+
+    def noting(name: str) -> Callable[..., Any]:
+        def function(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            note(name, next(iter((*args, *kwargs.values())), None))
+            return result
+
+        return function
+
+    removals = [seams.place(cache, name, noting(name)) for name in OPERATIONS if hasattr(cache, name)]
+
+    def end() -> None:
+        for remove in reversed(removals):
+            remove()
+
+    return end
+
+
+def apart(cache: Any) -> Any:
+    """A copy of a cache, which nobody follows."""
+    twin = copy.deepcopy(cache)
+    for name in OPERATIONS:
+        if isinstance(vars(twin).get(name), seams.Seam):
+            del vars(twin)[name]
+    return twin
