@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -31,7 +32,10 @@ from .record import record
 from .resolving import resolve
 
 # Guards find another graph for other shapes, and functions of the user's; past this, something changes in every call.
-_GRAPHS_OF_ONE_SKELETON = 32
+_GRAPHS_OF_ONE_SKELETON, _GRAPHS_OF_ALL = 32, 1024
+_LIMITS: dict[str, Any] = {}
+if {"recompile_limit", "isolate_recompiles"} <= set(inspect.signature(torch.compile).parameters):
+    _LIMITS = {"recompile_limit": _GRAPHS_OF_ONE_SKELETON, "isolate_recompiles": True}
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,7 @@ class Graphs:
                 backend=options.backend,
                 mode=options.mode,
                 options=told or None,
-                recompile_limit=_GRAPHS_OF_ONE_SKELETON,
-                isolate_recompiles=True,
+                **_LIMITS,
             )
             self._graphs[key] = _Graph(traced, compiled)
         return self._graphs[key]
@@ -188,8 +191,11 @@ class Graphs:
     def _counted(self):
         stats = torch._dynamo.utils.counters["stats"]
         before = stats["unique_graphs"]
+        # An older torch counts the graphs of all skeletons as one function's.
+        limit = nullcontext() if _LIMITS else torch._dynamo.config.patch(recompile_limit=_GRAPHS_OF_ALL)
         try:
-            yield
+            with limit:
+                yield
         finally:
             self.count += stats["unique_graphs"] - before
 

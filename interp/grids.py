@@ -290,6 +290,9 @@ def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
         return value, None if bool(some.all()) else some
     if not isinstance(value, (int, tuple)):
         return value, None
+    reach = [p + 1 if p >= 0 else -p for p in (value if isinstance(value, tuple) else (value,))]
+    if max(reach) <= inputs.shortest:
+        return value, None
     listed = torch.tensor(value if isinstance(value, tuple) else (value,))
     lengths = inputs.lengths[:, None]
     has = ((listed < lengths) & (listed >= -lengths)).all(1)

@@ -124,6 +124,11 @@ class Inputs:
         return self.mask.sum(1)
 
     @cached_property
+    def shortest(self) -> int:
+        """Real tokens of the row that has fewest."""
+        return int(self.lengths.min())
+
+    @cached_property
     def order(self) -> Tensor:
         """int64 [B, T]: columns with the real ones first, so that ``order[b, p]`` is the column of position p."""
         return torch.argsort((~self.mask).byte(), dim=1, stable=True)

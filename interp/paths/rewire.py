@@ -129,7 +129,7 @@ class Rewired:
                 change = change + part
         return x + (change if self.per_head else change.sum(2))
 
-    def _difference(self, place: Site, value: Tensor, writers: list[Writer], window: slice) -> Tensor:
+    def _difference(self, place: Site, value: Tensor, writers: list[Writer], window: slice | Tensor) -> Tensor:
         """c_u - live_u, [B, T, U, M]."""
         if place.name != "z":
             other = self.source.writer(writers[0], self._whole(value))
@@ -143,7 +143,7 @@ class Rewired:
         other = [self.source.writer(writer, self._whole(own[:, :, 0])) for writer in writers]
         return torch.stack([self._in_order(value, window, own) for value in other], 2) - own
 
-    def _in_order(self, value: Tensor, window: slice, like: Tensor) -> Tensor:
+    def _in_order(self, value: Tensor, window: slice | Tensor, like: Tensor) -> Tensor:
         """Rows of a value [B, T, ...] in the order of positions, in which a function sees them: real tokens first."""
         cols = self.source.inputs.order[window, : like.shape[1]].to(value.device)
         value = value[window].to(like.dtype)

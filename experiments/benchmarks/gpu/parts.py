@@ -90,7 +90,7 @@ def masks(bench: Bench) -> Iterator[Row]:
         patterns = partial(ip.sweep, model, clean, corrupt, ip.grid("pattern", layer="all", head="all"))
         keys = ip.grid("scores", layer="all", key_pos="all")
         knocked = partial(ip.sweep, model, prompt, None, keys, intervention=ip.knockout)
-        yield _against(f"patterns, {short} tokens", dtype, patterns, bench, "batched", "sequential")
+        yield _against(f"patterns, {short} tokens", dtype, patterns, bench, "batched")
         yield _against(f"key knock-outs, {long} tokens", dtype, knocked, bench, "batched")
         del model
 
