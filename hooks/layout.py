@@ -102,6 +102,10 @@ class Layout:
 
     def resolve(self, site: Site, sizes: dict[str, int], only: Tensor | None = None) -> Region:
         """The entries of an activation that a site means; see `hooks.plan.region.resolve`."""
+        return replace(self.entries(site, sizes, only), site=site)
+
+    def entries(self, site: Site, sizes: dict[str, int], only: Tensor | None = None) -> Region:
+        """The same, of this site or of another with the same indices, such as that of another layer."""
         indices = (site.head, site.pos, site.key_pos, site.dim)
         queries, keys = self.columns(site)
         if only is not None or any(isinstance(index, Tensor) for index in indices):
@@ -110,19 +114,22 @@ class Layout:
         key = (site.axes, indices, tuple(sizes.items()), site.layer if self.windows else None, site.name == "logits")
         if key not in self._known:
             self._known[key] = resolve(site, queries, sizes, None, keys)
-        return replace(self._known[key], site=site)
+        return self._known[key]
 
     def entire(self, site: Site, sizes: dict[str, int]) -> Region:
         """The region of a whole activation, padding included."""
         queries, keys = self.columns(site)
         return entire(site, queries, sizes, keys)
 
-    def context(self, region: Region, seed: int, window: slice, device: torch.device | None) -> Context:
+    def context(
+        self, region: Region, seed: int, window: slice, device: torch.device | None, site: Site | None = None
+    ) -> Context:
         """Describe a region, resolved on this layout and restricted to the rows of a window, to a function.
 
-        Its tensors are on a device, or stay on the CPU without one.
+        Its tensors are on a device, or stay on the CPU without one. The region may be that of another site with the
+        same indices.
         """
-        site, steps = region.site, dict(region.steps)
+        site, steps = region.site if site is None else site, dict(region.steps)
         entries: dict[str, Tensor] = {}
         for axis in (HEAD, DIM):
             if axis in site.axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .layout import Layout
+from .plan.columns import Columns
 from .plan.context import Reference, with_references
 from .plan.inputs import Inputs
 from .plan.plan import Intervention, Origin, Plan, Read, World
@@ -22,13 +24,15 @@ from .program import Here, Program, Step, Whole
 Sizes = Mapping[Key, dict[str, int]]
 
 
-def source_id(source: World | Plan | Origin | Any, inputs: Inputs) -> Any:
-    """What identifies a world that is read: the object, or the plan under which these inputs are run instead."""
+def source_id(source: Any, inputs: Inputs) -> Any:
+    """What identifies a world that is read: its inputs and its plan, or the plan under which these inputs are run."""
     if source is Origin.UNEDITED:
         return ("unedited", id(inputs))
     if isinstance(source, Plan):
         return ("plan", id(inputs), id(source))
-    return ("world", id(source))
+    if isinstance(source, World):
+        return ("world", id(source.inputs), id(source.plan) if len(source.plan) else None)
+    return ("values", id(source))
 
 
 def resolve(
@@ -89,18 +93,19 @@ class Resolver:
         self.inputs, self.sizes, self.sources, self.layout = inputs, sizes, sources, layout
         self.device, self.window = device, window
         self.known: dict[tuple[int, int], tuple[Region, Region]] = {}
+        self._alike: dict[tuple[int, int], tuple[Tape, bool]] = {}
 
     def region(self, site: Site, only: Tensor | None = None) -> tuple[Region, Region]:
         """A site on all rows, and on those that are run."""
         memo = (id(site), id(only))
         if memo not in self.known:
-            full = self.layout.resolve(site, self.sizes[site.key], only)
+            full = self.layout.entries(site, self.sizes[site.key], only)
             self.known[memo] = (full, full.rows(self.window))
         return self.known[memo]
 
     def step(self, number: int, item: Intervention, seed: int) -> Step:
         _, region = self.region(item.site, item.only)
-        ctx = self.layout.context(region, seed, self.window, self.device)
+        ctx = self.layout.context(region, seed, self.window, self.device, item.site)
         found = [self.read(read, item, region) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in found))
         rows, positions = touched(region)
@@ -167,13 +172,22 @@ class Resolver:
         if read.site is None:
             full, _ = self.region(item.site, item.only)
             queries, keys = layout.columns(item.site)
-            found = corresponding(full, queries, there, self.sizes[place.key], keys)
+            if not self.alike(tape, there, queries):
+                full = corresponding(replace(full, site=item.site), queries, there, self.sizes[place.key], keys)
+            found = full
         else:
             found = resolve_site(layout.for_rows(place), there, self.sizes[place.key])
             self.require_alike(item, region, place, found)
         # A tape may hold a part of a larger batch, which is run against this world row by row.
         assert tape.window is None or tape.window == self.window
         return (whole[self.window] if tape.window is None else whole), found.rows(self.window)
+
+    def alike(self, tape: Tape, there: Columns, here: Columns) -> bool:
+        """Whether the same tokens stand in the same columns of a tape and here, found out once."""
+        known = (id(tape), id(here))
+        if known not in self._alike:
+            self._alike[known] = (tape, there.laid_like(here))
+        return self._alike[known][1]
 
     def require_alike(self, item: Intervention, region: Region, place: Site, found: Region) -> None:
         """Refuse a read of another number of positions than are edited, where that decides which belongs to which."""

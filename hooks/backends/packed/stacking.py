@@ -19,7 +19,7 @@ from ...plan.inputs import Inputs
 from ...plan.operation import Op
 from ...plan.plan import Origin, Read, World
 from ...plan.region import Region, listed
-from ...plan.sites import DIM, HEAD, KEY, POS, ROW, Key
+from ...plan.sites import DIM, HEAD, KEY, POS, ROW, Key, Site
 from ...plan.tape import Tape
 from ...program import Whole
 from ...resolving import Resolver, Sizes
@@ -61,6 +61,8 @@ class Stacker:
         self._kept: list[Any] = []
         self._shared: dict[Any, Tensor] = {}
         self._turns: dict[Key, list[list[Stack]]] = {}
+        self._forms: dict[int, tuple[Region, Any]] = {}
+        self._partly: dict[tuple[int, int, Key], tuple[int, bool]] = {}
         for w, world in enumerate(self.worlds):
             count: dict[Key, int] = {}
             for number, item in enumerate(world.plan):
@@ -112,12 +114,18 @@ class Stacker:
             return cell.world
         reads = tuple(self._likeness_of_read(read, cell) for read in item.reads)
         weight = tuple(item.weight.shape) if isinstance(item.weight, Tensor) else None
-        single = tuple(isinstance(getattr(site, axis), int) for axis in site.axes if axis != ROW)
-        valid = None if cell.region.valid is None else tuple(cell.region.valid.shape[1:])
-        return (
-            type(item.op), _likeness_of_op(item.op), tuple(cell.region.shape.items()), single, valid, weight, reads,
-            tuple(axis for axis, _ in cell.region.steps if site.axes[axis] == DIM),
-        )  # fmt: skip
+        return type(item.op), _likeness_of_op(item.op), self._form(cell.region, site), weight, reads
+
+    def _form(self, region: Region, site: Site) -> Any:
+        """What regions have in common whose entries are stacked."""
+        if id(region) not in self._forms:
+            single = tuple(isinstance(getattr(site, axis), int) for axis in site.axes if axis != ROW)
+            valid = None if region.valid is None else tuple(region.valid.shape[1:])
+            parts = tuple(axis for axis, _ in region.steps if site.axes[axis] == DIM)
+            lists = tuple(listed(getattr(site, axis)) for axis in (POS, KEY))
+            whole = (site.head is None, site.dim is None)
+            self._forms[id(region)] = (region, (tuple(region.shape.items()), single, valid, parts, lists, whole))
+        return self._forms[id(region)][1]
 
     def _likeness_of_read(self, read: Read, cell: Cell) -> Any:
         source = read.source
@@ -126,12 +134,16 @@ class Stacker:
             return ("here", read.site.key, read.site.head is None, read.site.dim is None)
         if isinstance(source, Tensor):
             return ("tensor", tuple(source.shape), source.dtype, source.device, read.aligned)
-        tape = self.resolver(self.worlds[cell.world].inputs).tape(read, cell.item)
-        place = cell.item.site if read.site is None else read.site
-        partly = tape.whole(place) is None
-        lists = tuple(listed(getattr(place, axis)) for axis in (POS, KEY))
-        whole = tuple(getattr(place, axis) is None for axis in (HEAD, DIM))
-        return (id(tape), place.key, read.aligned, partly, lists, whole)
+        inputs, place = self.worlds[cell.world].inputs, cell.item.site if read.site is None else read.site
+        known = (id(source), id(inputs), place.key)
+        if known not in self._partly:
+            tape = self.resolver(inputs).tape(read, cell.item)
+            self._partly[known] = (id(tape), tape.whole(place) is None)
+        told: Any = None
+        if read.site is not None:
+            lists = tuple(listed(getattr(place, axis)) for axis in (POS, KEY))
+            told = (place.key, lists, place.head is None, place.dim is None)
+        return (*self._partly[known], read.aligned, told)
 
     def apply(self, stack: Stack, x: Value, axes: Sequence[str], guard: Value | None = None) -> tuple[Value, Value]:
         """Apply a stack to the activation [m, ...] of its members.
@@ -224,14 +236,14 @@ class Stacker:
 
     def _plain_context(self, stack: Stack) -> ContextOf:
         cell = stack.cells[0]
-        ctx = self.layout.context(cell.region, self.seed, self.window, None)
+        ctx = self.layout.context(cell.region, self.seed, self.window, None, cell.item.site)
         return ContextOf(replace(ctx, references=(None,) * len(stack.item.reads)), {}, {})
 
     def _context(self, stack: Stack, placed: Placed) -> ContextOf:
         """What the operation is told, with what differs between worlds stacked."""
         first = stack.cells[0]
         inputs = self.worlds[first.world].inputs
-        ctx = self.resolver(inputs).layout.context(first.region, self.seed, self.window, None)
+        ctx = self.resolver(inputs).layout.context(first.region, self.seed, self.window, None, first.item.site)
         layouts = [self.resolver(self.worlds[cell.world].inputs).layout for cell in stack.cells]
         shared, each = {"row": placed.add(ctx.row)}, {}
         regions = [cell.region for cell in stack.cells]
@@ -286,6 +298,8 @@ class Stacker:
 
 def _likeness_of_op(op: Op) -> Any:
     """The parameters of an operation that stacked ones share, and the form of the others."""
+    if not op.__dataclass_fields__:  # type: ignore[attr-defined]
+        return ()
     found = []
     for name, value in op.parameters().items():
         if isinstance(value, Tensor):
