@@ -20,7 +20,7 @@ import torch
 
 import interp as ip
 from experiments import machine
-from experiments.benchmarks import report, sides
+from experiments.benchmarks import inside, report, sides
 from experiments.benchmarks.memory import SIDES, peak_memory
 from experiments.benchmarks.overhead import forward_overhead
 from experiments.benchmarks.setting import Setting, Task
@@ -94,6 +94,7 @@ def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[st
         "machine": machine.describe(setting.device),
         "forwards": [],
         "sweeps": [],
+        "inside": [],
         "memory": [],
     }
 
@@ -110,6 +111,9 @@ def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[st
             for site in ("resid_pre", "z"):
                 record["sweeps"].append(measure_sweep(setting, models, setting.task(site, tokens, shared)))
                 done(report.sweep_line(record["sweeps"][-1]))
+    for row in inside.measure(setting, models.wrapped):
+        record["inside"].append(row)
+        done(f"{row['what']}, {row['tokens']} tokens")
     del models, bare
     for side in SIDES:
         record["memory"] += peak_memory(setting, side)

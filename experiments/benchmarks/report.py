@@ -50,6 +50,9 @@ def tables(record: dict[str, Any]) -> str:
         "the bound is the time that bare matrix products take for it, "
         f"{statistics.median(rates):.0f} GFLOP/s in the median:",
         _agreement(record),
+        "Inside attention (targets: key knock-outs at most 1.5 of their bound, patterns 1.2 of `z`, spans 0.70 of a "
+        "forward pass each):",
+        _inside(record),
         "Memory that a sweep takes at most beyond the loaded model, in MiB:",
         _memory(record),
         f"Forward passes, time over the bare model's (target: at most {FORWARD_TARGET:.2f}):",
@@ -116,6 +119,25 @@ def _agreement(record: dict[str, Any]) -> str:
         for sweep in record["sweeps"]
     ]
     return table(head, rows)
+
+
+def _inside(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record.get("inside", []):
+        if "over_bound" in row:
+            found = f"{times(row['over_bound'], digits=2)} of the bound, {row['bound_seconds']:.2f} s"
+        elif "over_z" in row:
+            found = f"{times(row['over_z'], digits=2)} of the sweep of `z`"
+        else:
+            each = row["forwards_a_span"]
+            found = (
+                f"{times(each['ours'], digits=2)} of a forward pass a span, a loop with 4-D masks "
+                f"{times(each['loop'], digits=2)}; "
+                + ", ".join(f"{name} {bytes_ / 2**20:.0f} MiB" for name, bytes_ in row["memory"].items())
+            )
+        off = f"{row['largest_difference']:.1e} of {row['largest_effect']:.2g}"
+        rows.append([f"{row['what']}, {row['tokens']} tokens", row["cells"], found, off])
+    return table(["sweep", "worlds", "time", "largest difference from the model itself"], rows)
 
 
 def _memory(record: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...audit import Audit
 from ...budget import held_per_token, keeps_rows_together
 from ...plan.inputs import Inputs
+from ...plan.operations.attention import Knockout
 from ...plan.plan import Plan, World
 from ...plan.sites import Key, Site
 from ...plan.tape import Tape
@@ -29,7 +30,7 @@ from ..sources import all_reads, read_tapes
 from .base import COPIES, Base, first_spread, record_keys
 from .route import Route
 
-ENOUGH = {"cpu": 4096}
+ENOUGH = {"cpu": 2048}
 """Tokens in a chunk from which on the products of a block do not get faster, by device type."""
 ENOUGH_ELSEWHERE = 1 << 18
 
@@ -121,6 +122,7 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
     shown = {r.key for r in job.reads} | own | {site.key for _, sites in sources.values() for site in sites}
     keys = {item.site.key for world in mine for item in world.plan} | shown
     spread = first_spread([*mine, *(source for source, _ in sources.values())], inputs, network.n_layers)
+    exposed = frozenset(layer for layer in job.expose if _looked_into(job, layer))
     per_token = held_per_token(network)
     limit = float("inf") if job.limit is None else job.limit
     step = max(1, _at_most(limit / 2 / (inputs.width * per_token * network.n_layers), len(inputs)))
@@ -135,7 +137,7 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
             whole=inputs,
             window=window,
             reads=job.reads,
-            exposed=job.expose,
+            exposed=exposed,
             recorded=frozenset(key for key in record_keys(keys) if key[0] not in COPIES or key in shown),
             spread=spread,
             # A value read from another position of the same world may be one that nothing else needs.
@@ -148,6 +150,17 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
         for chosen in _chunks(base, left, firsts, limit / 2, per_token):
             found = run_against(base, [mine[i] for i in chosen], tapes, differs, job.seed)
             yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
+
+
+def _looked_into(job: Job, layer: int) -> bool:
+    """Whether some world sees scores or patterns of a layer: edges that are only forbidden are a kernel's mask."""
+    sites = [*job.reads]
+    for world in job.worlds:
+        for item in world.plan:
+            sites += [read.site for read in item.reads if read.site is not None]
+            if not isinstance(item.op, Knockout):
+                sites.append(item.site)
+    return any(site.name in ("scores", "pattern") and site.layer == layer for site in sites)
 
 
 def _chunks(
