@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -76,7 +75,12 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
 
 def record(network: Network, worlds: Sequence[World], reads: Sequence[Site], **options: Any) -> Iterator[Outcome]:
     """Run worlds and yield what is read of each; see `record_chunks` for the arguments."""
-    return chain.from_iterable(record_chunks(network, worlds, reads, **options))
+    return _each(record_chunks(network, worlds, reads, **options))
+
+
+def _each(chunks: Iterator[Outcomes]) -> Iterator[Outcome]:
+    for chunk in chunks:
+        yield from chunk
 
 
 def record_chunks(
@@ -190,9 +194,7 @@ def run_worlds(
     Raises:
         PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
     """
-    return chain.from_iterable(
-        run_chunks(model, worlds, reads, executor=executor, budget=budget, seed=seed, skip=skip, meter=meter)
-    )
+    return _each(run_chunks(model, worlds, reads, executor=executor, budget=budget, seed=seed, skip=skip, meter=meter))
 
 
 def run_chunks(

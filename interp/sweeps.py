@@ -131,12 +131,15 @@ def sweep(
             seed=seed,
             skip=lambda i, rows: bool(stream.done[todo[i], rows].all()),
         ):
-            places = [todo[i] for i in chunk.indices]
-            numbers = _measured(metrics, bound, spans, compared, chunk, partial(_where, axes, places))
-            if 0 in places:
-                require_finite(numbers[:, places.index(0)], [m.name for m in metrics], chunk.rows)
-            stream.write(numbers, places, chunk.rows, [STATUS.index(status) for status in chunk.statuses])
-            bar.update(len(places) * (chunk.rows.stop - chunk.rows.start))
+            # A function of the user's may take long or break: what it has given is written world by world.
+            alone = any(b.alone for b in bound)
+            for part in map(chunk.one, range(len(chunk))) if alone else [chunk]:
+                places = [todo[i] for i in part.indices]
+                numbers = _measured(metrics, bound, spans, compared, part, partial(_where, axes, places))
+                if 0 in places:
+                    require_finite(numbers[:, places.index(0)], [m.name for m in metrics], part.rows)
+                stream.write(numbers, places, part.rows, [STATUS.index(status) for status in part.statuses])
+                bar.update(len(places) * (part.rows.stop - part.rows.start))
 
     source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed, executor)
     values, status = np.array(stream.values), np.array(stream.status)

@@ -145,6 +145,13 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def one(self, world: int) -> Outcomes:
+        """Those of one world alone."""
+        here = slice(world, world + 1)
+        output = None if self.output is None else self.output[here]
+        values = tuple(value[here] for value in self.values)
+        return Outcomes(self.indices[here], self.rows, values, self.records[here], output, self.starts[here], self.own)
+
     @property
     def statuses(self) -> list[str]:
         """What became of each world; see `Outcome.status`."""

@@ -296,6 +296,11 @@ def test_generation_without_a_cache(device):
             found = torch.cat([found, logits[:, -1].argmax(-1)[:, None]], 1)
     assert torch.equal(found.cpu(), expected) and not torch.equal(plain, expected)
     if device.type != "card":  # what generate() looks up of a device, a pretended one does not have
+        # There -1 is the prompt's last token, and stays so.
+        fixed, expected = plan.interventions[0] + hk.scale(site("resid_pre", 2, pos=4), 4.0), ids
+        for _ in range(3):
+            chosen = model.run(model.inputs(expected), fixed).logits[:, -1].argmax(-1)
+            expected = torch.cat([expected, chosen[:, None].cpu()], 1)
         with model.apply(plan):
             out = model.module.generate(ids.to(device), max_new_tokens=3, do_sample=False, use_cache=False)
         assert torch.equal(out.cpu(), expected)

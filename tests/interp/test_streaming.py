@@ -44,15 +44,17 @@ def run(model: ip.Model, path: Path | None, **options) -> ip.Result:
 
 @contextmanager
 def counted(stop_at: int | None = None) -> Iterator[list[tuple[int, slice]]]:
-    """Note every write to a stream; the one after `stop_at` of them is interrupted."""
+    """Note every cell that is written to a stream; after `stop_at` of them it is interrupted."""
     written: list[tuple[int, slice]] = []
     original = streaming.Stream.write
 
-    def write(self, values, cell: int, rows: slice, status: int) -> None:
-        if len(written) == stop_at:
+    def write(self, values, cells: Sequence[int], rows: slice, status: Sequence[int]) -> None:
+        room = len(cells) if stop_at is None else min(len(cells), stop_at - len(written))
+        if room:
+            original(self, values[:, :room], cells[:room], rows, status[:room])
+            written.extend((cell, rows) for cell in cells[:room])
+        if room < len(cells):
             raise KeyboardInterrupt
-        written.append((cell, rows))
-        original(self, values, cell, rows, status)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming.Stream, "write", write)
@@ -190,11 +192,12 @@ def outer(scale):
     return lambda site: ip.intervene(site, add)
 
 writes, original = [], streaming.Stream.write
-def write(self, *args):
-    if sys.argv[2] == "stop" and len(writes) == 2:
+def write(self, values, cells, rows, status):
+    room = 2 if sys.argv[2] == "stop" else len(cells)
+    original(self, values[:, :room], cells[:room], rows, status[:room])
+    writes.extend(cells[:room])
+    if room < len(cells):
         raise KeyboardInterrupt
-    writes.append(args)
-    original(self, *args)
 streaming.Stream.write = write
 try:
     ip.sweep(model, model.inputs(ids[0]), None, ip.grid("resid_post", layer="all", pos="all"), metric=ip.logit(3),

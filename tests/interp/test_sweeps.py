@@ -838,14 +838,14 @@ def test_the_executor_that_is_asked_for_runs_references_and_sources_too(executor
     import interp.sweeps as sweeps
 
     model, asked = zoo.wrapped("gpt2"), []
-    for module in (sweeps, evaluation):
-        real = module.run_worlds
+    for module, name in ((sweeps, "run_chunks"), (evaluation, "run_worlds")):
+        real = getattr(module, name)
 
         def noted(*args, real=real, **options):
             asked.append(options.get("executor", "auto"))
             return real(*args, **options)
 
-        monkeypatch.setattr(module, "run_worlds", noted)
+        monkeypatch.setattr(module, name, noted)
     draw = torch.Generator().manual_seed(0)
     clean, corrupt = (model.inputs(torch.randint(1, 50, (2, 6), generator=draw)) for _ in range(2))
     grid = ip.grid("resid_pre", layer=[1], pos="all")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import hooks
 import interp as ip
 from hooks.errors import InputsError, ModelError, PathError
 from interp import paths
@@ -374,17 +375,21 @@ def test_a_model_that_did_not_change_is_not_run_anew(monkeypatch):
 
 @pytest.fixture
 def executors(monkeypatch) -> list[str]:
-    """The executor that every call of `run_worlds` is asked for, wherever it stands."""
+    """The executor that every call of `run_worlds` and `run_chunks` is asked for, wherever it stands."""
     asked: list[str] = []
-    real = ip.run_worlds
 
-    def run_worlds(*args, **kwargs):
-        asked.append(kwargs.get("executor", "auto"))
-        return real(*args, **kwargs)
+    def noting(real):
+        def run(*args, **kwargs):
+            asked.append(kwargs.get("executor", "auto"))
+            return real(*args, **kwargs)
 
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "interp" and getattr(module, "run_worlds", None) is real:
-            monkeypatch.setattr(module, "run_worlds", run_worlds)
+        return run
+
+    for kind in ("run_worlds", "run_chunks"):
+        real = getattr(hooks, kind)
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "interp" and getattr(module, kind, None) is real:
+                monkeypatch.setattr(module, kind, noting(real))
     return asked
 
 

@@ -150,7 +150,10 @@ class Sharing:
         source, target = _own(members, own)
         padded = not bool(self.layout.keys.real.all())
         # Members whose keys are all their own need none of the base's, which then may not even be there.
-        based = bases[0] is not None and not bool((own.mask[members] | ~self.layout.keys.real[rows]).all())
+        seen = self.layout.keys.real[rows]
+        if attention.causal:
+            seen = seen & (torch.arange(width) <= cols.max() + self.layout.offset)
+        based = bases[0] is not None and bool((seen & ~own.mask[members]).any())
         complete = len(source) == len(members) * width
         span = (int(source[0]), int(source[-1]) + 1) if complete and _consecutive(source) else None
         square = n == width and bool((cols == torch.arange(width)).all()) and not padded

@@ -37,7 +37,7 @@ class Readout:
                 self.visits.read[index] = self.visits.trace.keep(self.logits(index, x, edited))
 
     def edited_logits(self, x: Packed) -> tuple[Packed, set[int]] | None:
-        """All logits of the worlds that edit them, where they are read or edited; and which worlds these are."""
+        """All logits of the worlds that edit them, where they are edited; and which worlds these are."""
         key: Key = ("logits", -1, None)
         turns = self.visits.stacker.asked.get(key)
         if not turns:
@@ -52,7 +52,7 @@ class Readout:
         mine = mine.repeat_interleave(self.visits.rows)[:, None]
         wanted = self.visits.real & mine
         if self.visits.arch.readout is None:
-            wanted &= self.visits.edited_tokens(key) | read.repeat(len(self.visits.worlds), 1)
+            wanted &= self.visits.edited_tokens(key)
         width = x.tokens.width
         if self.visits.arch.readout is not None:
             # A classifier's logits have one position, the first of as many columns as its tokens have.
@@ -65,7 +65,8 @@ class Readout:
         if self.visits.arch.readout is not None:
             tokens = Tokens(wanted.any(1, keepdim=True), self.visits.rows)
         full_logits = Packed(tokens, full)
-        needed = torch.ones_like(tokens.mask)
+        needed = read if self.visits.arch.readout is None else torch.ones(len(read), 1, dtype=torch.bool)
+        needed = needed.repeat(len(self.visits.worlds), 1)
         for stacks in self.visits.stacker.turns(key):
             full_logits = self.edit_logits(full_logits, stacks, needed)
         return full_logits, worlds
@@ -75,7 +76,11 @@ class Readout:
         for stack in stacks:
             part = self.visits.part(x, stack.members, stack.cols, None)
             new, change = self.visits.stacker.apply(stack, part, (HEAD, DIM))
-            self.visits.effects.note(stack, change, torch.ones(len(stack.members), 1, dtype=torch.bool), needed[:, :1])
+            changed = torch.zeros_like(needed[stack.members])
+            counts = stack.tokens_valid
+            self.visits.effects.note(
+                stack, change, changed.scatter_(1, stack.cols, True if counts is None else counts), needed
+            )
             parts.append((stack.members, stack.cols, stack.tokens_valid, new))
         return self.visits.written(x, parts)
 
@@ -91,10 +96,6 @@ class Readout:
             part = self.visits.part(x, self.visits.everyone, cols, None)
             return self.unembedded(part, cols, columns, bool(per_row))
         slot = torch.full(base.layout.queries.real.shape, -1).scatter_(1, cols, torch.arange(n).expand_as(cols))
-        if edited is not None:
-            mine = torch.ones(worlds, dtype=torch.bool)
-            mine[list(edited[1])] = False
-            x = self.visits.moves.to(x, x.tokens & mine.repeat_interleave(rows)[:, None], None)
         flat = x.tokens.flat
         place = slot.flatten()[x.tokens.home]
         chosen = (place >= 0).nonzero().squeeze(1)
@@ -115,7 +116,15 @@ class Readout:
         members = torch.cat([torch.arange(w * rows, (w + 1) * rows) for w in sorted(which)])
         part = self.visits.part(full, members, region.cols.repeat(len(which), 1), None)
         part = self.visits.narrowed(part, region, len(which))
-        return self.visits.trace.do(lambda a, b, i: a.index_copy(0, i, b), value, part, at=[members])
+        # What is not edited stays as it was computed, bit for bit.
+        there = full.tokens.mask[members].gather(1, region.cols.repeat(len(which), 1)).flatten()
+        source = there.nonzero().squeeze(1)
+        target = (members[:, None] * n + torch.arange(n)).flatten()[source]
+
+        def put(a: Tensor, b: Tensor, target: Tensor, source: Tensor) -> Tensor:
+            return a.flatten(0, 1).index_copy(0, target, take(b.flatten(0, 1), source)).view_as(a)
+
+        return self.visits.trace.do(put, value, part, at=[target, source])
 
     def base_logits(self, index: int, cols: Tensor, columns: Callable[..., Tensor], each: bool) -> Value:
         """A read of the base's logits [b, n, C]: as it was made in its own run, or of its final states."""
