@@ -121,12 +121,26 @@ def measure(setting: Setting, save: Callable[[dict[str, Any]], None]) -> dict[st
     return record
 
 
+def measure_inside(setting: Setting, known: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The sweeps inside attention alone, beside what is known of the rest; each says what it was measured at."""
+    torch.set_num_threads(setting.threads)
+    rows: list[dict[str, Any]] = []
+    for row in inside.measure(setting, ip.wrap(setting.model())):
+        rows.append(row | {"commit": machine.commit(), "versions": machine.versions()})
+        save(known | {"inside": rows})
+        print(f"{row['what']}, {row['tokens']} tokens", flush=True)
+    return known | {"inside": rows}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, save and print; or bring the README up to date with what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--inside", action="store_true", help="only the sweeps inside attention, into a file that has the rest"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument(
         "--write-readme", action="store_true", help="measure nothing; put the tables of --out in README.md"
@@ -136,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.write_readme(args.out, Path(__file__).parent / "README.md")
         return
     setting = Setting(device=args.device, threads=args.threads)
-    record = measure(setting.tiny() if args.quick else setting, partial(_write, args.out))
+    setting = setting.tiny() if args.quick else setting
+    save = partial(_write, args.out)
+    if args.inside:
+        record = measure_inside(setting, json.loads(args.out.read_text()), save)
+    else:
+        record = measure(setting, save)
     print(report.tables(record))
 
 
