@@ -152,10 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = Setting(device=args.device, threads=args.threads)
     setting = setting.tiny() if args.quick else setting
     save = partial(_write, args.out)
-    if args.inside:
-        record = measure_inside(setting, json.loads(args.out.read_text()), save)
-    else:
-        record = measure(setting, save)
+    known = json.loads(args.out.read_text()) if args.inside else None
+    record = measure(setting, save) if known is None else measure_inside(setting, known, save)
     print(report.tables(record))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -28,7 +27,10 @@ class Seam:
         """The method as it is without us."""
         owner = self.owner()
         assert owner is not None
-        return MethodType(getattr(type(owner), self.name), owner) if self.before is None else self.before
+        if self.before is not None:
+            return self.before
+        # Bound as the class binds it: some releases of transformers have static methods where others have none.
+        return inspect.getattr_static(type(owner), self.name).__get__(owner, type(owner))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.own(*args, **kwargs) if self.function is None else self.function(self.own, *args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 
 import interp as ip
 from tests import zoo
-from tests.devices import device, model_on, near
+from tests.devices import TOLERANCE, device, model_on, near
 
 __all__ = ["device"]
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def pair(model: ip.Model, lengths=(5, 4)) -> tuple[ip.Inputs, ip.Inputs]:
     return clean, corrupt
 
 
-def same(found: ip.Result, expected: ip.Result, tolerance: float = 1e-9) -> None:
+def same(found: ip.Result, expected: ip.Result, tolerance: float = TOLERANCE[torch.float64]) -> None:
     for name in ("effect", "base", "source", "status"):
         one, two = getattr(found, name), getattr(expected, name)
         assert (one is None) == (two is None), name
