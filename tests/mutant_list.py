@@ -211,8 +211,8 @@ MUTANTS = [
     ),
     (
         "references of the first rows",
-        "*(o[outcome.rows] for o in other)]",
-        "*(o[: len(outcome.values[0])] for o in other)]",
+        "others = [o[chunk.rows] for o in other]",
+        "others = [o[: chunk.rows.stop - chunk.rows.start] for o in other]",
         ROWS,
     ),
     # Grids
@@ -281,7 +281,7 @@ MUTANTS = [
         "np.flatnonzero(~self.done.any(1))",
         STREAM,
     ),
-    ("all rows done with one", "self.done[cell, rows] = True", "self.done[cell] = True", STREAM),
+    ("all rows done with one", "self.done[at, rows] = True", "self.done[at] = True", STREAM),
     (
         "skipped where one row is done",
         "bool(stream.done[todo[i], rows].all())",
@@ -335,12 +335,6 @@ MUTANTS = [
         "len(reference)",
         MEANS + "means_over_a_reference_set[left-gpt2]",
     ),
-    (
-        "a recomputation that stops",
-        '    name: ClassVar[str] = "recompute"\n    always: ClassVar[bool] = True\n',
-        '    name: ClassVar[str] = "recompute"\n',
-        "tests/hooks/test_audit.py::test_a_recomputation_reaches_what_is_after_it",
-    ),
     ("a constant that is none", "return reads[0].detach().expand_as(x)", "return reads[0].expand_as(x)", CONSTANTS),
     (
         "attention back from the first token that can",
@@ -381,8 +375,8 @@ MUTANTS = [
     ),
     (
         "a row of the first rows' tensor",
-        "return region.get(source[self.window])",
-        "return region.get(source[: region.shape[ROW]])",
+        "return self.layout.of_rows(source)[self.window], region",
+        "return self.layout.of_rows(source)[: region.shape[ROW]], region",
         CHUNKS + "what_is_given_for_each_row_in_chunks",
     ),
     # Positions
@@ -413,18 +407,18 @@ MUTANTS = [
     ),
     (
         "positions of a source as here",
-        "found[axis], _ = _columns(axis, index, source, None, site)",
+        "found[axis], _ = columns_of(axis, index, source, None, site)",
         "found[axis] = cols",
         ELSEWHERE,
     ),
     (
         "draws by column",
-        "pos=self.queries.index[window].gather(1, region.cols).to(device)",
-        "pos=region.cols.to(device)",
+        "pos=on(queries.index[window].gather(1, region.cols))",
+        "pos=on(region.cols)",
         DRAWS,
     ),
     # Attention
-    ("a kernel's own scale", "                scale=attention.scaling,\n", "", SCALES),
+    ("a kernel's own scale", "scale=attention.scaling, is_causal=causal", "is_causal=causal", SCALES),
     (
         "a cap on what is added",
         CAP + BIAS,
@@ -454,7 +448,7 @@ MUTANTS = [
     ("every row touched", "int(marks.any(1).sum()), int(marks.sum())", "len(marks), int(marks.sum())", COUNTS),
     (
         "the last change for the largest",
-        "self._sizes = [torch.stack(self._sizes).amax()]",
+        "self._sizes = [torch.stack([torch.as_tensor(size) for size in self._sizes]).amax()]",
         "self._sizes = [self._sizes[-1]]",
         "tests/hooks/test_audit.py::test_the_largest_change_of_many_calls",
     ),
@@ -479,8 +473,8 @@ MUTANTS = [
     ),
     (
         "a call that is made twice writes twice",
-        "return copy.deepcopy(value) if keeps else value",
-        "return value",
+        "twin = copy.deepcopy(cache)",
+        "twin = cache",
         CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache",
     ),
     (
@@ -552,8 +546,8 @@ MUTANTS = [
     ),
     (
         "keys of the past out of sight",
-        "torch.arange(layout.keys.width), cols[..., None] + layout.offset",
-        "torch.arange(layout.keys.width), cols[..., None] - 1",
+        "cols[..., None] + offset",
+        "cols[..., None] - 1",
         "tests/hooks/test_executors.py::test_executors_agree",
     ),
     (
@@ -564,9 +558,33 @@ MUTANTS = [
     ),
     (
         "a packed window one wider",
-        "allowed &= keys > own - attention.window",
-        "allowed &= keys >= own - attention.window",
+        "allowed & (keys > own - attention.window)",
+        "allowed & (keys >= own - attention.window)",
         "tests/hooks/test_executors.py::test_executors_agree",
+    ),
+    (
+        "a ban on the keys of another query",
+        "product = asking & asked",
+        "product = asking | asked",
+        "tests/hooks/test_patterns.py",
+    ),
+    (
+        "keys of the base seen beside a world's own",
+        "whole & ~changed[:, :, None]",
+        "whole",
+        "tests/hooks/test_executors.py::test_executors_agree",
+    ),
+    (
+        "what is read is taken to be the base's",
+        "changed = region & (others | mine)",
+        "changed = region & mine",
+        "tests/hooks/test_executors.py::test_worlds_that_share_a_prefix_with_their_source",
+    ),
+    (
+        "worlds that differ stacked as one",
+        "return Given(values[0] if alike else torch.stack(values), each=not alike, fitted=True), None",
+        "return Given(values[0], each=False, fitted=True), None",
+        "tests/hooks/test_executors.py",
     ),
     # Decoding
     (

@@ -24,7 +24,6 @@ class Op:
         name: what prints and saves.
         mixes: ``"row"`` and ``"pos"``, where these depend on one another.
         writes_inf: whether it writes -inf, so that it has no strength.
-        always: whether what follows is computed again though the value did not change.
         reads_alike: whether what is read has to have x's shape.
         needs_full_rows: whether each row of a reference set must have every position that is edited.
         reads_constants: whether no gradient flows into what is read.
@@ -39,7 +38,6 @@ class Op:
     name: ClassVar[str]
     mixes: ClassVar[frozenset[str]] = frozenset()
     writes_inf: ClassVar[bool] = False
-    always: ClassVar[bool] = False
     reads_alike: ClassVar[bool] = False
     needs_full_rows: ClassVar[bool] = False
     reads_constants: ClassVar[bool] = False

@@ -90,7 +90,6 @@ class Recompute(Op):
     name: ClassVar[str] = "recompute"
     stacks: ClassVar[bool] = True
     looks: ClassVar[bool] = False
-    always: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         return x
