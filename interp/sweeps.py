@@ -30,8 +30,8 @@ from hooks import (
     nearest,
     patch,
     recompute,
-    run_chunks,
 )
+from hooks import run_chunks as run_worlds
 from interp.axes import Axis
 from interp.evaluation import check_metrics, read_reference, require_eval
 from interp.grids import Cell, Factory, Grid
@@ -122,7 +122,7 @@ def sweep(
     bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
     with bar:
         bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
-        for chunk in run_chunks(
+        for chunk in run_worlds(
             model,
             [worlds[i] for i in todo],
             reads,
@@ -273,7 +273,7 @@ def source_metrics(
     bound = [m.bind(model, source.inputs) for m in metrics]
     reads, spans = _all_reads(bound)
     out = np.full((len(metrics), len(source.inputs)), np.nan)
-    for chunk in run_chunks(model, [World(source.inputs)], reads, executor=executor, budget=budget, seed=seed):
+    for chunk in run_worlds(model, [World(source.inputs)], reads, executor=executor, budget=budget, seed=seed):
         out[:, chunk.rows] = _measured(metrics, bound, spans, compared, chunk, lambda _: " of the source")[:, 0]
     return out
 

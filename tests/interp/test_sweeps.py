@@ -838,7 +838,8 @@ def test_the_executor_that_is_asked_for_runs_references_and_sources_too(executor
     import interp.sweeps as sweeps
 
     model, asked = zoo.wrapped("gpt2"), []
-    for module, name in ((sweeps, "run_chunks"), (evaluation, "run_worlds")):
+    name = "run_worlds"
+    for module in (sweeps, evaluation):
         real = getattr(module, name)
 
         def noted(*args, real=real, **options):

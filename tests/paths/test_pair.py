@@ -385,11 +385,12 @@ def executors(monkeypatch) -> list[str]:
 
         return run
 
-    for kind in ("run_worlds", "run_chunks"):
-        real = getattr(hooks, kind)
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "interp" and getattr(module, kind, None) is real:
-                monkeypatch.setattr(module, kind, noting(real))
+    kinds = ("run_worlds", "run_chunks")
+    reals = [getattr(hooks, kind) for kind in kinds]
+    for name, module in list(sys.modules.items()):
+        for kind in kinds if name.partition(".")[0] == "interp" else ():
+            if getattr(module, kind, None) in reals:
+                monkeypatch.setattr(module, kind, noting(getattr(module, kind)))
     return asked
 
 
