@@ -32,6 +32,7 @@ from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
     clamp,
+    counterfactual,
     freeze,
     here,
     interchange,
@@ -112,6 +113,7 @@ __all__ = [
     "choice",
     "choose",
     "clamp",
+    "counterfactual",
     "digest_of",
     "execution_order",
     "fingerprint",
