@@ -22,6 +22,7 @@ from .errors import (
     nearest,
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
+from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
@@ -72,6 +73,7 @@ __all__ = [
     "AttendBack",
     "Audit",
     "Block",
+    "Branch",
     "Compiled",
     "Context",
     "CopyScores",
@@ -90,6 +92,7 @@ __all__ = [
     "MetricError",
     "Model",
     "ModelError",
+    "Moment",
     "New",
     "Origin",
     "Outcome",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +18,13 @@ from .backends import frames
 from .backends.caching import cache_of
 from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.dynamo import HOOK_GUARDS, forget_graphs
-from .backends.gate import gate_of
+from .backends.gate import Arguments, gate_of
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_as_constants, read_tapes
 from .decoding import Decodings
 from .errors import PlanError
 from .fed import Decoding, Fed
+from .forking import Begin, Branch, Combine, Fork
 from .holding import Hold
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
@@ -33,7 +35,23 @@ from .plan.plan import Plan, World
 from .plan.sites import Site
 from .plan.spans import New
 from .plan.tape import Tape
+from .program import Program
 from .resolving import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What is held in one world, on the tokens of a call.
+
+    Attributes:
+        whole: the world; `now` is what of its plan is on tokens that are fed.
+        audit, seeds: of the latter.
+    """
+
+    whole: World
+    now: World
+    audit: Audit
+    seeds: tuple[int, ...]
 
 
 class Holds:
@@ -68,7 +86,8 @@ class Holds:
         with gate.lock:
             before, placement = self.placement, None
             if holds:
-                plans = [World(_NOTHING, one.plan) for one in holds if isinstance(one.plan, Plan)]
+                every = [each for one in holds for each in (one.holds if isinstance(one, Fork) else (one,))]
+                plans = [World(_NOTHING, one.plan) for one in every if isinstance(one.plan, Plan)]
                 placement = Placement(self.network, touched(plans), exposed_layers(plans, ()), held=True)
                 placement.place()
             try:
@@ -99,55 +118,71 @@ class Holds:
             self.decodings.close()
             self.decodings = None
 
-    def in_force(self) -> list[Hold]:
-        """What is held, but for what this thread has suspended since."""
+    def in_force(self, number: int = 0) -> list[Hold]:
+        """What is held in a world, by its number, but for what this thread has suspended since."""
         depth, me = gate_of(self.network.module).depth, threading.get_ident()
-        return [one for one in self.holds if depth <= (one.depth if one.thread == me else 0)]
+        found = [one for one in self.holds if depth <= (one.depth if one.thread == me else 0)]
+        return [one.holds[number] if isinstance(one, Fork) else one for one in found] if number else found
+
+    def fork(self) -> Fork | None:
+        """The several worlds that are held, if any are."""
+        return next((one for one in self.in_force() if isinstance(one, Fork)), None)
 
     def is_in_force(self) -> bool:
         """Whether anything is held, but for what this thread has suspended since."""
         return bool(self.in_force())
 
-    def on(self, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
-        """All plans on these inputs as one, its record, and the seed of each intervention."""
+    def on(self, inputs: Inputs, number: int = 0) -> tuple[Plan, Audit, tuple[int, ...]]:
+        """All plans on these inputs as one, its record, and the seed of each intervention, of one of several worlds."""
         plan, entries, seeds = Plan(), (), ()
-        for one in self.in_force():
+        for one in self.in_force(number):
             part, found = one.on(inputs, self.network)
             plan, entries, seeds = plan + part, entries + found, seeds + (one.seed,) * len(part)
         return plan, Audit(entries), seeds
 
-    def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin the pass of a call of the user's, before the model runs."""
+    def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Begin the pass of a call of the user's, before the model runs; where several worlds are held, of them all.
+
+        Returns:
+            The arguments for all of these; None where they stay as they are.
+        """
         module, network = call.module, self.network
         gate, decodings = gate_of(module), self.decodings
         if not self.in_force():
-            return
+            return None
         assert decodings is not None
         with ExitStack() as stack:
             gate.lock.acquire()
             stack.callback(gate.lock.release)
             given = arguments_of_call(module, args, kwargs)
             fed = decodings.fed(module, given, network.architecture)
-            plan, audit, seeds = self.on(fed.inputs)
-            whole = World(fed.inputs, plan)
-            self.check(fed, given, plan)
-            # Tokens that an intervention means may be in other calls of the text.
-            now = fed.live(plan, network.sizes)
-            fed.note_gone(plan, audit.entries, network.sizes)
-            world = World(fed.inputs, Plan(tuple(plan[n] for n in now)))
-            audit, seeds = Audit(tuple(audit[n] for n in now)), tuple(seeds[n] for n in now)
+            fork = self.fork()
+            views = (fed,) if fork is None else fork.views(fed, given)
+            worlds = [self.world(view, given, number) for number, view in enumerate(views)]
             placement = self.placement
             assert placement is not None
-            if not all(isinstance(one.plan, Plan) for one in self.in_force()):
-                placement = Placement(network, touched([whole]), exposed_layers([whole], ()))
-            tapes: dict[Any, Tape] = {}
-            if all_reads([whole]):
-                # Run anew for every call: in training the weights have changed since the last one.
-                again = partial(self.again, call, args, kwargs, fed)
-                tapes = self.read(whole, world, placement.expose, fed, again)
-            program = resolve(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
-            program = fed.counted(program, audit.entries)
-            run = Pass(placement, [program], [()])
+            if not all(isinstance(one.plan, Plan) for n in range(len(views)) for one in self.in_force(n)):
+                wholes = [world.whole for world in worlds]
+                placement = Placement(network, touched(wholes), exposed_layers(wholes, ()))
+            programs = []
+            for world, view in zip(worlds, views, strict=True):
+                tapes: dict[Any, Tape] = {}
+                if all_reads([world.whole]):
+                    # Run anew for every call: in training the weights have changed since the last one.
+                    again = partial(self.again, call, args, kwargs, view)
+                    tapes = self.read(world.whole, world.now, placement.expose, view, again)
+                made = resolve(
+                    world.now, network.sizes, tapes, device=network.device, seed=world.seeds, layout=view.layout
+                )
+                programs.append(view.counted(made, world.audit.entries))
+            run = Pass(placement, programs, [()] * len(programs))
+            changed = None
+            if fork is not None:
+                changed = (), fork.arguments(given, views)
+                if fork.begin is not None:
+                    fork.begin(fork.moment(fed))
+                fork.follow(fed.cache, len(fed.layout))
+                call.changed = partial(fork.returned, fed)
             if not placement.placed:
                 stack.callback(placement.remove)
                 placement.place()
@@ -155,12 +190,28 @@ class Holds:
             if torch.is_grad_enabled() and module.training:
                 stack.enter_context(checkpointing(module, run.bind))
             # Last, so that it comes first: what the interventions did is noted however the call ended.
-            stack.callback(lambda: program.report(run.states[0], audit))
+            for number, (program, world) in enumerate(zip(programs, worlds, strict=True)):
+                stack.callback(_report, program, run, number, world.audit)
             call.run, call.returned = run, partial(decodings.returned, fed)
             call.close = stack.pop_all().close
+            return changed
 
-    def check(self, fed: Fed, given: dict[str, Any], plan: Plan) -> None:
-        """Refuse what the plans in force cannot do in a call.
+    def world(self, fed: Fed, given: dict[str, Any], number: int) -> Held:
+        """What is held in one of several worlds, on the tokens of a call."""
+        plan, audit, seeds = self.on(fed.inputs, number)
+        self.check(fed, given, plan, number)
+        # Tokens that an intervention means may be in other calls of the text.
+        now = fed.live(plan, self.network.sizes)
+        fed.note_gone(plan, audit.entries, self.network.sizes)
+        return Held(
+            World(fed.inputs, plan),
+            World(fed.inputs, Plan(tuple(plan[n] for n in now))),
+            Audit(tuple(audit[n] for n in now)),
+            tuple(seeds[n] for n in now),
+        )
+
+    def check(self, fed: Fed, given: dict[str, Any], plan: Plan, number: int = 0) -> None:
+        """Refuse what the plans in force in a world cannot do in a call.
 
         Raises:
             PlanError: something of that kind.
@@ -168,7 +219,7 @@ class Holds:
         if keeps_listed_logits(given) and any(item.site.name == "logits" for item in plan):
             raise PlanError("the plan edits the logits, and this call computes only those it lists (logits_to_keep)")
         fed.require_known(plan)
-        for one in self.in_force():
+        for one in self.in_force(number):
             mine, _ = one.on(fed.inputs, self.network) if isinstance(one.plan, Plan) else (plan, ())
             fed.require_reached(mine, one, self.network.sizes)
 
@@ -258,6 +309,10 @@ class Holds:
         return tuple(zip(sites, run.values(0), strict=True))
 
 
+def _report(program: Program, run: Pass, number: int, audit: Audit) -> None:
+    program.report(run.states[number], audit)
+
+
 _NOTHING = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
 _HOLDS: WeakKeyDictionary[nn.Module, Holds] = WeakKeyDictionary()
 """What is held on each module at the moment, by whichever wrapper of it."""
@@ -286,12 +341,34 @@ def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
 
 
 @contextmanager
+def fork(
+    network: Network, branches: Sequence[Branch], combine: Combine, seed: int, begin: Begin | None
+) -> Iterator[tuple[Audit, ...]]:
+    """Hold several worlds on a model; see `Model.fork`."""
+    mine = Fork(branches, combine, seed, gate_of(network.module).depth, begin)
+    found = _HOLDS.get(network.module)
+    if found is not None and any(isinstance(one, Fork) for one in found.holds):
+        raise PlanError("several worlds are held on this model already: give them all to one fork")
+    if network.architecture.images is not None:
+        raise PlanError("worlds are forked while a language model decodes, and this model takes images alone")
+    with _holding(network, mine):
+        yield tuple(one.audit for one in mine.holds)
+
+
+@contextmanager
 def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
-    network.refresh()
     mine = Hold(plan, seed, gate_of(network.module).depth)
-    if isinstance(mine.plan, Plan):
-        check_plan(network, mine.plan)
+    with _holding(network, mine):
+        yield mine.audit
+
+
+@contextmanager
+def _holding(network: Network, mine: Hold) -> Iterator[None]:
+    network.refresh()
+    for one in mine.holds if isinstance(mine, Fork) else (mine,):
+        if isinstance(one.plan, Plan):
+            check_plan(network, one.plan)
     if frames.inside(network.module):
         raise PlanError("a plan cannot be applied within a call of the model: apply it around the call")
     holds = _HOLDS.setdefault(network.module, Holds(network))
@@ -299,7 +376,7 @@ def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     try:
         holds.add(mine)
         try:
-            yield mine.audit
+            yield
         finally:
             frames.drop_ended()
             holds.remove(mine)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.modality_priors.pictures import COLOURS, NONE, SHAPES, SIDE, TEXTURES
 
-PATCH = 6
+PATCH = 8
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
 OTHER = ("what", "color", "is", "the", "?", "yes", "no", "describe", "a", "on", ",", ".", "they", "say")

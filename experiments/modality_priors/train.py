@@ -32,7 +32,7 @@ from experiments.modality_priors.questions import (
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = ROOT / "interp" / "models" / "weights" / "shapes-vlm"
-STEPS, ROWS, RATE = 1400, 64, 4e-3
+STEPS, ROWS, RATE = 900, 64, 5e-3
 
 
 def make(seed: int = 0) -> Any:
