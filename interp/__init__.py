@@ -66,7 +66,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths, training
+from interp import attention, paths, training
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.evaluation import evaluate
@@ -120,6 +120,7 @@ __all__ = [
     "World",
     "accuracy",
     "align",
+    "attention",
     "attribution",
     "clamp",
     "counterfactual",

@@ -239,7 +239,7 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "resolving", "lowering", "budget", "meter"},
     {"backends"},
-    {"fed", "decoding", "holding", "hold", "certificate"},
+    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
     {"compiling", "members"},
     {"model"},
