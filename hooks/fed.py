@@ -17,7 +17,7 @@ from .plan.inputs import Inputs
 from .plan.plan import Intervention, Plan
 from .plan.region import Region, listed
 from .plan.sites import KEY, POS, Index, Key, Site, Span, same
-from .plan.spans import New
+from .plan.spans import Image, New
 from .program import Program
 from .text import PIECES, UNSEEN, Text
 
@@ -71,6 +71,10 @@ class Fed:
         cache: the caller's cache, or None.
         caches: whether a later call may go on from this one.
         generated: whether it is one of several of a `generate`.
+        only: the one stack that runs, where a `generate` looks at the images before it calls the model; else None.
+        encoded: what the tower makes of the images in worlds that are read of the same text, by how they are reached,
+            for a call that is given the features of images and not the images. None where it is not.
+        forked: whether those features are of every world that is held.
     """
 
     inputs: Inputs
@@ -80,6 +84,9 @@ class Fed:
     cache: Any = None
     caches: bool = False
     generated: bool = False
+    only: str | None = None
+    encoded: dict[Any, Any] | None = None
+    forked: bool = False
 
     @property
     def past(self) -> int:
@@ -100,6 +107,8 @@ class Fed:
         return [number for number, item in enumerate(plan) if self._is_live(item, sizes)]
 
     def _is_live(self, item: Intervention, sizes: dict[Key, dict[str, int]]) -> bool:
+        if self.only is not None and item.site.key[2] != self.only:
+            return False
         region = self._region(self.layout, item, sizes)
         if region is None:
             return False
@@ -224,6 +233,8 @@ def _from_end(index: Index) -> bool:
     """Whether it depends on where the prompt ends which positions are meant."""
     if isinstance(index, New):
         return True
+    if isinstance(index, Image):
+        return False
     if isinstance(index, Span):
         return any(bound is not None and bound < 0 for bound in (index.start, index.stop))
     if isinstance(index, Tensor):

@@ -140,10 +140,9 @@ class Fork(Hold):
         if not bool(real.any(1).all()):
             raise ShapeError("hide= hides a whole row")
         mine = replace(text, real=real, lengths=lengths)
-        layout = mine.layout(fed.past, fed.layout.kept, fed.layout.windows)
-        return replace(
-            fed, inputs=_fed_tokens(tokens_of_call(dict(call)), layout.queries.real), layout=layout, text=mine
-        )
+        layout = replace(mine.layout(fed.past, fed.layout.kept, fed.layout.windows), towers=fed.layout.towers)
+        inputs = _fed_tokens(tokens_of_call(dict(call)), layout.queries.real)
+        return replace(fed, inputs=replace(inputs, pictures=fed.inputs.pictures), layout=layout, text=mine)
 
     def arguments(self, call: Mapping[str, Any], views: Sequence[Fed]) -> dict[str, Any]:
         """The arguments of a call for all worlds, one after another along the rows.
@@ -152,12 +151,31 @@ class Fork(Hold):
             InputsError: the images of a world are no pixels of the shape and dtype of those that are given.
         """
         count = len(self)
-        found = {name: value if name in _SHARED else _repeated(name, value, count) for name, value in call.items()}
-        if isinstance(call.get("pixel_values"), Tensor):
-            found["pixel_values"] = torch.cat([self._pixels(one, call["pixel_values"]) for one in self.branches])
+        shared = _SHARED | {"mm_encoder_outputs"} if views[0].forked else _SHARED
+        found = {name: value if name in shared else _repeated(name, value, count) for name, value in call.items()}
+        found |= self._pictures(call)
         if any(one.hide is not None for one in self.branches):
             found |= _seen(call, views, [one.hide is not None for one in self.branches])
         return found
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether some world has other images."""
+        return any(one.images is not None for one in self.branches)
+
+    def looked(self, encode: Callable[[dict[str, Any]], Any], given: Mapping[str, Any]) -> Any:
+        """The arguments of a `generate` after it has looked at the images, of every world."""
+        pictures = {name for name in given if name.startswith(("pixel_", "image_", "video_"))}
+        mine = {n: _repeated(n, value, len(self)) if n in pictures else value for n, value in given.items()}
+        found = encode({**mine, **self._pictures(given)})
+        # What is left of the images goes on to the model, which is called with the rows of one world.
+        return {name: given[name] if name in pictures else value for name, value in found.items()}
+
+    def _pictures(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        pixels = call.get("pixel_values")
+        if not isinstance(pixels, Tensor):
+            return {}
+        return {"pixel_values": torch.cat([self._pixels(one, pixels) for one in self.branches])}
 
     def _pixels(self, branch: Branch, pixels: Tensor) -> Tensor:
         if branch.images is None:
@@ -169,6 +187,12 @@ class Fork(Hold):
         return made
 
     # What comes of them
+
+    def began(self, fed: Fed) -> None:
+        """Note that a call begins."""
+        self.follow(fed.cache, len(fed.layout))
+        if self.begin is not None:
+            self.begin(self.moment(fed))
 
     def moment(self, fed: Fed) -> Moment:
         """The moment of a call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from .backends.caching import cache_of
 from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.dynamo import HOOK_GUARDS, forget_graphs
 from .backends.gate import Arguments, gate_of
+from .backends.generating import Seen
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_as_constants, read_tapes
 from .decoding import Decodings
@@ -92,7 +94,7 @@ class Holds:
                 placement.place()
             try:
                 if holds and not self.holds:
-                    self.decodings = Decodings(module, self.is_in_force)
+                    self.decodings = Decodings(module, self.is_in_force, self.look)
                     gate.open(module)
                 if placement is not None:
                     forget_graphs(module)
@@ -132,6 +134,12 @@ class Holds:
         """Whether anything is held, but for what this thread has suspended since."""
         return bool(self.in_force())
 
+    @property
+    def looks(self) -> bool:
+        """Whether something in force may be at the sites of a tower."""
+        placed = self.placement is not None and any(key[2] is not None for key in self.placement.keys)
+        return placed or not all(isinstance(one.plan, Plan) for one in self.in_force())
+
     def on(self, inputs: Inputs, number: int = 0) -> tuple[Plan, Audit, tuple[int, ...]]:
         """All plans on these inputs as one, its record, and the seed of each intervention, of one of several worlds."""
         plan, entries, seeds = Plan(), (), ()
@@ -146,22 +154,83 @@ class Holds:
         Returns:
             The arguments for all of these; None where they stay as they are.
         """
-        module, network = call.module, self.network
-        gate, decodings = gate_of(module), self.decodings
+        module, decodings = call.module, self.decodings
         if not self.in_force():
             return None
         assert decodings is not None
         with ExitStack() as stack:
-            gate.lock.acquire()
-            stack.callback(gate.lock.release)
+            lock = gate_of(module).lock
+            lock.acquire()
+            stack.callback(lock.release)
             given = arguments_of_call(module, args, kwargs)
-            fed = decodings.fed(module, given, network.architecture)
-            fork = self.fork()
+            fed = decodings.fed(module, given, self.network.architecture)
+            fork, changed = self.fork(), None
             views = (fed,) if fork is None else fork.views(fed, given)
-            worlds = [self.world(view, given, number) for number, view in enumerate(views)]
+            if fork is not None:
+                changed = (), fork.arguments(given, views)
+                fork.began(fed)
+                call.changed = partial(fork.returned, fed)
+            self.begin(call, views, partial(self.again, call, args, kwargs), partial(self.check, given=given))
+            call.returned = partial(decodings.returned, fed)
+            if call.close is not None:
+                stack.callback(call.close)
+            call.close = stack.pop_all().close
+            return changed
+
+    def look(self, encode: Callable[[dict[str, Any]], Any], ids: Tensor, given: dict[str, Any]) -> tuple[Any, Seen]:
+        """Run the tower of a `generate`, which looks at the images before it calls the model.
+
+        Args:
+            encode: does that, given the arguments, which it changes.
+        """
+        module, decodings = self.network.module, self.decodings
+        gate = gate_of(module)
+        assert decodings is not None
+        fed = decodings.looked({**given, "input_ids": ids}, self.network.architecture)
+        call, seen = frames.Call(module, sys._getframe(0)), Seen()
+
+        def again(_fed: Fed, path: tuple[Any, ...]) -> None:
+            arguments = dict(given, mm_encoder_outputs=dict(given.get("mm_encoder_outputs") or {}))
+            frames.push(frames.Call(module, sys._getframe(0), gate.claimed()))
+            try:
+                seen.encoded[path] = encode(arguments)["mm_encoder_outputs"]
+            finally:
+                frames.pop(module)
+
+        with gate.lock:
+            frames.push(call)
+            try:
+                fork = None if fed is None else self.fork()
+                if fed is not None:
+                    seen.image = fed.inputs.columns.image
+                    seen.forked = fork is not None and (self.looks or fork.changes_images)
+                    if self.looks:
+                        views = (fed,) * (1 if fork is None else len(fork))
+                        self.begin(call, views, again, lambda fed, plan, number: None)
+                return (fork.looked(encode, given) if fork is not None and seen.forked else encode(given)), seen
+            finally:
+                frames.pop(module)
+
+    def begin(
+        self,
+        call: frames.Call,
+        views: Sequence[Fed],
+        again: Callable[[Fed, tuple[Any, ...]], Any],
+        check: Callable[[Fed, Plan, int], None],
+    ) -> None:
+        """Begin the pass of a call, under all that is held.
+
+        Args:
+            views: the call as each of the worlds that are held sees it.
+            again: makes the call once more, for the world that is reached by a path.
+            check: refuses what a plan cannot do in it, in a world by its number.
+        """
+        module, network = call.module, self.network
+        with ExitStack() as stack:
+            worlds = [self.world(view, number, check) for number, view in enumerate(views)]
             placement = self.placement
             assert placement is not None
-            if not all(isinstance(one.plan, Plan) for n in range(len(views)) for one in self.in_force(n)):
+            if not all(isinstance(one.plan, Plan) for number in range(len(views)) for one in self.in_force(number)):
                 wholes = [world.whole for world in worlds]
                 placement = Placement(network, touched(wholes), exposed_layers(wholes, ()))
             programs = []
@@ -169,20 +238,12 @@ class Holds:
                 tapes: dict[Any, Tape] = {}
                 if all_reads([world.whole]):
                     # Run anew for every call: in training the weights have changed since the last one.
-                    again = partial(self.again, call, args, kwargs, view)
-                    tapes = self.read(world.whole, world.now, placement.expose, view, again)
+                    tapes = self.read(world.whole, world.now, placement.expose, view, partial(again, view))
                 made = resolve(
                     world.now, network.sizes, tapes, device=network.device, seed=world.seeds, layout=view.layout
                 )
                 programs.append(view.counted(made, world.audit.entries))
             run = Pass(placement, programs, [()] * len(programs))
-            changed = None
-            if fork is not None:
-                changed = (), fork.arguments(given, views)
-                if fork.begin is not None:
-                    fork.begin(fork.moment(fed))
-                fork.follow(fed.cache, len(fed.layout))
-                call.changed = partial(fork.returned, fed)
             if not placement.placed:
                 stack.callback(placement.remove)
                 placement.place()
@@ -192,14 +253,12 @@ class Holds:
             # Last, so that it comes first: what the interventions did is noted however the call ended.
             for number, (program, world) in enumerate(zip(programs, worlds, strict=True)):
                 stack.callback(_report, program, run, number, world.audit)
-            call.run, call.returned = run, partial(decodings.returned, fed)
-            call.close = stack.pop_all().close
-            return changed
+            call.run, call.close = run, stack.pop_all().close
 
-    def world(self, fed: Fed, given: dict[str, Any], number: int) -> Held:
+    def world(self, fed: Fed, number: int, check: Callable[[Fed, Plan, int], None]) -> Held:
         """What is held in one of several worlds, on the tokens of a call."""
         plan, audit, seeds = self.on(fed.inputs, number)
-        self.check(fed, given, plan, number)
+        check(fed, plan, number)
         # Tokens that an intervention means may be in other calls of the text.
         now = fed.live(plan, self.network.sizes)
         fed.note_gone(plan, audit.entries, self.network.sizes)
@@ -210,7 +269,7 @@ class Holds:
             tuple(seeds[n] for n in now),
         )
 
-    def check(self, fed: Fed, given: dict[str, Any], plan: Plan, number: int = 0) -> None:
+    def check(self, fed: Fed, plan: Plan, number: int, given: dict[str, Any]) -> None:
         """Refuse what the plans in force in a world cannot do in a call.
 
         Raises:
@@ -233,10 +292,29 @@ class Holds:
         def apart(value: Any) -> Any:
             return value if fed.cache is None or value is not fed.cache else mirror
 
-        output = call.module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
+        own = {name: apart(value) for name, value in kwargs.items()}
+        if fed.encoded is not None:
+            own["mm_encoder_outputs"] = self.encoded(fed, path, own.get("mm_encoder_outputs"))
+        output = call.module(*map(apart, args), **own)
         cache = cache_of(output)
         if fed.cache is None and cache is not None:
             fed.decoding.mirrors[path] = cache
+
+    def encoded(self, fed: Fed, path: tuple[Any, ...], given: Any) -> Any:
+        """What the tower makes of the images in a world that is read, for a call that is given the features of images.
+
+        Raises:
+            PlanError: nobody looked at them under that world's plan.
+        """
+        assert fed.encoded is not None
+        if path in fed.encoded:
+            return dict(fed.encoded[path])
+        if self.looks:
+            raise PlanError(
+                "the plan edits or reads the tower and reads this world under another plan, or unedited, in a call "
+                "that is given the features of images (mm_encoder_outputs), which are one world's: give it the images"
+            )
+        return given
 
     def read(
         self,

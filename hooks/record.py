@@ -58,7 +58,7 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
     if executor in ("sequential", "batched"):
         return Choice(executor)
     network.refresh()
-    reason = network.unshareable()
+    reason = network.unshareable() or _sees(worlds)
     everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
     mixing = next((item for w in everything for item in w.plan if item.op.mixes), None)
     if not reason and mixing is not None:
@@ -71,6 +71,11 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
             seen.add(id(world.inputs))
             reason = distrust(network, world.inputs)
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
+
+
+def _sees(worlds: Sequence[World]) -> str:
+    """Why worlds with images are not shared; empty where there are none."""
+    return "prompts have images" if any(world.inputs.pictures is not None for world in worlds) else ""
 
 
 def record(network: Network, worlds: Sequence[World], reads: Sequence[Site], **options: Any) -> Iterator[Outcome]:

@@ -30,7 +30,7 @@ def widen_norms(model: nn.Module) -> None:
     """Give each of transformers' RMSNorms, in place, a subclass of its own class that does not narrow float64."""
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ == "Gemma2RMSNorm":
+        if kind.__name__ in ("Gemma2RMSNorm", "Gemma3RMSNorm"):
             module.__class__ = type(kind.__name__, (_WideGemmaNorm, kind), {})
         elif kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.__class__ = type(kind.__name__, (_WideNorm, kind), {})

@@ -17,6 +17,7 @@ from ..models.projections import linear_weight
 from ..plan.sites import Key
 from ..program import Guard
 from .caching import Entering, is_cache
+from .folding import Fold
 
 
 class Running(Protocol):
@@ -37,6 +38,10 @@ class Running(Protocol):
         """Edit and keep a value."""
         ...
 
+    def fold(self, stack: str, embedded: bool = False) -> Fold | None:
+        """How a tower's values are rows; None where nobody knows of its images, and none is edited or kept."""
+        ...
+
 
 Find = Callable[[], Running | None]
 """The pass that this thread is in, or None where a value is nobody's."""
@@ -51,10 +56,19 @@ class Hooks:
         within: whether this thread is in a call that is nobody's, within one that these hooks were placed for.
         stack: where the removal of every hook is registered, at the moment at which it is placed.
         kind: of the hooks.
+        first: whether they come before all that look at outputs already. Models read the features of images off a hook
+            of theirs, and what comes after it reaches nothing.
     """
 
-    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack, kind: type[Hook] = Hook) -> None:
-        self.find, self.within, self.stack, self.kind = find, within, stack, kind
+    def __init__(
+        self,
+        find: Find,
+        within: Callable[[], bool],
+        stack: ExitStack,
+        kind: type[Hook] = Hook,
+        first: bool = False,
+    ) -> None:
+        self.find, self.within, self.stack, self.kind, self.first = find, within, stack, kind, first
 
     def on_output(self, module: nn.Module, edit: Edit, within: Callable[[Tensor], Tensor] | None = None) -> None:
         """Edit what a module returns, or the first of several values.
@@ -71,7 +85,7 @@ class Hooks:
                 return (edit(run, output[0]), *output[1:])
             return edit(run, output)
 
-        self.stack.callback(module.register_forward_hook(self.kind(hook)).remove)
+        self.stack.callback(module.register_forward_hook(self.kind(hook), prepend=self.first).remove)
 
     def on_input(self, module: nn.Module, edit: Edit) -> None:
         """Edit what a module is called with: its first argument, or its hidden states."""
@@ -133,9 +147,16 @@ def place_hooks(
     def show(name: str) -> Edit:
         return lambda run, x: run.visit((name, -1, None), x)
 
+    for name, part in arch.stacks.items():
+        if name is not None:
+            _place_tower(Hooks(find, within, stack, kind, first=True), part, name, keys, watched)
+    keys = {key for key in keys if key[2] is None}
     names = {name for name, layer, _ in keys if layer == -1}
-    if "embed" in names:
+    if "embed" in names and arch.tower is None:
         hooks.on_output(arch.embed, show("embed"))
+    elif "embed" in names:
+        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding.
+        hooks.on_input(arch.blocks[0].module, show("embed"))
     if "pos_embed" in names:
         assert arch.pos_embed is not None
         # Positions that all rows share come as one row, which an edit could not tell apart.
@@ -158,23 +179,68 @@ def place_hooks(
         hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
 
 
-class _BlockHooks:
-    """The hooks of one block. Values wait in the pass's scratch from one hook to the next."""
+def _place_tower(hooks: Hooks, tower: Any, stack: str, keys: Set[Key], watched: bool) -> None:
+    """Place the hooks of a stack that sees images, whose values the pass is shown as rows of the text."""
+    lead = 1 if tower.packed else 2
 
-    def __init__(self, hooks: Hooks, block: Block, layer: int, names: set[str]) -> None:
+    def show(name: str, embedded: bool = False) -> Edit:
+        return lambda run, x: visit_rows(run, (name, -1, stack), x, lead, embedded)
+
+    names = {name for name, layer, of in keys if layer == -1 and of == stack}
+    if "embed" in names:
+        hooks.on_output(tower.embed, show("embed", embedded=True))
+    for layer, block in enumerate(tower.blocks):
+        if watched:
+            hooks.watch(block.module)
+        inside = {name for name, at, of in keys if at == layer and of == stack}
+        if layer == 0 and "resid_pre" in inside:
+            first = ("resid_pre", 0, stack)
+            hooks.on_input(block.module, lambda run, x: visit_rows(run, first, x, lead))  # noqa: B023
+        if inside:
+            _BlockHooks(hooks, block, layer, inside, stack, lead).place()
+    if "ln_final" in names:
+        hooks.on_output(tower.norm, show("ln_final"))
+
+
+def visit_rows(run: Running, key: Key, x: Tensor, lead: int, embedded: bool = False) -> Tensor:
+    """Show a pass a tower's value, whose first `lead` axes are its tokens, as rows of the text."""
+    assert key[2] is not None
+    fold = run.fold(key[2], embedded)
+    if fold is None:
+        return x
+    laid = fold.lay(x.flatten(0, lead - 1))
+    edited = run.visit(key, laid)
+    return x if edited is laid else fold.back(edited).reshape(x.shape)
+
+
+class _BlockHooks:
+    """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
+
+    Args:
+        stack: the tower that the block is of, whose values have their tokens along the first `lead` axes; None of a
+            language model.
+    """
+
+    def __init__(
+        self, hooks: Hooks, block: Block, layer: int, names: set[str], stack: str | None = None, lead: int = 2
+    ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
+        self.stack, self.lead = stack, lead
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
-        return run.visit((name, self.layer, None), x) if name in self.names else x
+        if name not in self.names:
+            return x
+        key = (name, self.layer, self.stack)
+        return run.visit(key, x) if self.stack is None else visit_rows(run, key, x, self.lead)
 
     def shown(self, name: str) -> Edit:
         return lambda run, x: self.visit(run, name, x)
 
     def wait(self, run: Running, name: str, x: Any) -> None:
-        run.scratch[self.layer, name] = x
+        run.scratch[self.stack, self.layer, name] = x
 
     def take(self, run: Running, name: str) -> Any:
-        return run.scratch.pop((self.layer, name), None)
+        return run.scratch.pop((self.stack, self.layer, name), None)
 
     def place(self) -> None:
         self.around_attention()
@@ -192,7 +258,8 @@ class _BlockHooks:
         if self.drops_twice:
             mine = self.block.sublayers.index(sublayer)
             self.hooks.on_output(
-                sublayer.end, lambda run, x: edit(run, x) if run.scratch.get((self.layer, "entered")) == mine else x
+                sublayer.end,
+                lambda run, x: edit(run, x) if run.scratch.get((self.stack, self.layer, "entered")) == mine else x,
             )
         else:
             self.hooks.on_output(sublayer.end, edit)
@@ -213,7 +280,7 @@ class _BlockHooks:
             self.ended(sublayer, self.shown("attn_out"))
 
     def entered(self, number: int, run: Running, x: Tensor) -> Tensor:
-        run.scratch[self.layer, "entered"] = number
+        run.scratch[self.stack, self.layer, "entered"] = number
         return x
 
     def attn_in(self, run: Running, x: Tensor) -> Tensor:
@@ -221,7 +288,7 @@ class _BlockHooks:
         for name in ("q_input", "k_input", "v_input"):
             if name in self.names:
                 projection = getattr(self.block.attention, name[0])
-                copies = x.unsqueeze(2).expand(-1, -1, projection.heads, -1)
+                copies = x.unsqueeze(-2).expand(*x.shape[:-1], projection.heads, x.shape[-1])
                 edited = self.visit(run, name, copies)
                 if edited is not copies:
                     self.wait(run, name, edited)

@@ -21,6 +21,7 @@ _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "gpt2": f"{_HERE}.gpt2",
     "gpt_neox": f"{_HERE}.neox",
     "llama": f"{_HERE}.llama",
+    "llava": f"{_HERE}.llava",
     "mistral": f"{_HERE}.llama",
     "qwen2": f"{_HERE}.llama",
     "qwen3": f"{_HERE}.llama",
@@ -39,6 +40,12 @@ def register(name: str, adapter: Callable[[Any], Architecture]) -> None:
     _ADAPTERS[name] = adapter
 
 
+def adapter_of(name: str) -> Callable[[Any], Architecture] | None:
+    """The adapter of a family, or None where there is none."""
+    adapter = _ADAPTERS.get(name)
+    return import_module(adapter).describe if isinstance(adapter, str) else adapter
+
+
 def describe(module: nn.Module) -> Architecture:
     """Find the parts of a model.
 
@@ -48,9 +55,7 @@ def describe(module: nn.Module) -> Architecture:
     names = [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     for name in [*([model_type] if isinstance(model_type, str) else []), *names]:
-        adapter = _ADAPTERS.get(name)
-        if isinstance(adapter, str):
-            adapter = import_module(adapter).describe
+        adapter = adapter_of(name)
         if adapter is not None:
             return adapter(module)
     given = model_type or names[0]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from ..html import table
-from ..plan.sites import DIM, HEAD, KINDS, POS, Key, Site
-from .architecture import Architecture
+from ..plan.sites import DIM, HEAD, KINDS, POS, TEXT, Key, Site
+from .architecture import Architecture, Tower
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class SiteInfo:
     shape: tuple[int | str, ...]
     layers: int
     writable: bool = True
+    stack: str | None = None
 
 
 class SiteTable(tuple):
@@ -29,9 +31,11 @@ class SiteTable(tuple):
 
     def __str__(self) -> str:
         rows = [("site", "layers", "shape", "", "TransformerLens's name")]
+        several = any(s.stack for s in self)
         for s in self:
             shape = "[" + ", ".join(map(str, s.shape)) + "]"
-            rows.append((s.name, str(s.layers) if s.layers else "-", f"[{', '.join(s.letters)}]", shape, s.hook))
+            name = f"{s.stack or TEXT}:{s.name}" if several else s.name
+            rows.append((name, str(s.layers) if s.layers else "-", f"[{', '.join(s.letters)}]", shape, s.hook))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -39,7 +43,9 @@ class SiteTable(tuple):
 
     def _repr_html_(self) -> str:
         shapes = ["[" + ", ".join(map(str, s.shape)) + "]" for s in self]
-        rows = [(s.name, s.layers or "", shape, s.hook) for s, shape in zip(self, shapes, strict=True)]
+        several = any(s.stack for s in self)
+        names = [f"{s.stack or TEXT}:{s.name}" if several else s.name for s in self]
+        rows = [(name, s.layers or "", shape, s.hook) for name, s, shape in zip(names, self, shapes, strict=True)]
         return table(("site", "layers", "shape", "TransformerLens's name"), rows)
 
 
@@ -47,10 +53,18 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
     """Sizes of the head and last axes of each site that the architecture has, and of the positions of one whose number
     is not that of the tokens: the logits of a classifier have one.
     """
-    width = {DIM: arch.width}
-    sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
+    sizes: dict[Key, dict[str, int]] = {}
+    for stack, part in arch.stacks.items():
+        sizes |= _stack_sizes(part, stack)
     if arch.pos_embed is not None:
-        sizes["pos_embed", -1, None] = width
+        sizes["pos_embed", -1, None] = {DIM: arch.width}
+    sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
+    return sizes
+
+
+def _stack_sizes(arch: Architecture | Tower, stack: str | None) -> dict[Key, dict[str, int]]:
+    width = {DIM: arch.width}
+    sizes: dict[Key, dict[str, int]] = {} if arch.embed is None else {("embed", -1, stack): width}
     for layer, block in enumerate(arch.blocks):
         attention = block.attention
         q, k = ({HEAD: p.heads, DIM: p.width} for p in (attention.q, attention.k))
@@ -66,18 +80,20 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
             if not block.parallel:
                 here["resid_mid"] = width
         for name, size in here.items():
-            sizes[Site(name, layer).key] = size
-    sizes["ln_final", -1, None] = width
-    sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
+            sizes[Site(name, layer, stack).key] = size
+    if arch.norm is not None:
+        sizes["ln_final", -1, stack] = width
     return sizes
 
 
 def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
     """Every kind of site that a model has, given the sizes of all its sites."""
     found = []
-    for name, kind in KINDS.items():
-        layers = range(n_layers) if kind.per_layer else (None,)
-        keys = [key for key in (Site(name, layer).key for layer in layers) if key in sizes]
+    stacks = sorted({key[2] for key in sizes}, key=lambda stack: (stack is not None, stack or ""))
+    for stack, (name, kind) in product(stacks, KINDS.items()):
+        depth = n_layers if stack is None else 1 + max(layer for _, layer, of in sizes if of == stack)
+        layers = range(depth) if kind.per_layer else (None,)
+        keys = [key for key in (Site(name, layer, stack).key for layer in layers) if key in sizes]
         if not keys:
             continue
         size = sizes[keys[0]]
@@ -85,5 +101,6 @@ def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
         letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
         shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)
         hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"
-        found.append(SiteInfo(name, hook, letters, shape, len(keys) if kind.per_layer else 0))  # type: ignore[arg-type]
+        layers = len(keys) if kind.per_layer else 0
+        found.append(SiteInfo(name, hook, letters, shape, layers, stack=stack))  # type: ignore[arg-type]
     return SiteTable(found)

@@ -59,6 +59,7 @@ class World:
             and same(mine.mask, theirs.mask)
             and same(mine.row_ids, theirs.row_ids)
             and same(mine.pixels, theirs.pixels)
+            and same(mine.contents(), theirs.contents())
             and self.plan == other.plan
         )
 
