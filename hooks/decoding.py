@@ -81,8 +81,7 @@ class Decodings:
         encoded = None
         if call.get("mm_encoder_outputs"):
             encoded = {} if generation is None else generation.encoded
-        forked = generation is not None and generation.forked
-        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, None, encoded, forked)
+        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, encoded=encoded)
 
     def looked(self, call: dict[str, Any], arch: Architecture) -> Fed | None:
         """The images of a `generate`, which it looks at before it calls the model; None where there are none.

@@ -74,7 +74,6 @@ class Fed:
         only: the one stack that runs, where a `generate` looks at the images before it calls the model; else None.
         encoded: what the tower makes of the images in worlds that are read of the same text, by how they are reached,
             for a call that is given the features of images and not the images. None where it is not.
-        forked: whether those features are of every world that is held.
     """
 
     inputs: Inputs
@@ -86,7 +85,6 @@ class Fed:
     generated: bool = False
     only: str | None = None
     encoded: dict[Any, Any] | None = None
-    forked: bool = False
 
     @property
     def past(self) -> int:

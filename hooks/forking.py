@@ -23,6 +23,7 @@ from .models.calls import tokens_of_call
 from .plan.inputs import Inputs
 from .plan.plan import Plan, as_plan
 
+_WORLD = "world"
 _SHARED = frozenset({"logits_to_keep", "cache_position", "past_key_values"})
 """Arguments of a call that are no rows."""
 
@@ -151,9 +152,13 @@ class Fork(Hold):
             InputsError: the images of a world are no pixels of the shape and dtype of those that are given.
         """
         count = len(self)
-        shared = _SHARED | {"mm_encoder_outputs"} if views[0].forked else _SHARED
-        found = {name: value if name in shared else _repeated(name, value, count) for name, value in call.items()}
+        found = {name: value if name in _SHARED else _repeated(name, value, count) for name, value in call.items()}
         found |= self._pictures(call)
+        encoded = views[0].encoded or {}
+        if (_WORLD, 1) in encoded:
+            # What the tower made of the images in each world, when `generate` looked at them.
+            each = [call["mm_encoder_outputs"], *(encoded[_WORLD, number] for number in range(1, count))]
+            found["mm_encoder_outputs"] = {kind: _joined([one[kind] for one in each]) for kind in each[0]}
         if any(one.hide is not None for one in self.branches):
             found |= _seen(call, views, [one.hide is not None for one in self.branches])
         return found
@@ -163,11 +168,20 @@ class Fork(Hold):
         """Whether some world has other images."""
         return any(one.images is not None for one in self.branches)
 
-    def looked(self, encode: Callable[[dict[str, Any]], Any], given: Mapping[str, Any]) -> Any:
-        """The arguments of a `generate` after it has looked at the images, of every world."""
+    def looked(self, encode: Callable[[dict[str, Any]], Any], given: Mapping[str, Any], encoded: dict[Any, Any]) -> Any:
+        """The arguments of a `generate` after it has looked at the images of every world.
+
+        Args:
+            encode: looks at them, given the arguments.
+            encoded: takes what the tower made of them in the worlds beside the first, by (`_WORLD`, number).
+        """
         pictures = {name for name in given if name.startswith(("pixel_", "image_", "video_"))}
         mine = {n: _repeated(n, value, len(self)) if n in pictures else value for n, value in given.items()}
         found = encode({**mine, **self._pictures(given)})
+        outputs = found["mm_encoder_outputs"]
+        for number in range(1, len(self)):
+            encoded[_WORLD, number] = {kind: _part(value, len(self), number) for kind, value in outputs.items()}
+        found["mm_encoder_outputs"] = {kind: _part(value, len(self), 0) for kind, value in outputs.items()}
         # What is left of the images goes on to the model, which is called with the rows of one world.
         return {name: given[name] if name in pictures else value for name, value in found.items()}
 
@@ -239,8 +253,11 @@ class Fork(Hold):
 
 
 def _repeated(name: str, value: Any, count: int) -> Any:
-    if isinstance(value, Mapping) and name != "past_key_values":
-        return type(value)({key: _repeated(name, one, count) for key, one in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, Mapping):
+        repeated = {key: _repeated(name, one, count) for key, one in value.items()}
+        return repeated if isinstance(value, dict) and type(value) is dict else type(value)(**repeated)
+    if isinstance(value, (tuple, list)) and value and all(isinstance(one, Tensor) for one in value):
+        return type(value)([*value] * count)
     if not isinstance(value, Tensor) or not value.ndim:
         return value
     if name == "position_ids" and value.ndim == 3:
@@ -283,3 +300,23 @@ def _own(value: Any, count: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_own(one, count) for one in value)
     return value[: len(value) // count] if isinstance(value, Tensor) and value.ndim else value
+
+
+def _part(value: Any, count: int, number: int) -> Any:
+    """What is one world's of what a tower makes of the images of all, one after another."""
+    if isinstance(value, Mapping):
+        return type(value)(**{name: _part(one, count, number) for name, one in value.items()})
+    if isinstance(value, (tuple, list)) and value and all(isinstance(one, Tensor) for one in value):
+        size = len(value) // count
+        return type(value)(value[number * size : (number + 1) * size])
+    return value.chunk(count)[number] if isinstance(value, Tensor) and value.ndim else value
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """What towers made of the images of several worlds, as one."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return type(first)(**{name: _joined([one[name] for one in parts]) for name in first})
+    if isinstance(first, (tuple, list)):
+        return type(first)(each for one in parts for each in one)
+    return torch.cat(list(parts)) if isinstance(first, Tensor) and first.ndim else first

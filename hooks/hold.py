@@ -203,11 +203,12 @@ class Holds:
                 fork = None if fed is None else self.fork()
                 if fed is not None:
                     seen.image = fed.inputs.columns.image
-                    seen.forked = fork is not None and (self.looks or fork.changes_images)
                     if self.looks:
                         views = (fed,) * (1 if fork is None else len(fork))
                         self.begin(call, views, again, lambda fed, plan, number: None)
-                return (fork.looked(encode, given) if fork is not None and seen.forked else encode(given)), seen
+                if fork is None or not (self.looks or fork.changes_images):
+                    return encode(given), seen
+                return fork.looked(encode, given, seen.encoded), seen
             finally:
                 frames.pop(module)
 

@@ -63,7 +63,6 @@ class Generation:
         self.chunked, self.begun = False, False
         self.image = None if seen is None or seen.image is None else seen.image.repeat_interleave(expand, 0)
         self.encoded: dict[Any, Any] = {} if seen is None else seen.encoded
-        self.forked = seen is not None and seen.forked
 
     @property
     def over(self) -> bool:
@@ -148,7 +147,6 @@ class Seen:
 
     image: Tensor | None = None
     encoded: dict[Any, Any] = field(default_factory=dict)
-    forked: bool = False
 
 
 Look = Callable[[Callable[[dict[str, Any]], Any], Tensor, dict[str, Any]], tuple[Any, Seen]]
@@ -204,7 +202,7 @@ class Generations:
         seen = self._seen.pop(threading.get_ident(), None)
         if seen is not None and expand > 1:
             expanded = {path: self._expanded(own, args, kwargs, found) for path, found in seen.encoded.items()}
-            seen = Seen(seen.image, expanded, seen.forked)
+            seen = Seen(seen.image, expanded)
         self._live.append(Generation(ids, arguments, expand, self._frame(), seen))
         return ids, arguments
 
