@@ -71,11 +71,11 @@ def attention_effect(
     count = samples if do in ("random", "shuffled") else 1
     found = []
     for n in range(count):
-        factory = partial(_do, form=do, seed=seed + n)
+        factory = partial(_do, form=do, stack=stack, seed=seed + n, where=tuple(where.items()))
         kept = None if path is None else Path(path) / f"draw_{n}"
         found.append(
             sweep(
-                model, inputs, None, grid("pattern", **_axes(model, by, stack), **where), metric=metric,
+                model, inputs, None, grid("pattern", **_axes(model, by, stack)), metric=metric,
                 intervention=factory, executor=executor, budget=budget, path=kept, progress=progress,
             )
         )  # fmt: skip
@@ -86,9 +86,11 @@ def attention_effect(
 
 
 def _axes(model: Model, by: str, stack: str | None) -> dict[str, Any]:
-    layers: Any = {"all": tuple(range(layers_of(model, stack)))} if by == "all" else "all"
-    return {"layer": layers} | ({"head": "all"} if by == "head" else {})
+    layers = tuple(range(layers_of(model, stack)))
+    heads = tuple(range(model.sizes["pattern", 0, stack]["head"]))
+    return {"layer": {"all": layers} if by == "all" else layers} | ({"head": heads} if by == "head" else {})
 
 
-def _do(place: Site, form: str, seed: int) -> Intervention:
-    return counterfactual(place, form, seed=seed)
+def _do(place: Site, form: str, stack: str | None, seed: int, where: tuple[tuple[str, Any], ...]) -> Intervention:
+    # A grid goes through the layers of the language model; where it is another stack, its numbers are that one's.
+    return counterfactual(replace(place.at(**dict(where)), stack=stack), form, seed=seed)
