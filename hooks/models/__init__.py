@@ -18,13 +18,20 @@ from .architecture import Architecture
 _HERE = __name__
 _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "gemma2": f"{_HERE}.gemma",
+    "gemma3": f"{_HERE}.gemma3_vl",
     "gpt2": f"{_HERE}.gpt2",
     "gpt_neox": f"{_HERE}.neox",
     "llama": f"{_HERE}.llama",
+    "idefics3": f"{_HERE}.idefics",
     "llava": f"{_HERE}.llava",
+    "llava_next": f"{_HERE}.llava_next",
+    "llava_onevision": f"{_HERE}.llava_next",
     "mistral": f"{_HERE}.llama",
     "qwen2": f"{_HERE}.llama",
+    "qwen2_5_vl": f"{_HERE}.qwen_vl",
+    "qwen2_vl": f"{_HERE}.qwen_vl",
     "qwen3": f"{_HERE}.llama",
+    "smolvlm": f"{_HERE}.idefics",
     "vit": f"{_HERE}.vit",
     "interp.models.transformer.Transformer": f"{_HERE}.small",
 }

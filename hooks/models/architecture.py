@@ -33,6 +33,7 @@ class Tower:
         nested: whether its processor takes a list of images for each row, and not one list of all.
         token: the id that stands in a text where an image's features go.
         packed: whether its values have no axis of images, [N, ...].
+        mutual: whether tokens of one image see one another in the language model, later ones too.
         unread: why the layers after `blocks` are none of its sites.
     """
 
@@ -46,6 +47,7 @@ class Tower:
     token: int
     nested: bool = False
     packed: bool = False
+    mutual: bool = False
     unread: str = ""
 
 

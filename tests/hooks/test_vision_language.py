@@ -20,7 +20,12 @@ EXACT = {"rtol": 0.0, "atol": 1e-9}
 COUNTS = [1, 2, 0, 1]
 SQUARE = ("scores", "pattern")
 
-each_family = pytest.mark.parametrize("family", seeing.FAMILIES)
+USUAL = ("llava", "qwen2_5_vl")
+"""The families that are always tested: images and packed patches. The others are in the whole product."""
+
+each_family = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in USUAL else pytest.mark.full) for f in seeing.FAMILIES]
+)
 
 
 @cache
@@ -59,10 +64,13 @@ def moved(place: Site) -> hk.Intervention:
 
 def laid(family: str, place: Site, value: Tensor, counts: list[int]) -> Tensor:
     """A tower's value by hand, as the engine shows it."""
-    rows = [[token for image in row for token in image] for row in seeing.tower_tokens(family, counts)]
+    rows = [
+        [token for image in row for token in image]
+        for row in seeing.tower_tokens(family, counts, place.name == "embed")
+    ]
     if place.name not in SQUARE:
         return as_rows(value if seeing.packed(family) else value.flatten(0, 1), rows, False)
-    n, heads, length, _ = value.shape
+    n, heads, length, _ = value.shape  # one sequence of all, where they are packed
     whole = value.new_full((n * length, heads, n * length), -torch.inf if place.name == "scores" else 0.0)
     for number, one in enumerate(value):
         here = slice(number * length, (number + 1) * length)
@@ -119,16 +127,18 @@ def test_an_edit_of_one_image_reaches_its_row_alone_and_equals_the_edit_by_hand(
     model, batch = wrapped(family), seeing.batch(family, COUNTS)
     x = model.inputs(batch)
     clean = model.run(x).logits
-    second = seeing.tower_tokens(family, COUNTS)[1][1]
     for name in ("resid_pre", "q", "pattern", "z", "mlp_out", "resid_post"):
         place = site(name, 0, stack="vision")
+        second = seeing.tower_tokens(family, COUNTS)[1][1]
 
-        def by_hand(value: Tensor, name: str = name) -> Tensor:
+        def by_hand(value: Tensor, name: str = name, second: list[int] = second) -> Tensor:
             flat = value.flatten(0, 1) if value.ndim > 2 and not seeing.packed(family) and name != "pattern" else value
             if name == "pattern":
-                each = value.shape[-1]
                 value = value.clone()
-                value[[token // each for token in second]] = 0.0
+                if seeing.packed(family):
+                    value[:, :, second] = 0.0
+                else:
+                    value[sorted({token // value.shape[-1] for token in second})] = 0.0
                 return value
             flat = flat.clone()
             flat[second] = 0.0
