@@ -9,6 +9,7 @@ from .budget import budget_of, rows_per_pass
 from .digest import digest_of, structure
 from .errors import (
     CycleError,
+    ElsewhereError,
     InputsError,
     InterpError,
     MetricError,
@@ -76,6 +77,7 @@ __all__ = [
     "CopyScores",
     "CycleError",
     "Edits",
+    "ElsewhereError",
     "Entry",
     "ForbidBack",
     "FromPositions",
