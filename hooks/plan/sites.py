@@ -85,7 +85,7 @@ class Site:
     """A named activation, and the part of it that is meant.
 
     Attributes:
-        name: one of `KINDS` (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
+        name: a kind that `Model.sites` lists (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
         layer: the block, from 0; None for the sites outside the blocks.
         stack: which stack of layers, in a model that has several (encoder, decoder, vision); None in a model with one.
         head: an int, ints, or None for all. Key/value heads where the site has those.
@@ -124,7 +124,7 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        """The site's entry in `KINDS`."""
+        """What is known of all sites of this name: their axes, and whether they are per layer."""
         return KINDS[self.name]
 
     @property
