@@ -120,8 +120,10 @@ def _packed(network: Network, row: Inputs, worlds: list[World]) -> list[Tensor]:
 def _taken_apart(network: Network, row: Inputs) -> Tensor:
     """The logits of the base where somebody looks inside every MLP and every attention."""
     blocks = network.architecture.blocks
-    keys = {Site("mlp_post", layer).key for layer, block in enumerate(blocks) if block.mlp is not None}
-    base = Base(network, row, slice(0, 1), [_LOGITS], frozenset(range(len(blocks))), record_keys(keys))
+    inside = [Site(name, layer).key for layer in range(len(blocks)) for name in ("mlp_post", "expert_out")]
+    keys = {key for key in inside if key in network.sizes}
+    shown = frozenset(layer for layer, block in enumerate(blocks) if not block.attention.opaque)
+    base = Base(network, row, slice(0, 1), [_LOGITS], shown, record_keys(keys))
     return run_base(base)[0]
 
 
