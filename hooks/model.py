@@ -164,7 +164,7 @@ class Model(Network):
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
         self.refresh()
-        images, vocabulary = self.architecture.images, self.architecture.vocabulary
+        images, vocabulary = self.architecture.images, self.architecture.token_ids
         if images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")

@@ -95,11 +95,12 @@ class _BlockHooks:
         return run.scratch.pop((self.layer, name), None)
 
     def place(self) -> None:
+        # Some layers add what their last projection returns: heads are edited in that before it is attn_out.
+        self.heads()
         self.around_attention()
         self.projections()
         if "rot_k" in self.names:
             self.hooks.on_keys(self.block.attention.module, self.cached)
-        self.heads()
         if self.block.of_mlp is not None:
             self.around_mlp(self.block.of_mlp)
         if self.names & {"resid_post", "resid_mid"}:

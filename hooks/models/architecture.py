@@ -35,6 +35,9 @@ class Architecture:
         readout: the position whose final state alone is unembedded, in a classifier; None where every one is.
         images: what images the model takes, or None where it takes tokens.
         embed_scale: factor of the embeddings on their way into the stream; `logit_scale`: of the unembedding's output.
+        positioned: whether `embed` adds positions, and so is called on whole rows, with `position_ids`.
+        at_positions: what `pos_embed` makes of positions, where it is called in another way.
+        ids: how many token ids the model takes, where those are not as many as its logits.
         missing: sites that the model cannot show, by name, and why.
         unshared: why the copy-on-write executor cannot compute the model; empty where it may.
     """
@@ -54,8 +57,16 @@ class Architecture:
     lift_cap: Callable[[], AbstractContextManager[None]] = nullcontext
     embed_scale: float = 1.0
     logit_scale: float = 1.0
+    positioned: bool = False
+    at_positions: Callable[[Tensor], Tensor] | None = None
+    ids: int | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     unshared: str = ""
+
+    @property
+    def token_ids(self) -> int:
+        """How many token ids the model takes."""
+        return self.vocabulary if self.ids is None else self.ids
 
     def embedded(self, ids: Tensor) -> Tensor:
         """Embeddings [..., M] of ids, as they enter the stream."""

@@ -34,7 +34,7 @@ def exposed_attention(
         bias: added to the scores.
         dropout: probability with which pattern entries are dropped.
         cap: what the scaled scores are soft-capped to, before anything is added to them or forbidden.
-        sinks: [H] or [B, H], a score that queries of a head have besides those of their keys, and that mixes nothing in.
+        sinks: [H] or [B, H], a score that queries of a head have besides those of their keys, which mixes nothing in.
 
     Returns:
         z [B, T, H, D], and the pattern [B, H, T, S] as it was used. A query that may attend to nothing has a zero one.

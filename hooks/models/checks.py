@@ -78,7 +78,7 @@ def check_inputs(model: Network, inputs: Inputs) -> None:
     if images is not None and inputs.pixels is not None:
         require_size(inputs.pixels, images)
     else:
-        require_vocabulary(inputs, model.architecture.vocabulary)
+        require_vocabulary(inputs, model.architecture.token_ids)
 
 
 def _check_order(item: Intervention, where: Site | None, n_layers: int) -> None:

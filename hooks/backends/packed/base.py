@@ -142,6 +142,11 @@ class Base:
 
     def embedded(self, inputs: Inputs, chosen: Tensor) -> Tensor:
         """Embeddings [N, M] of the tokens of a batch that are chosen, bool [b, T]."""
+        if self.arch.positioned:
+            rows = chosen.any(1)
+            ids, positions = inputs.ids[rows].to(self.device), inputs.positions[rows].to(self.device)
+            whole = self.arch.embed(ids, position_ids=positions)
+            return whole[chosen[rows].to(self.device)]
         if inputs.pixels is None:
             return self.arch.embedded(inputs.ids[chosen].to(self.device))
         rows = chosen.any(1)

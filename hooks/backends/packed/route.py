@@ -83,7 +83,7 @@ class Route(Visits):
     def add_positions(self, x: Packed, needed: Tensor) -> Packed:
         """The learned embeddings of positions, and the residual stream with them."""
         positions = self.base.layout.queries.index.flatten()
-        module = self.arch.pos_embed
+        module = self.arch.pos_embed if self.arch.at_positions is None else self.arch.at_positions
         assert module is not None
         pos = Packed(x.tokens, self.trace.do(module, at=[positions[x.tokens.home]]))
         pos = self.visit(("pos_embed", -1, None), pos, needed)
