@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from .audit import Audit
 from .backends.gate import gate_of
 from .compiling import Graphs, Options
+from .discovery import discover
 from .errors import InputsError, ModelError, PlanError, SiteError, nearest
 from .hold import held, hold, holds_on
 from .holding import PlanOf
 from .html import table
-from .models import describe
+from .models import adapter_of
 from .models.architecture import Architecture
 from .models.catalogue import SiteTable, site_table
 from .models.checks import check_inputs, check_plan, check_site
@@ -418,4 +419,13 @@ def wrap(
         return Model(model.module, known, model.adapter if adapter is None else adapter)
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, adapter or describe)
+    return Model(model, tokenizer, adapter or known_or_discovered)
+
+
+def known_or_discovered(module: nn.Module) -> Architecture:
+    """The parts of a model, as its family's adapter says, or found out where nobody knows the family.
+
+    Raises:
+        ModelError: it cannot be described.
+    """
+    return (adapter_of(module) or discover)(module)

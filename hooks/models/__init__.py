@@ -56,12 +56,8 @@ def register(name: str, adapter: Callable[[Any], Architecture]) -> None:
     _ADAPTERS[name] = adapter
 
 
-def describe(module: nn.Module) -> Architecture:
-    """Find the parts of a model.
-
-    Raises:
-        ModelError: no adapter knows this model.
-    """
+def adapter_of(module: nn.Module) -> Callable[[Any], Architecture] | None:
+    """The adapter of a model's family, or None where there is none."""
     names = [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     for name in [*([model_type] if isinstance(model_type, str) else []), *names]:
@@ -69,8 +65,22 @@ def describe(module: nn.Module) -> Architecture:
         if isinstance(adapter, str):
             adapter = import_module(adapter).describe
         if adapter is not None:
-            return adapter(module)
-    given = model_type or names[0]
+            return adapter
+    return None
+
+
+def describe(module: nn.Module) -> Architecture:
+    """Find the parts of a model of a family that is known.
+
+    Raises:
+        ModelError: no adapter knows this model.
+    """
+    adapter = adapter_of(module)
+    if adapter is not None:
+        return adapter(module)
+    given = getattr(getattr(module, "config", None), "model_type", None) or (
+        f"{type(module).__module__}.{type(module).__qualname__}"
+    )
     raise ModelError(
         f"no adapter knows {given!r}{nearest(given, _ADAPTERS)}; there are {', '.join(_ADAPTERS)}. "
         "Add one with hooks.models.register(name, function), or pass adapter= to wrap()."

@@ -37,6 +37,7 @@ class Architecture:
         embed_scale: factor of the embeddings on their way into the stream; `logit_scale`: of the unembedding's output.
         positioned: whether `embed` adds positions, and so is called on whole rows, with `position_ids`.
         at_positions: what `pos_embed` makes of positions, where it is called in another way.
+        bounds: numbers of tokens past which the model may do something else, besides its windows.
         ids: how many token ids the model takes, where those are not as many as its logits.
         missing: sites that the model cannot show, by name, and why.
         unshared: why the copy-on-write executor cannot compute the model; empty where it may.
@@ -60,6 +61,7 @@ class Architecture:
     positioned: bool = False
     at_positions: Callable[[Tensor], Tensor] | None = None
     ids: int | None = None
+    bounds: tuple[int, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     unshared: str = ""
 

@@ -34,12 +34,12 @@ def describe(model: Any) -> Architecture:
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is None:
         return arch
-    return replace(arch, cap=partial(softcap, cap=cap), lift_cap=partial(_lift_cap, model))
+    return replace(arch, cap=partial(softcap, cap=cap), lift_cap=partial(lift_cap, model))
 
 
 @contextmanager
-def _lift_cap(model: Any) -> Iterator[None]:
-    """The cap is a line of the model's forward that its config switches off; the body keeps the config that it has.
+def lift_cap(model: Any) -> Iterator[None]:
+    """Switch the cap off, which is a line of the model's forward that its config decides; the body keeps its config.
 
     What the config holds stays the same, so that it is saved as it is, and other threads read the cap as before.
     """
