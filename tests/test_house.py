@@ -241,7 +241,8 @@ ORDER = (
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
-    {"compiling", "members"},
+    {"running"},
+    {"compiling", "compiled", "members"},
     {"model"},
 )
 
