@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import ModelError
 from ..plan.pictures import Pictures
-from . import clip, llama
+from . import clip
 from .architecture import Architecture, Tower
-from .blocks import Block, Sublayer
 from .huggingface import swap_attention
-from .positions import Rotary
 from .seeing import filled, given_images, require_sizes, tensor_of, with_tower
 
 
@@ -35,33 +31,7 @@ def describe(model: Any) -> Architecture:
         nested=True,
         mutual=True,
     )
-    return with_tower(model, model.model.language_model, tower, _text)
-
-
-def _text(model: Any) -> Architecture:
-    """The language model: a Llama with norms on both sides of its sublayers, and angles by the kind of its layer.
-
-    Raises:
-        ModelError: its logits are capped, or its text sees later tokens too.
-    """
-    config = model.config
-    if config.final_logit_softcapping is not None or config.use_bidirectional_attention:
-        raise ModelError("this Gemma 3 caps its logits, or its text sees later tokens too; neither is known here")
-    arch, rotary = llama.describe(model), model.model.rotary_emb
-    blocks = []
-    for block, layer in zip(arch.blocks, model.model.layers, strict=True):
-        kind = layer.self_attn.layer_type
-        turned = Rotary(partial(_angles, rotary, kind)) if kind is not None else block.attention.rotary
-        attend = replace(block.attention, rotary=turned, softcap=layer.self_attn.attn_logit_softcapping)
-        feed = llama.gated(layer.mlp)
-        first = Sublayer(layer.input_layernorm, attend, post=layer.post_attention_layernorm)
-        second = Sublayer(layer.pre_feedforward_layernorm, feed, post=layer.post_feedforward_layernorm)
-        blocks.append(Block(layer, (first, second)))
-    return replace(arch, blocks=tuple(blocks))
-
-
-def _angles(module: nn.Module, kind: str, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return module(torch.empty((), dtype=dtype, device=positions.device), positions, kind)
+    return with_tower(model, model.model.language_model, tower)
 
 
 def _arguments(ids: Tensor, mask: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:

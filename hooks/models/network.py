@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,10 @@ class Network:
         if self.architecture.tower is not None:
             more = self.architecture.tower.arguments(ids, mask, pictures)
             arguments |= {name: self._on(value) for name, value in more.items()}
+        known = inspect.signature(self.module.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            # Some count positions by the mask themselves, and encoders have no cache.
+            arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
 
     def _on(self, value: Tensor) -> Tensor:
@@ -139,6 +144,8 @@ class Network:
                 return f"there are hooks of yours on {name or 'the model'}"
             if "forward" in vars(module):
                 return f"the forward of {name or 'the model'} is one of yours"
+        if self.architecture.unshared:
+            return self.architecture.unshared
         devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
         if len(devices) > 1:
             return f"the model is spread over {', '.join(devices)}"
