@@ -196,12 +196,10 @@ def batch(family: str, counts: list[int], side: str = "right", seed: int = 0) ->
     """What a processor makes of rows with so many images each, of text of several lengths around them."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
-    seen = 0
     for number, count in enumerate(counts):
         row = [1, *_words(2 + number % 3, generator)]
-        for _ in range(count):
-            row += [*_image(family, seen), *_words(1 + number % 2, generator)]
-            seen += 1
+        for at in range(count):
+            row += [*_image(family, number + at), *_words(1 + number % 2, generator)]
         rows.append([*row, *_words(2, generator)])
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -246,11 +244,13 @@ def _pixels(family: str, counts: list[int], generator: torch.Generator) -> dict[
     def random(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator, dtype=torch.float64)
 
-    count = sum(counts)
+    # Which of the sizes that a family has each image is of.
+    kinds = [number + at for number, mine in enumerate(counts) for at in range(mine)]
+    count = len(kinds)
     if not count:
         return {}
     if tiled(family):
-        sizes = [_tiled_size(number) for number in range(count)]
+        sizes = [_tiled_size(number) for number in kinds]
         most = max(TILED[size][1] for size in sizes)
         pixels = random(count, most, 3, 16, 16)
         for number, size in enumerate(sizes):
@@ -266,7 +266,7 @@ def _pixels(family: str, counts: list[int], generator: torch.Generator) -> dict[
                 shown[number, at, :, : 8 if at else 16] = 1
         return {"pixel_values": pixels, "pixel_attention_mask": shown}
     if packed(family):
-        grid = torch.tensor([_size(family, number) for number in range(count)])
+        grid = torch.tensor([_size(family, number) for number in kinds])
         return {"pixel_values": random(int(grid.prod(-1).sum()), 96), "image_grid_thw": grid}
     return {"pixel_values": random(count, 3, 16, 16)}
 
@@ -277,13 +277,13 @@ def tower_tokens(family: str, counts: list[int], embedded: bool = False) -> list
     Args:
         embedded: as the tower's embedding returns them, and not as its blocks have them.
     """
-    at, seen, rows = 0, 0, []
-    for count in counts:
+    at, rows = 0, []
+    for number, count in enumerate(counts):
         rows.append([])
-        for _ in range(count):
-            places = _places(family, seen, embedded)
+        for image in range(count):
+            places = _places(family, number + image, embedded)
             rows[-1].append([at + place for place in places])
-            at, seen = at + len(places), seen + 1
+            at += len(places)
     return rows
 
 

@@ -17,6 +17,10 @@ from .blocks import Block
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
+LOOKED_AT = frozenset({"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images"})
+"""What models make the features of images of, of all that they are called with."""
+
+
 @dataclass(frozen=True)
 class Tower:
     """A stack of layers that sees the images of prompts, all of a batch at once, and hands on what the text is to read.
@@ -30,6 +34,7 @@ class Tower:
         look: from ids int64 [B, T], a mask bool [B, T] and what a processor made, by name, to `Pictures`, or None where
             there is no image. Raises InputsError where they do not fit the model.
         arguments: from ids, mask and `Pictures` (or None) to what the model is called with besides ids and mask.
+        sees: which of those the features of images are made of.
         nested: whether its processor takes a list of images for each row, and not one list of all.
         token: the id that stands in a text where an image's features go.
         packed: whether its values have no axis of images, [N, ...].
@@ -45,6 +50,7 @@ class Tower:
     look: Callable[[Tensor, Tensor, Mapping[str, Any]], Pictures | None]
     arguments: Callable[[Tensor, Tensor, Pictures | None], dict[str, Tensor]]
     token: int
+    sees: frozenset[str] = LOOKED_AT
     nested: bool = False
     packed: bool = False
     mutual: bool = False

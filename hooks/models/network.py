@@ -130,6 +130,17 @@ class Network:
             arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
 
+    def features(self, ids: Tensor, mask: Tensor, pictures: Pictures) -> Tensor:
+        """What the tower makes of images, [places, M], for the places that they take in rows of a text."""
+        tower = self.architecture.tower
+        assert tower is not None
+        look: Any = getattr(self.module, "base_model", self.module).get_image_features
+        known = inspect.signature(look).parameters
+        given = tower.arguments(ids, mask, pictures)
+        given = {name: self._on(value) for name, value in given.items() if name in tower.sees & set(known)}
+        found = look(**given, return_dict=True).pooler_output
+        return found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
+
     def _on(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 

@@ -113,6 +113,9 @@ class Columns:
             images[0] is not None and images[1] is not None and torch.equal(images[0], images[1])
         ):
             return False
+        rotary = (self.rotary, other.rotary)
+        if rotary[0] is not rotary[1] and not torch.equal(self.turned, other.turned):
+            return False
         return torch.equal(self.index, other.index)
 
     def like(self, other: Columns) -> bool:

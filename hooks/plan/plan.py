@@ -152,6 +152,11 @@ class Intervention:
         """What it reads of this world as it is edited."""
         return tuple(read for read in self.reads if read.source is Origin.HERE)
 
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        """The sites that it reads, where they are named."""
+        return tuple(read.site for read in self.reads if read.site is not None)
+
     def encoded(self, put: Put) -> dict[str, Any]:
         """The intervention as data."""
         return INTERVENTION.encoded(self, put)
