@@ -6,9 +6,11 @@ It knows models and tensors, and no method; `interp` is the package that users i
 from .audit import PRUNED, Audit, Entry
 from .backends.job import Outcome, Outcomes
 from .budget import budget_of, rows_per_pass
+from .compiled import Compiled
 from .digest import digest_of, structure
 from .errors import (
     CycleError,
+    ElsewhereError,
     InputsError,
     InterpError,
     MetricError,
@@ -26,7 +28,7 @@ from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
-from .model import Compiled, Model, Run, wrap
+from .model import Model, wrap
 from .models.blocks import Block
 from .models.projections import linear_weight
 from .plan.context import Context
@@ -60,6 +62,7 @@ from .plan.spans import New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
+from .running import Run
 
 __all__ = [
     "DIM",
@@ -79,6 +82,7 @@ __all__ = [
     "CopyScores",
     "CycleError",
     "Edits",
+    "ElsewhereError",
     "Entry",
     "ForbidBack",
     "FromPositions",

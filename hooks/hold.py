@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from .plan.sites import Site
 from .plan.spans import New
 from .plan.tape import Tape
 from .program import Program
+from .resolved import Resolved
 from .resolving import resolve
 
 
@@ -64,6 +66,7 @@ class Holds:
         holds: what is held.
         placement: hooks at the sites of the plans that are no functions, which stay between calls.
         decodings: what is known of the texts that the model is fed meanwhile.
+        resolved: makes the programs of calls, by the number of the world.
     """
 
     def __init__(self, network: Network) -> None:
@@ -71,6 +74,7 @@ class Holds:
         self.holds: list[Hold] = []
         self.placement: Placement | None = None
         self.decodings: Decodings | None = None
+        self.resolved: dict[int, Resolved] = defaultdict(Resolved)
 
     def add(self, hold: Hold) -> None:
         """Hold one more plan."""
@@ -235,15 +239,16 @@ class Holds:
                 wholes = [world.whole for world in worlds]
                 placement = Placement(network, touched(wholes), exposed_layers(wholes, ()))
             programs = []
-            for world, view in zip(worlds, views, strict=True):
+            for number, (world, view) in enumerate(zip(worlds, views, strict=True)):
                 tapes: dict[Any, Tape] = {}
                 if all_reads([world.whole]):
                     # Run anew for every call: in training the weights have changed since the last one.
                     tapes = self.read(world.whole, world.now, placement.expose, view, partial(again, view))
-                made = resolve(
+                resolved = self.resolved[number].program
+                made = resolved(
                     world.now, network.sizes, tapes, device=network.device, seed=world.seeds, layout=view.layout
                 )
-                programs.append(view.counted(made, world.audit.entries))
+                programs.append(view.counted(made, world.audit.entries, network.sizes))
             run = Pass(placement, programs, [()] * len(programs))
             if not placement.placed:
                 stack.callback(placement.remove)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .audit import Audit
 from .backends.gate import gate_of
+from .compiled import Compiled
 from .compiling import Graphs, Options
-from .errors import InputsError, ModelError, PlanError, SiteError, nearest
+from .discovery import discover
+from .errors import InputsError, ModelError, PlanError
 from .forking import Begin, Branch, Combine
 from .hold import fork, held, hold, holds_on
 from .holding import PlanOf
-from .html import table
-from .models import describe
+from .models import adapter_of
 from .models.architecture import Architecture
 from .models.catalogue import SiteTable, site_table
 from .models.checks import check_inputs, check_pictures, check_plan, check_site
@@ -34,59 +33,7 @@ from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
 from .record import record
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What a run gives back.
-
-    Attributes:
-        logits: [B, T, V]; [B, 1, V] of a classifier.
-        tape: the activations that were asked for.
-        audit: what each intervention did.
-        taps: what gets the gradient of each value on the tape where a compiler hides the path to it; see `gradient`.
-    """
-
-    logits: Tensor
-    tape: Tape
-    audit: Audit
-    taps: tuple[Tensor, ...] = ()
-
-    def gradient(self, measured: Tensor, *where: Site | str) -> tuple[Tensor, ...]:
-        """The gradient of a number at captured sites, of a run with ``grad=True``, compiled or not.
-
-        Args:
-            measured: what is differentiated, a tensor of `logits` and of values on the tape; if it is not a number, the
-                sum of it. Its graph is kept, to be differentiated again.
-            where: sites, as they were captured; none for all.
-
-        Returns:
-            One tensor for each site, of the shape of its value; zeros where nothing depends on it.
-
-        Raises:
-            SiteError: a site was not captured.
-            PlanError: there is nothing to differentiate.
-        """
-        if not measured.requires_grad:
-            raise PlanError("nothing to differentiate: run with grad=True, and measure what depends on a parameter")
-        known = list(self.tape)
-        chosen = sites_of(where) if where else known
-        for place in chosen:
-            if place not in known:
-                raise SiteError(f"{place} was not captured{nearest(str(place), map(str, known))}")
-        # A tap gets what flows back from the value on the tape as well.
-        leaves = self.taps or tuple(value for _, value in self.tape.values)
-        values = [leaves[known.index(place)] for place in chosen]
-        found = torch.autograd.grad(measured.sum(), values, retain_graph=True, allow_unused=True)
-        return tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, found, strict=True))
-
-    def _repr_html_(self) -> str:
-        kept = table(("kept", "shape"), [(place, list(value.shape)) for place, value in self.tape.values])
-        did = self.audit._repr_html_() if len(self.audit) else ""
-        return f"<div><code>Run(logits {list(self.logits.shape)})</code></div>{did}{kept if len(self.tape) else ''}"
-
-    def __repr__(self) -> str:
-        return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
+from .running import Run
 
 
 class Model(Network):
@@ -173,7 +120,7 @@ class Model(Network):
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
         self.refresh()
-        arch, vocabulary = self.architecture, self.architecture.vocabulary
+        arch, vocabulary = self.architecture, self.architecture.token_ids
         if images is not None or (arch.tower is not None and isinstance(prompts, Mapping)):
             if mask is not None:
                 raise InputsError("a mask goes with a tensor of ids; what a processor makes has its own")
@@ -390,67 +337,15 @@ class Model(Network):
         return gate_of(self.module).suspended()
 
 
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    """A model and a plan that run as one compiled graph; see `Model.compile`.
-
-    Attributes:
-        model: the model.
-        graphs: those that were compiled so far.
-        plan: what is done where a call names no other.
-        capture: what is kept where a call names nothing else.
-    """
-
-    model: Model
-    graphs: Graphs
-    plan: Plan
-    capture: tuple[Site, ...]
-
-    def __call__(
-        self,
-        inputs: Inputs | World,
-        plan: Plan | Intervention | None = None,
-        *,
-        capture: Sequence[Site | str] | Site | str | None = None,
-        grad: bool = False,
-        seed: int = 0,
-    ) -> Run:
-        """Run inputs, as `Model.run` does, through the graph of the plan's structure.
-
-        Args:
-            inputs: from `Model.inputs()`, or a `World`, which brings its own plan.
-            plan: another than `plan`.
-            capture: other sites than `capture`.
-            grad: keep the autograd graph; for gradients at captured sites see `Run.gradient`.
-            seed: seed of random interventions.
-
-        Raises:
-            UnfiredError: an intervention never fired.
-            ModelError: the model cannot be compiled under this plan.
-        """
-        if isinstance(inputs, World):
-            if plan is not None:
-                raise PlanError("a World brings its own plan")
-            inputs, plan = inputs.inputs, inputs.plan
-        if not isinstance(inputs, Inputs):
-            raise InputsError(f"a compiled model takes Inputs (from model.inputs), not {type(inputs).__name__}")
-        sites = list(self.capture) if capture is None else sites_of(capture)
-        world = World(inputs, self.plan if plan is None else as_plan(plan))
-        outcome, taps = self.graphs.run(world, sites, grad=grad, seed=seed)
-        outcome.audit.require_fired()
-        assert outcome.output is not None
-        kept = tuple(zip(sites, outcome.values, strict=True))
-        return Run(outcome.output, Tape(inputs, kept, self.model.sizes), outcome.audit, taps)
-
-
 def wrap(
     model: nn.Module | Model, tokenizer: Any = None, *, adapter: Callable[[nn.Module], Architecture] | None = None
 ) -> Model:
     """Wrap a model of the user's, which stays as it is.
 
     Args:
-        model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
-            classifier (of transformers), the project's own small transformer, or any module with an adapter.
+        model: of transformers, a language model of one of the families that are known or of one whose structure is
+            (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
+            with an adapter.
         tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
             one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
@@ -467,10 +362,19 @@ def wrap(
         return Model(model, *_reading(known, adapter))
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, *_reading(tokenizer, adapter or describe))
+    return Model(model, *_reading(tokenizer, adapter or known_or_discovered))
 
 
 def _reading(tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
     """A tokenizer, the adapter, and the processor that the tokenizer is a part of, if it was given in its place."""
     within = getattr(tokenizer, "tokenizer", None)
     return (tokenizer, adapter, None) if within is None else (within, adapter, tokenizer)
+
+
+def known_or_discovered(module: nn.Module) -> Architecture:
+    """The parts of a model, as its family's adapter says, or found out where nobody knows the family.
+
+    Raises:
+        ModelError: it cannot be described.
+    """
+    return (adapter_of(module) or discover)(module)

@@ -61,9 +61,10 @@ class Oracle:
             text.norm.register_forward_hook(lambda m, a, out: self.note("text", "ln_final", None, out)),
             self.module.lm_head.register_forward_hook(lambda m, a, out: self.note("text", "logits", None, out)),
         ]
-        embed = getattr(tower, "embeddings", None)
-        if embed is not None:
-            handles.append(embed.register_forward_hook(lambda m, a, out: self.note("vision", "embed", None, out)))
+        embed = getattr(tower, "embeddings", getattr(tower, "patch_embed", None))
+        handles.append(embed.register_forward_hook(lambda m, a, out: self.note("vision", "embed", None, out)))
+        norm = tower.merger.ln_q if hasattr(tower, "merger") else tower.post_layernorm
+        handles.append(norm.register_forward_hook(lambda m, a, out: self.note("vision", "ln_final", None, out)))
         for stack, blocks in (("text", text.layers), ("vision", blocks_of(tower))):
             for layer, block in enumerate(blocks):
                 put(block, stack, layer)

@@ -16,7 +16,7 @@ from ..models.blocks import Attention
 from ..models.masks import read_mask
 from ..plan.sites import Key
 from ..program import Guard
-from .placing import Find
+from .boundaries import Find
 
 INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
 """Sites inside attention, for which a layer's attention function is swapped."""
@@ -109,7 +109,7 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
             bias,
             dropout=given.get("dropout", 0.0),
             cap=cap,
-            sinks=given.get("s_aux"),
+            sinks=layer_attention.sink if given.get("s_aux") is None else given["s_aux"],
         )
         # The model's own kernel may have no weights to show to a caller who asks for them, and then there are none.
         return z, None if kernel in WEIGHTLESS else pattern
@@ -130,7 +130,7 @@ def _exposed_tower(
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Any,
+        attention_mask: Any,
         *,
         own: Callable[..., Any],
         **given: Any,
@@ -138,7 +138,7 @@ def _exposed_tower(
         run = find()
         fold = None if run is None else run.fold(stack)
         if run is None or fold is None:
-            return own(module, q, k, v, mask, **given)
+            return own(module, q, k, v, attention_mask, **given)
         _require_understood(layer, given, HARMLESS | UNDERSTOOD | PACKED)
         count, _, each, _ = q.shape
 
@@ -156,7 +156,7 @@ def _exposed_tower(
             allowed = fold.among(torch.bucketize(token, ends[1:].to(q.device), right=True))
         elif not fold.even or count != fold.rows:
             allowed = fold.among(torch.arange(count, device=q.device).repeat_interleave(each))
-        own_allowed, bias = read_mask(mask, each, each, q.device, causal=False)
+        own_allowed, bias = read_mask(attention_mask, each, each, q.device, causal=False)
         if own_allowed is not None:
             said = fold.spread(own_allowed.expand(count, -1, each, each))
             allowed = said if allowed is None else allowed & said

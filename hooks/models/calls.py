@@ -61,6 +61,8 @@ def real_columns(call: dict[str, Any], ids: Tensor, past: int) -> Tensor:
         PlanError: they do not say.
     """
     mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]  # of text, beside those in time, height and width
     rows, width = len(ids), past + ids.shape[1]
     if isinstance(mask, Tensor) and mask.ndim == 2:
         cached = call.get("past_key_values") is not None

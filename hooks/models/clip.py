@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import ModelError
 from .blocks import Attention, Block, Mlp, Sublayer
 from .projections import Projection
 
 
 def blocks(tower: Any) -> tuple[Block, ...]:
-    """The blocks of a vision model that keeps them in ``encoder.layers``."""
+    """The blocks of a vision model that keeps them in ``encoder.layers``.
+
+    Raises:
+        ModelError: it is another kind of tower.
+    """
+    layers = getattr(getattr(tower, "encoder", None), "layers", ())
+    if not len(layers) or not all(hasattr(layers[0], name) for name in ("layer_norm1", "self_attn", "mlp")):
+        raise ModelError(f"a {type(tower).__name__} is no tower of CLIP's or SigLIP's kind, which are known here")
     return tuple(_block(layer) for layer in tower.encoder.layers)
 
 

@@ -22,7 +22,7 @@ def describe(model: Any) -> Architecture:
     return with_tower(model, model.model.language_model, tower(model, partial(_look, model.config)))
 
 
-def tower(model: Any, look: Callable[..., Pictures | None]) -> Tower:
+def tower(model: Any, look: Callable[..., Pictures | None], called: Callable[..., Any] | None = None) -> Tower:
     """The tower of a model that reads the features of one of its layers, or of several, and nothing after those."""
     config, vision = model.config, model.model.vision_tower
     blocks, unread = live(clip.blocks(vision), config.vision_feature_layer)
@@ -33,7 +33,7 @@ def tower(model: Any, look: Callable[..., Pictures | None]) -> Tower:
         width=config.vision_config.hidden_size,
         swap_attention=swap_attention,
         look=look,
-        arguments=arguments,
+        arguments=arguments if called is None else called,
         token=config.image_token_id,
         unread=unread,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,22 @@ class Network:
         if self.architecture.tower is not None:
             more = self.architecture.tower.arguments(ids, mask, pictures)
             arguments |= {name: self._on(value) for name, value in more.items()}
+        known = inspect.signature(self.module.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            # Some count positions by the mask themselves, and encoders have no cache.
+            arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
+
+    def features(self, ids: Tensor, mask: Tensor, pictures: Pictures) -> Tensor:
+        """What the tower makes of images, [places, M], for the places that they take in rows of a text."""
+        tower = self.architecture.tower
+        assert tower is not None
+        look: Any = getattr(self.module, "base_model", self.module).get_image_features
+        known = inspect.signature(look).parameters
+        given = tower.arguments(ids, mask, pictures)
+        given = {name: self._on(value) for name, value in given.items() if name in tower.sees & set(known)}
+        found = look(**given, return_dict=True).pooler_output
+        return found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
 
     def _on(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
@@ -139,6 +155,8 @@ class Network:
                 return f"there are hooks of yours on {name or 'the model'}"
             if "forward" in vars(module):
                 return f"the forward of {name or 'the model'} is one of yours"
+        if self.architecture.unshared:
+            return self.architecture.unshared
         devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
         if len(devices) > 1:
             return f"the model is spread over {', '.join(devices)}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputsError, ModelError
-from ..models import adapter_of
+from ..models import adapter_named
 from ..plan.pictures import Pictures, number_images
 from .architecture import Architecture, Tower
 from .huggingface import unembedding
@@ -29,7 +29,7 @@ def with_tower(model: Any, body: Any, tower: Tower, adapter: Any = None) -> Arch
         ModelError: nobody knows that family.
     """
     kind = body.config.model_type
-    adapter = adapter_of(kind) if adapter is None else adapter
+    adapter = adapter_named(kind) if adapter is None else adapter
     if adapter is None:
         raise ModelError(f"no adapter knows the language model {kind!r} in this {model.config.model_type!r}")
     within = SimpleNamespace(model=body, config=body.config, lm_head=unembedding(model))

@@ -113,7 +113,19 @@ class Columns:
             images[0] is not None and images[1] is not None and torch.equal(images[0], images[1])
         ):
             return False
+        rotary = (self.rotary, other.rotary)
+        if rotary[0] is not rotary[1] and not torch.equal(self.turned, other.turned):
+            return False
         return torch.equal(self.index, other.index)
+
+    def like(self, other: Columns) -> bool:
+        """Whether these are the same in every respect."""
+        if self is other:
+            return True
+        if (self.start, self.prompt, self.rotary is None) != (other.start, other.prompt, other.rotary is None):
+            return False
+        alike = self.laid_like(other) and torch.equal(self.lengths, other.lengths)
+        return alike and (self.rotary is None or torch.equal(self.rotary, other.turned))
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:

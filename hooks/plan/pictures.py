@@ -121,6 +121,13 @@ class Pictures:
             **orders,
         )
 
+    def stand_like(self, other: Pictures) -> bool:
+        """Whether other images have as many tokens of the tower in each row, in the same places."""
+        mine, its = ((one.patches, one.row, one.order, one.embedded) for one in (self, other))
+        return self.count == other.count and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(mine, its, strict=True)
+        )
+
     def encoded(self, put: Put) -> dict[str, Any]:
         """The images as data."""
         return PICTURES.encoded(self, put)

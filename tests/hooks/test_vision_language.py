@@ -12,6 +12,7 @@ from torch import Tensor
 import hooks as hk
 from hooks import Inputs, Model, Site, World, patch, scale, site, steer, zero
 from hooks.errors import InputsError, PlanError, ShapeError, SiteError, UnfiredError
+from hooks.record import choose
 from tests import seeing
 from tests.hooks.test_properties import gap, outcomes
 from tests.seeing_oracle import Oracle, as_rows
@@ -20,7 +21,12 @@ EXACT = {"rtol": 0.0, "atol": 1e-9}
 COUNTS = [1, 2, 0, 1]
 SQUARE = ("scores", "pattern")
 
-each_family = pytest.mark.parametrize("family", seeing.FAMILIES)
+USUAL = ("llava", "qwen2_5_vl")
+"""The families that are always tested: images and packed patches. The others are in the whole product."""
+
+each_family = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in USUAL else pytest.mark.full) for f in seeing.FAMILIES]
+)
 
 
 @cache
@@ -59,10 +65,13 @@ def moved(place: Site) -> hk.Intervention:
 
 def laid(family: str, place: Site, value: Tensor, counts: list[int]) -> Tensor:
     """A tower's value by hand, as the engine shows it."""
-    rows = [[token for image in row for token in image] for row in seeing.tower_tokens(family, counts)]
+    rows = [
+        [token for image in row for token in image]
+        for row in seeing.tower_tokens(family, counts, place.name == "embed")
+    ]
     if place.name not in SQUARE:
         return as_rows(value if seeing.packed(family) else value.flatten(0, 1), rows, False)
-    n, heads, length, _ = value.shape
+    n, heads, length, _ = value.shape  # one sequence of all, where they are packed
     whole = value.new_full((n * length, heads, n * length), -torch.inf if place.name == "scores" else 0.0)
     for number, one in enumerate(value):
         here = slice(number * length, (number + 1) * length)
@@ -109,7 +118,7 @@ def test_an_edit_of_any_site_does_to_the_logits_what_it_does_by_hand(family: str
     for place, (got,) in zip(places, found, strict=True):
         want = Oracle(model.module, {key_of(place): _MOVED.get(place.name, bent)})(**call)
         torch.testing.assert_close(got[x.mask], want[x.mask], **EXACT, msg=str(place))
-        if gap(got[x.mask], clean[x.mask]) < 1e-6:
+        if gap([got[x.mask]], [clean[x.mask]]) < 1e-6:
             inert.append(place)
     assert not inert
 
@@ -119,16 +128,18 @@ def test_an_edit_of_one_image_reaches_its_row_alone_and_equals_the_edit_by_hand(
     model, batch = wrapped(family), seeing.batch(family, COUNTS)
     x = model.inputs(batch)
     clean = model.run(x).logits
-    second = seeing.tower_tokens(family, COUNTS)[1][1]
     for name in ("resid_pre", "q", "pattern", "z", "mlp_out", "resid_post"):
         place = site(name, 0, stack="vision")
+        second = seeing.tower_tokens(family, COUNTS)[1][1]
 
-        def by_hand(value: Tensor, name: str = name) -> Tensor:
+        def by_hand(value: Tensor, name: str = name, second: list[int] = second) -> Tensor:
             flat = value.flatten(0, 1) if value.ndim > 2 and not seeing.packed(family) and name != "pattern" else value
             if name == "pattern":
-                each = value.shape[-1]
                 value = value.clone()
-                value[[token // each for token in second]] = 0.0
+                if seeing.packed(family):
+                    value[:, :, second] = 0.0
+                else:
+                    value[sorted({token // value.shape[-1] for token in second})] = 0.0
                 return value
             flat = flat.clone()
             flat[second] = 0.0
@@ -161,10 +172,39 @@ def test_executors_agree_on_both_stacks_and_across_them(family: str) -> None:
     (one, *_), (two, *_) = (outcomes(model, worlds, reads, executor) for executor in ("sequential", "batched"))
     for number, (a, b) in enumerate(zip(one, two, strict=True)):
         for left, right in zip(a, b, strict=True):
-            assert gap(torch.nan_to_num(left), torch.nan_to_num(right)) < 1e-9, number
+            assert gap([torch.nan_to_num(left)], [torch.nan_to_num(right)]) < 1e-9, number
     plain = one[0][0]
     for number, values in enumerate(one[1:8], 1):
-        assert gap(values[0][x.mask], plain[x.mask]) > 1e-6, number
+        assert gap([values[0][x.mask]], [plain[x.mask]]) > 1e-6, number
+
+
+@each_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_worlds_of_the_text_are_shared_with_the_features_of_their_images(family: str, side: str) -> None:
+    model = wrapped(family)
+    x, y = (model.inputs(seeing.batch(family, COUNTS, side, seed=seed)) for seed in (0, 1))
+    worlds = [
+        World(x),
+        World(x, zero(site("resid_pre", 1, pos="image"))),
+        World(x, zero(site("pattern", 1, key_pos="image 0", pos=-1))),
+        World(x, patch(site("resid_pre", 0, pos="image"), World(y))),
+        World(x, patch(site("z", 1, head=2), World(y))),
+        World(x, hk.knockout(site("scores", 1, key_pos="image"))),
+        World(y, patch(site("embed", pos="image 0"), World(x))),
+    ]
+    reads = [site("logits"), site("resid_post", 0)]
+    choice = choose(model, worlds)
+    if family == "gemma3":
+        assert choice.executor == "batched" and "see later ones" in choice.reason
+    else:
+        assert choice.executor == "shared", choice.reason
+    (want, *_), (got, *_) = (outcomes(model, worlds, reads, executor) for executor in ("sequential", "shared"))
+    for number, (a, b) in enumerate(zip(want, got, strict=True)):
+        assert max(gap([p[x.mask]], [q[x.mask]]) for p, q in zip(a, b, strict=True)) < 1e-9, number
+    assert all(gap([values[0][x.mask]], [want[0][0][x.mask]]) > 1e-6 for values in want[1:])
+    tower = site("z", 0, stack="vision")
+    assert "tower" in choose(model, [World(x, zero(tower))]).reason
+    assert "tower" in choose(model, [World(x)], reads=[tower]).reason
 
 
 @each_family
@@ -176,9 +216,9 @@ def test_rows_in_small_chunks_give_what_they_give_together(family: str) -> None:
     whole, *_ = outcomes(model, worlds, [site("logits"), place], "batched")
     parts, *_ = outcomes(model, worlds, [site("logits"), place], "batched", budget=1.0)
     for a, b in zip(whole, parts, strict=True):
-        assert gap(a[0][x.mask], b[0][x.mask]) < 1e-9
-        assert gap(a[1][x.along("vision").real], b[1][x.along("vision").real]) < 1e-9
-    assert gap(whole[0][0][x.mask], whole[1][0][x.mask]) > 1e-4
+        assert gap([a[0][x.mask]], [b[0][x.mask]]) < 1e-9
+        assert gap([a[1][x.along("vision").real]], [b[1][x.along("vision").real]]) < 1e-9
+    assert gap([whole[0][0][x.mask]], [whole[1][0][x.mask]]) > 1e-4
 
 
 @each_family
@@ -290,10 +330,10 @@ def test_generation_under_a_plan_is_the_whole_text_anew_at_every_step(family: st
     for step, got in enumerate(steps):
         text = seeing.longer(batch, ids[:, width : width + step])
         want = model.run(model.inputs(text), plan).logits[:, -1]
-        assert gap(got, want) < 1e-9, step
+        assert gap([got], [want]) < 1e-9, step
     assert len(steps) == 3
     clean = model.run(model.inputs(batch)).logits[:, -1]
-    assert gap(steps[0], clean) > 1e-6
+    assert gap([steps[0]], [clean]) > 1e-6
     assert plain.shape == ids.shape
 
 
