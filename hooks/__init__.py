@@ -31,6 +31,7 @@ from .meter import Meter
 from .model import Model, wrap
 from .models.blocks import Block
 from .models.projections import linear_weight
+from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
@@ -57,8 +58,8 @@ from .plan.pieces import joined
 from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
-from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
-from .plan.spans import New, new
+from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
+from .plan.spans import Image, New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
@@ -71,12 +72,14 @@ __all__ = [
     "KINDS",
     "POS",
     "PRUNED",
+    "TEXT",
     "Alignment",
     "Attend",
     "AttendBack",
     "Audit",
     "Block",
     "Branch",
+    "Columns",
     "Compiled",
     "Context",
     "CopyScores",
@@ -86,6 +89,7 @@ __all__ = [
     "Entry",
     "ForbidBack",
     "FromPositions",
+    "Image",
     "Index",
     "Inputs",
     "InputsError",

@@ -242,7 +242,7 @@ ORDER = (
     {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
     {"running"},
-    {"compiling", "compiled", "members"},
+    {"compiling", "compiled", "members", "discovery"},
     {"model"},
 )
 

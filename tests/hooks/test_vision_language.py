@@ -5,15 +5,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 import hooks as hk
+import interp as ip
 from hooks import Inputs, Model, Site, World, patch, scale, site, steer, zero
 from hooks.errors import InputsError, PlanError, ShapeError, SiteError, UnfiredError
 from hooks.record import choose
-from tests import seeing
+from tests import seeing, zoo
 from tests.hooks.test_properties import gap, outcomes
 from tests.seeing_oracle import Oracle, as_rows
 
@@ -364,3 +366,41 @@ def test_a_plan_of_the_tower_where_no_image_comes_never_fires(family: str) -> No
     looks = {name: value for name, value in seeing.batch(family, [1]).items() if name in seeing.LOOKS}
     with pytest.raises(PlanError, match="called by itself"), model.apply(PLANS["tower"]()):
         model.module.get_image_features(**looks)
+
+
+def test_worlds_that_are_batched_share_forward_passes() -> None:
+    module = seeing.make("llava")
+    model, calls = hk.wrap(module), []
+    x, y = (model.inputs(seeing.batch("llava", COUNTS, seed=seed)) for seed in (0, 1))
+    place = site("z", 0, stack="vision")
+    worlds = [World(inputs, zero(place.at(head=head))) for head in range(4) for inputs in (x, y)]
+    alone = [model.run(world).logits for world in worlds]
+    module.register_forward_hook(lambda *a: calls.append(1))
+    found = outcomes(model, worlds, [site("logits")], "batched")[0]
+    assert len(calls) == 1
+    for world, (got,), want in zip(worlds, found, alone, strict=True):
+        assert gap([got[world.inputs.mask]], [want[world.inputs.mask]]) < 1e-9
+
+
+def test_sweeps_go_through_a_tower_and_over_images() -> None:
+    model = wrapped("llava")
+    x, y = (model.inputs(seeing.batch("llava", [1, 2, 0], seed=seed)) for seed in (0, 1))
+    metric = ip.logit_diff(5, 7)
+    in_tower = ip.sweep(model, x, None, ip.grid("z", layer="all", head="all", stack="vision"), metric=metric,
+                        intervention=ip.zero)  # fmt: skip
+    assert in_tower.effect.shape == (2, 4, 3)
+    values = torch.as_tensor(numpy.asarray(in_tower.effect))
+    assert bool(values[..., 2].isnan().all()) and bool((values[..., :2].abs() > 1e-9).all())
+    base = model.run(x).logits
+    one = model.run(x, zero(site("z", 1, head=2, stack="vision"))).logits
+    last = x.lengths - 1
+    want = [(one - base)[row, last[row], 5] - (one - base)[row, last[row], 7] for row in range(2)]
+    torch.testing.assert_close(values[1, 2, :2].double(), torch.stack(want), atol=1e-9, rtol=0)
+    spans = ip.grid("resid_pre", layer="all", pos={"first": "image 0", "second": "image 1", "end": -1})
+    places = ip.sweep(model, x, y, spans, metric=metric)
+    assert places.effect.shape == (2, 3, 3)
+    values = torch.as_tensor(numpy.asarray(places.effect))
+    assert bool(values[:, 1, [0, 2]].isnan().all()) and bool((values[:, 0, :2].abs() > 1e-9).all())
+    with pytest.raises(SiteError, match="stack"):
+        ip.sweep(hk.wrap(zoo.make("llama")), *[hk.wrap(zoo.make("llama")).inputs([[1, 2]])] * 2,
+                 ip.grid("z", layer="all", stack="vision"), metric=metric)  # fmt: skip
