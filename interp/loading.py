@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,9 @@ def shipped() -> tuple[str, ...]:
 
 
 def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Load a language model and its tokenizer, or an image classifier, in evaluation mode.
+    """Load a language model and its tokenizer, one that sees and its processor, or an image classifier.
+
+    It is in evaluation mode.
 
     Args:
         name: a model that ships with the package, a local folder, a name on the Hugging Face hub, or "smollm2-135m":
@@ -35,7 +38,7 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     """
     text = str(name)
     if text in shipped():
-        model = _load_small(SHIPPED / text)
+        model = _load_folder(SHIPPED / text)
     elif text == pretrained.NAME and not (Path(name) / "config.json").exists():
         model = _load_folder(pretrained.smollm2())
     elif (Path(name) / "config.json").exists():
@@ -45,7 +48,7 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     else:
         model = _load_hub(text, local=False)
     module = model.module.to(device=device, dtype=dtype).eval()
-    return wrap(module, model.tokenizer)
+    return wrap(module, model.processor or model.tokenizer)
 
 
 def _load_folder(folder: Path) -> Model:
@@ -80,6 +83,8 @@ def _load_hub(name: str, local: bool) -> Model:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         if config.model_type in IMAGE_CLASSIFIERS:
             return wrap(AutoModelForImageClassification.from_pretrained(name, local_files_only=local))
+        if _sees(config):
+            return _load_seeing(name, local)
         module = AutoModelForCausalLM.from_pretrained(name, local_files_only=local)
         tokenizer = None
         if not local or any((Path(name) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -91,3 +96,19 @@ def _load_hub(name: str, local: bool) -> Model:
             f"with a saved model, and could not be had from the hub: {str(error).splitlines()[0]}"
         ) from error
     return wrap(module, tokenizer)
+
+
+def _sees(config: Any) -> bool:
+    """Whether a configuration is of a language model with a vision tower."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
+
+
+def _load_seeing(name: str, local: bool) -> Model:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    module = AutoModelForImageTextToText.from_pretrained(name, local_files_only=local)
+    if local and not any((Path(name) / f).exists() for f in ("processor_config.json", "preprocessor_config.json")):
+        return wrap(module)
+    return wrap(module, AutoProcessor.from_pretrained(name, local_files_only=local))
