@@ -13,7 +13,7 @@ from torch import Tensor
 import hooks as hk
 import interp as ip
 from hooks import Inputs, Model, Site, World, patch, scale, site, steer, zero
-from hooks.errors import InputsError, PlanError, ShapeError, SiteError, UnfiredError
+from hooks.errors import InputsError, ModelError, PlanError, ShapeError, SiteError, UnfiredError
 from hooks.record import choose
 from tests import seeing, zoo
 from tests.hooks.test_properties import gap, outcomes
@@ -404,3 +404,100 @@ def test_sweeps_go_through_a_tower_and_over_images() -> None:
     with pytest.raises(SiteError, match="stack"):
         ip.sweep(hk.wrap(zoo.make("llama")), *[hk.wrap(zoo.make("llama")).inputs([[1, 2]])] * 2,
                  ip.grid("z", layer="all", stack="vision"), metric=metric)  # fmt: skip
+
+
+def test_a_graph_with_images_is_refused_and_one_of_text_alone_is_not() -> None:
+    model = wrapped("llava")
+    x = model.inputs(seeing.batch("llava", [1]))
+    text = model.inputs([[1, 5, 6]])
+    fast = model.compile(hk.scale(site("z", 0), 2.0), backend="eager")
+    with pytest.raises(ModelError, match="no tower"):
+        fast(x)
+    with pytest.raises(ModelError, match="no tower"):
+        fast(text, patch(site("z", 0, pos=0), World(x)))
+    torch.testing.assert_close(fast(text).logits, model.run(text, hk.scale(site("z", 0), 2.0)).logits)
+
+
+def test_gradients_flow_from_the_text_into_the_tower() -> None:
+    module = seeing.make("llava")
+    model, batch = hk.wrap(module), seeing.batch("llava", [1, 2])
+    x, place = model.inputs(batch), site("resid_post", 0, stack="vision", pos="image 0")
+    run = model.run(x, capture=place, grad=True)
+    (gradient,) = run.gradient(run.logits[:, -1, 5].sum(), place)
+    assert gradient.shape == (2, 17, 32) and float(gradient.norm()) > 1e-3
+    step = 1e-6 * gradient / gradient.norm()
+    moved = model.run(x, hk.intervene(place, lambda v, ctx: v + step)).logits
+    change = float((moved - run.logits.detach())[:, -1, 5].sum())
+    torch.testing.assert_close(change, 1e-6 * float(gradient.norm()), rtol=1e-3, atol=0)
+
+
+def test_a_plan_holds_through_checkpointed_training() -> None:
+    module = seeing.make("llava")
+    model, batch = hk.wrap(module), seeing.called("llava", seeing.batch("llava", [1, 2]))
+    plan = PLANS["across"]()
+
+    def gradients() -> list[Tensor]:
+        module.zero_grad()
+        with model.apply(plan):
+            module(**batch, labels=batch["input_ids"]).loss.backward()
+        return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+    plain = gradients()
+    module.train()
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients()
+    assert len(plain) == len(again) > 20
+    assert all(gap([a], [b]) < 1e-8 for a, b in zip(plain, again, strict=True))
+
+
+def test_a_plan_that_is_a_function_meets_the_tower_of_generate() -> None:
+    model, batch = wrapped("llava"), seeing.batch("llava", [1, 2], "left")
+    seen: list[bool] = []
+
+    def plan(inputs: Inputs) -> hk.Plan:
+        seen.append(inputs.pictures is not None)
+        return hk.as_plan(PLANS["tower"]())
+
+    with model.apply(plan) as audit:
+        got = model.module.generate(**batch, **OPTIONS)
+    with model.apply(PLANS["tower"]()):
+        want = model.module.generate(**batch, **OPTIONS)
+    assert torch.equal(got, want) and seen[0] and audit[0].rows == 2
+    assert not torch.equal(got, model.module.generate(**batch, **OPTIONS))
+
+
+def test_a_loop_of_the_users_own_decodes_under_a_plan_of_both_stacks() -> None:
+    model, batch = wrapped("llava"), seeing.batch("llava", [1, 2], "left")
+    module, plan = model.module, PLANS["across"]()
+    with model.apply(plan):
+        want = module.generate(**batch, **OPTIONS)[:, batch["input_ids"].shape[1] :]
+    found, cache, call = [], None, seeing.called("llava", batch)
+    with torch.no_grad(), model.apply(plan):
+        for _ in range(3):
+            out = module(**call, past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            found.append(token)
+            mask = torch.cat([call["attention_mask"], torch.ones_like(token)], 1)
+            call = {"input_ids": token, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+    assert torch.equal(torch.cat(found, 1), want)
+
+
+def test_features_that_a_call_brings_are_of_one_world() -> None:
+    model, batch = wrapped("llava"), seeing.batch("llava", [1])
+    module = model.module
+    features = {"image": module.get_image_features(batch["pixel_values"], return_dict=True)}
+    call = {"input_ids": batch["input_ids"], "mm_encoder_outputs": features}
+    with torch.no_grad(), model.apply(zero(site("resid_pre", 0, pos="image"))):
+        got = module(**call).logits
+    want = model.run(model.inputs(batch), zero(site("resid_pre", 0, pos="image"))).logits
+    torch.testing.assert_close(got, want, **EXACT)
+    with pytest.raises(UnfiredError), model.apply(PLANS["tower"]()):
+        module(**call)
+    with pytest.raises(PlanError, match="features of images"), model.apply(PLANS["unedited"]()):
+        module(**call)
+
+
+def test_members_are_refused() -> None:
+    model = wrapped("llava")
+    with pytest.raises(PlanError, match="sees"):
+        hk.Members(model, [zero(site("z", 0))], model.inputs([[1, 5, 6]]))
