@@ -108,16 +108,22 @@ def test_every_site_of_both_stacks_holds_what_the_block_by_hand_computes(family:
         torch.testing.assert_close(torch.where(keep, got, 0.0), torch.where(keep, want, 0.0), **EXACT, msg=str(place))
 
 
-@each_family
+first_family = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "llava" else pytest.mark.full) for f in seeing.FAMILIES]
+)
+"""For what takes long: the first family, and the others in the whole product."""
+
+
+@first_family
 def test_an_edit_of_any_site_does_to_the_logits_what_it_does_by_hand(family: str) -> None:
     model, batch = wrapped(family), seeing.batch(family, COUNTS, "left")
     x = model.inputs(batch)
     clean = model.run(x).logits
     places = [place for place in sites_of(model) if place.name != "resid_pre" or not place.layer]
     call = seeing.called(family, batch)
-    found = outcomes(model, [World(x, moved(place)) for place in places], [site("logits")], "batched")[0]
     inert = []
-    for place, (got,) in zip(places, found, strict=True):
+    for place in places:
+        got = model.run(x, moved(place)).logits
         want = Oracle(model.module, {key_of(place): _MOVED.get(place.name, bent)})(**call)
         torch.testing.assert_close(got[x.mask], want[x.mask], **EXACT, msg=str(place))
         if gap([got[x.mask]], [clean[x.mask]]) < 1e-6:
@@ -231,8 +237,9 @@ def test_an_image_is_patched_from_a_row_where_it_stands_elsewhere(family: str) -
     place = site("resid_post", 1, stack="vision")
     there = model.run(y, capture=place).tape[place]
     run = model.run(x, patch(place.at(pos="image 0"), World(y)), capture=place)
-    each = len(seeing.tower_tokens(family, [1])[0][0])
-    torch.testing.assert_close(run.tape[place][:, :each], there[:, :each])
+    for row, images in enumerate(seeing.tower_tokens(family, [1, 2])):
+        each = len(images[0])
+        torch.testing.assert_close(run.tape[place][row, :each], there[row, :each])
     inside = site("resid_post", 0, pos="image 0")
     source = model.run(y, capture=inside).tape[inside]
     torch.testing.assert_close(model.run(x, patch(inside, World(y)), capture=inside).tape[inside], source)
@@ -299,6 +306,7 @@ PLANS: dict[str, Any] = {
         + patch(site("attn_out", 0, pos="image"), hk.as_plan(scale(site("mlp_out", 1, stack="vision"), 3.0)))
     ),
 }
+FEW = {("qwen2_5_vl", "tower"), ("qwen2_5_vl", "unedited"), ("gemma3", "across")}
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -313,8 +321,14 @@ def test_a_call_of_the_users_under_a_plan_is_the_run_of_it(family: str) -> None:
         assert audit[0].rows == 3, name
 
 
-@each_family
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=() if family == "llava" or (family, name) in FEW else pytest.mark.full)
+        for family in seeing.FAMILIES
+        for name in PLANS
+    ],
+)
 def test_generation_under_a_plan_is_the_whole_text_anew_at_every_step(family: str, name: str) -> None:
     model, batch = wrapped(family), seeing.batch(family, COUNTS, "left")
     module, plan, seen = model.module, PLANS[name](), []
@@ -339,7 +353,7 @@ def test_generation_under_a_plan_is_the_whole_text_anew_at_every_step(family: st
     assert plain.shape == ids.shape
 
 
-@each_family
+@first_family
 def test_beams_and_samples_go_on_from_the_rows_of_their_prompts(family: str) -> None:
     model, batch = wrapped(family), seeing.batch(family, [1, 2], "left")
     module = model.module
@@ -480,6 +494,18 @@ def test_a_loop_of_the_users_own_decodes_under_a_plan_of_both_stacks() -> None:
             mask = torch.cat([call["attention_mask"], torch.ones_like(token)], 1)
             call = {"input_ids": token, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
     assert torch.equal(torch.cat(found, 1), want)
+
+
+def test_prompts_in_pieces_meet_the_tower_once() -> None:
+    model, batch = wrapped("llava"), seeing.batch("llava", [1, 2], "left")
+    module = model.module
+    for name in ("tower", "across"):
+        with model.apply(PLANS[name]()):
+            whole = module.generate(**batch, **OPTIONS)
+            pieces = module.generate(**batch, **OPTIONS, prefill_chunk_size=7)
+        assert torch.equal(whole, pieces)
+    with pytest.raises(PlanError, match="prefill_chunk_size"), model.apply(PLANS["unedited"]()):
+        module.generate(**batch, **OPTIONS, prefill_chunk_size=7)
 
 
 def test_features_that_a_call_brings_are_of_one_world() -> None:
