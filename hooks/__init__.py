@@ -27,8 +27,13 @@ from .html import table
 from .members import Members
 from .meter import Meter
 from .model import Model, wrap
-from .models.blocks import Block
-from .models.projections import linear_weight
+from .models import register
+from .models.architecture import Architecture
+from .models.blocks import Attention, Block, Mlp, Sublayer
+from .models.experts import Experts
+from .models.positions import Rotary
+from .models.projections import Columns, Projection, linear_weight
+from .models.swapping import swap_method
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
@@ -69,16 +74,20 @@ __all__ = [
     "POS",
     "PRUNED",
     "Alignment",
+    "Architecture",
     "Attend",
     "AttendBack",
+    "Attention",
     "Audit",
     "Block",
+    "Columns",
     "Compiled",
     "Context",
     "CopyScores",
     "CycleError",
     "Edits",
     "Entry",
+    "Experts",
     "ForbidBack",
     "FromPositions",
     "Index",
@@ -89,6 +98,7 @@ __all__ = [
     "Members",
     "Meter",
     "MetricError",
+    "Mlp",
     "Model",
     "ModelError",
     "New",
@@ -98,13 +108,16 @@ __all__ = [
     "PathError",
     "Plan",
     "PlanError",
+    "Projection",
     "Read",
     "ResultError",
+    "Rotary",
     "Run",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
+    "Sublayer",
     "Tape",
     "UnfiredError",
     "World",
@@ -138,6 +151,7 @@ __all__ = [
     "read_tensors",
     "recompute",
     "record",
+    "register",
     "resample",
     "resolve",
     "rows_per_pass",
@@ -149,6 +163,7 @@ __all__ = [
     "sites_of",
     "steer",
     "structure",
+    "swap_method",
     "table",
     "uniform",
     "wrap",

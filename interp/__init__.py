@@ -65,9 +65,10 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths, training
+from interp import adapters, paths, training
 from interp.attribution import attribution
 from interp.axes import Axis
+from interp.checks import Conformance
 from interp.evaluation import evaluate
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
@@ -85,11 +86,13 @@ from interp.metrics import (
     rank,
 )
 from interp.results import Result
+from interp.suite import conformance
 from interp.sweeps import sweep
 
 __all__ = [
     "Audit",
     "Axis",
+    "Conformance",
     "Context",
     "CycleError",
     "Grid",
@@ -118,9 +121,11 @@ __all__ = [
     "UnfiredError",
     "World",
     "accuracy",
+    "adapters",
     "align",
     "attribution",
     "clamp",
+    "conformance",
     "cross_entropy",
     "direct_logit_attribution",
     "evaluate",

@@ -14,7 +14,7 @@ from ..models.architecture import Architecture
 from ..models.blocks import Attention, Block, Sublayer
 from ..models.experts import Experts
 from ..models.hook import Hook
-from ..models.projections import Columns, linear_weight
+from ..models.projections import Columns, head_results
 from ..plan.sites import KINDS, Key
 from .boundaries import Edit, Find, Hooks, Running, scaled
 
@@ -230,7 +230,7 @@ class _BlockHooks:
         else:
             if "mlp_pre" in names and isinstance(mlp.pre, Columns):
                 self.hooks.on_output(mlp.pre.module, partial(self.columns, mlp.pre))
-            elif "mlp_pre" in names:
+            elif "mlp_pre" in names and not isinstance(mlp.pre, Columns):
                 self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
             if "mlp_post" in names:
                 self.hooks.on_input(mlp.down, self.shown("mlp_post"))
@@ -280,7 +280,6 @@ class _BlockHooks:
 
 def head_results_change(attention: Attention, z: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """The change of the attention output that an edit of the heads' results [..., H, M] makes."""
-    weight, _ = linear_weight(attention.out)
-    result = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (attention.q.heads, attention.q.width)))
+    result = head_results(attention.out, z)
     edited = edit(result)
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)
