@@ -10,6 +10,7 @@ from .compiled import Compiled
 from .digest import digest_of, structure
 from .errors import (
     CycleError,
+    ElsewhereError,
     InputsError,
     InterpError,
     MetricError,
@@ -86,6 +87,7 @@ __all__ = [
     "CopyScores",
     "CycleError",
     "Edits",
+    "ElsewhereError",
     "Entry",
     "Experts",
     "ForbidBack",

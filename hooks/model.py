@@ -20,8 +20,9 @@ from .holding import PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
 from .models.catalogue import SiteTable, site_table, why_missing
-from .models.checks import check_inputs, check_plan, check_site
+from .models.checks import check_inputs, check_pictures, check_plan, check_site
 from .models.network import Network, without_wrapper
+from .models.sight import inputs_with_images
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
@@ -40,13 +41,16 @@ class Model(Network):
     Attributes:
         module: the user's model.
         tokenizer: what turns prompts into ids, or None.
+        processor: what turns prompts and images into ids and pixels, or None.
         architecture: where the model keeps its parts.
         sizes: sizes of the head and last axes of every site, by key.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture]) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture], processor: Any = None
+    ) -> None:
         super().__init__(module, adapter)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = tokenizer, processor
 
     def _repr_html_(self) -> str:
         return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
@@ -74,7 +78,7 @@ class Model(Network):
         Raises:
             SiteError, ShapeError: it does not fit them.
         """
-        return resolve(where, inputs.columns, self.sizes[where.key])
+        return resolve(where, inputs.along(where.stack), self.sizes[where.key])
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
@@ -94,9 +98,10 @@ class Model(Network):
 
     def inputs(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Tensor,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Mapping[str, Any] | Tensor,
         mask: Tensor | None = None,
         *,
+        images: Any = None,
         padding: str = "right",
         row_ids: Tensor | None = None,
     ) -> Inputs:
@@ -105,8 +110,11 @@ class Model(Network):
         Args:
             prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself;
                 lists of token ids of any lengths; or a tensor of ids [B, T]. For a vision model pixels [B, C, height,
-                width], as its image processor makes them; a run brings them into the model's dtype.
+                width], as its image processor makes them; a run brings them into the model's dtype. For a model with
+                a vision tower also what its processor makes of texts and images, as a dict of tensors.
             mask: [B, T], nonzero at real tokens, with a tensor of ids.
+            images: for each text its image (PIL's, an array or a tensor), several in a list, or None, where the
+                model was wrapped with its processor; texts hold the token that stands for an image.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
 
@@ -115,17 +123,24 @@ class Model(Network):
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
         self.refresh()
-        images, vocabulary = self.architecture.images, self.architecture.token_ids
-        if images is not None:
+        arch, vocabulary = self.architecture, self.architecture.token_ids
+        if images is not None or (arch.tower is not None and isinstance(prompts, Mapping)):
+            if mask is not None:
+                raise InputsError("a mask goes with a tensor of ids; what a processor makes has its own")
+            labels = None if self.tokenizer is None else self.decode
+            return inputs_with_images(arch, self.processor, prompts, images, padding, row_ids, labels)
+        if arch.images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
-            return Inputs.of_images(check_pixels(prompts, images), images.patch, row_ids)
+            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids)
         if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
             raise InputsError(
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
         decode = None if self.tokenizer is None else self.decode
-        return prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        made = prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        check_pictures(arch.tower, made)
+        return made
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by itself.
@@ -308,7 +323,8 @@ def wrap(
         model: of transformers, a language model of one of the families that are known or of one whose structure is
             (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
             with an adapter.
-        tokenizer: for prompts that are text, and for printing tokens.
+        tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
+            one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
             is wrapped already, tokenizer and adapter replace what it has. Of a model of peft's, `module` is the one
             that its layers were put into.
@@ -319,11 +335,18 @@ def wrap(
     if isinstance(model, Model):
         if tokenizer is None and adapter is None:
             return model
-        known = model.tokenizer if tokenizer is None else tokenizer
-        return Model(model.module, known, model.adapter if adapter is None else adapter)
+        known = (model.processor or model.tokenizer) if tokenizer is None else tokenizer
+        model, adapter = model.module, model.adapter if adapter is None else adapter
+        return Model(model, *_reading(known, adapter))
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(without_wrapper(model), tokenizer, adapter or known_or_discovered)
+    return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))
+
+
+def _reading(tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
+    """A tokenizer, the adapter, and the processor that the tokenizer is a part of, if it was given in its place."""
+    within = getattr(tokenizer, "tokenizer", None)
+    return (tokenizer, adapter, None) if within is None else (within, adapter, tokenizer)
 
 
 def known_or_discovered(module: nn.Module) -> Architecture:

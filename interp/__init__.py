@@ -13,6 +13,7 @@ try:
         Audit,
         Context,
         CycleError,
+        ElsewhereError,
         Inputs,
         InputsError,
         InterpError,
@@ -65,7 +66,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import adapters, paths, training
+from interp import adapters, paths, plots, training
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.checks import Conformance
@@ -88,6 +89,7 @@ from interp.metrics import (
 from interp.results import Result
 from interp.suite import conformance
 from interp.sweeps import sweep
+from interp.version import __version__
 
 __all__ = [
     "Audit",
@@ -95,6 +97,7 @@ __all__ = [
     "Conformance",
     "Context",
     "CycleError",
+    "ElsewhereError",
     "Grid",
     "Inputs",
     "InputsError",
@@ -120,6 +123,7 @@ __all__ = [
     "Tape",
     "UnfiredError",
     "World",
+    "__version__",
     "accuracy",
     "adapters",
     "align",
@@ -147,6 +151,7 @@ __all__ = [
     "noise",
     "patch",
     "paths",
+    "plots",
     "prob",
     "project_out",
     "rank",
@@ -161,3 +166,8 @@ __all__ = [
     "wrap",
     "zero",
 ]
+
+
+def __dir__() -> list[str]:
+    """What the package offers; modules that it is made of are importable, and not what one looks for."""
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]

@@ -10,9 +10,51 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..plan.images import ImageFormat
+from ..plan.pictures import Pictures
+from ..plan.sites import VISION
 from .blocks import Block
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+LOOKED_AT = frozenset({"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images"})
+"""What models make the features of images of, of all that they are called with."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of layers that sees the images of prompts, all of a batch at once, and hands on what the text is to read.
+
+    Attributes:
+        embed: the module that returns the tower's first values; None where its tokens are in another order there.
+        blocks: the blocks that something reads, in order; a last one that nothing reads is none of them.
+        norm: the norm of the last block's output, where something reads that; else None.
+        width: M.
+        swap_attention: as of an `Architecture`.
+        look: from ids int64 [B, T], a mask bool [B, T] and what a processor made, by name, to `Pictures`, or None where
+            there is no image. Raises InputsError where they do not fit the model.
+        arguments: from ids, mask and `Pictures` (or None) to what the model is called with besides ids and mask.
+        sees: which of those the features of images are made of.
+        nested: whether its processor takes a list of images for each row, and not one list of all.
+        token: the id that stands in a text where an image's features go.
+        packed: whether its values have no axis of images, [N, ...].
+        mutual: whether tokens of one image see one another in the language model, later ones too.
+        unread: why the layers after `blocks` are none of its sites.
+    """
+
+    embed: nn.Module | None
+    blocks: tuple[Block, ...]
+    norm: nn.Module | None
+    width: int
+    swap_attention: Callable[[Any, AttentionFunction], AbstractContextManager[None]]
+    look: Callable[[Tensor, Tensor, Mapping[str, Any]], Pictures | None]
+    arguments: Callable[[Tensor, Tensor, Pictures | None], dict[str, Tensor]]
+    token: int
+    sees: frozenset[str] = LOOKED_AT
+    nested: bool = False
+    packed: bool = False
+    mutual: bool = False
+    unread: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +76,8 @@ class Architecture:
             z [B, T, H, D] and, for a model that is asked for them, attention weights. `own` is the module's own.
         readout: the position whose final state alone is unembedded, in a classifier; None where every one is.
         images: what images the model takes, or None where it takes tokens.
+        tower: the stack that sees images of prompts, in a model that has one. `embed` is then not where the stream
+            begins, since the images' features are put in the place of some of its values.
         embed_scale: factor of the embeddings on their way into the stream; `logit_scale`: of the unembedding's output.
         positioned: whether `embed` adds positions, and so is called on whole rows, with `position_ids`.
         at_positions: what `pos_embed` makes of positions, where it is called in another way.
@@ -59,6 +103,17 @@ class Architecture:
     images: ImageFormat | None = None
     cap: Callable[[Tensor], Tensor] | None = None
     lift_cap: Callable[[], AbstractContextManager[None]] = nullcontext
+    tower: Tower | None = None
+
+    @property
+    def stacks(self) -> Mapping[str | None, Architecture | Tower]:
+        """The stacks of layers, by the name that keys of sites have for them, as a pass computes them."""
+        return ({} if self.tower is None else {VISION: self.tower}) | {None: self}
+
+    def depth(self, stack: str | None) -> int:
+        """Number of blocks of a stack."""
+        return len(self.stacks[stack].blocks)
+
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     positioned: bool = False
