@@ -241,7 +241,7 @@ ORDER = (
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
-    {"running"},
+    {"running", "discovery"},
     {"compiling", "compiled", "members"},
     {"model"},
 )
