@@ -27,6 +27,7 @@ from .members import Members
 from .meter import Meter
 from .model import Compiled, Model, Run, wrap
 from .models.blocks import Block
+from .models.positions import rotate
 from .models.projections import linear_weight
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
@@ -58,6 +59,7 @@ from .plan.spans import New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
+from .tail import Seen, Tail
 
 __all__ = [
     "DIM",
@@ -99,10 +101,12 @@ __all__ = [
     "Read",
     "ResultError",
     "Run",
+    "Seen",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
+    "Tail",
     "Tape",
     "UnfiredError",
     "World",
@@ -138,6 +142,7 @@ __all__ = [
     "record",
     "resample",
     "resolve",
+    "rotate",
     "rows_per_pass",
     "run_chunks",
     "run_worlds",

@@ -65,7 +65,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths, training
+from interp import kv, paths, training
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.evaluation import evaluate
@@ -131,6 +131,7 @@ __all__ = [
     "intervene",
     "kl",
     "knockout",
+    "kv",
     "load",
     "log_prob",
     "logit",
