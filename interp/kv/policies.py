@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import MetricError, ShapeError, uniform
+from hooks import Inputs, MetricError, Model, ShapeError, Site, uniform
 from interp.kv.view import View
 
 
@@ -215,3 +215,36 @@ def press(one: Any, name: str | None = None) -> Policy:
         return call(view.module, hidden, view.keys, view.values, None, dict(kwargs))
 
     return Policy(name or type(one).__name__, score, needs_hidden=True)
+
+
+def value_gradient(model: Model, inputs: Inputs, window: int = 64) -> Policy:
+    """Attention x value norm x gradient: sum over the last queries of a_qi |v_i| |dL/dz_q|, L the loss of the last
+    tokens.
+
+    It is made for one context, whose end stands in for the question: a backward pass through it comes first.
+
+    Args:
+        model: the wrapped model.
+        inputs: the context, one row without padding.
+        window: how many last tokens' losses are differentiated.
+    """
+    if len(inputs) != 1 or not bool(inputs.mask.all()):
+        raise ShapeError(f"a value gradient is of one row without padding, not {inputs!r}")
+    total = inputs.width
+    count = min(window, total - 1)
+    places = [Site("z", layer) for layer in range(model.n_layers)]
+    run = model.run(inputs, capture=places, grad=True)
+    targets = inputs.ids[0, total - count :].to(run.logits.device)
+    loss = torch.nn.functional.cross_entropy(run.logits[0, total - count - 1 : -1].float(), targets, reduction="sum")
+    sizes = [g[0].float().norm(dim=-1).T.detach() for g in run.gradient(loss, *places)]  # [H, T] each
+
+    def score(view: View) -> Tensor:
+        asking = sizes[view.layer].to(view.keys.device)[:, total - count - 1 : -1]
+        first = int(view.index[0, 0].max()) + 1 - view.new  # the number of the first new token
+        within = slice(max(0, total - count - 1 - first), max(0, total - 1 - first))
+        mine = asking[:, max(0, first - (total - count - 1)) :][:, : len(range(view.new)[within])]
+        pattern = view.attention()[:, :, within]
+        received = (pattern * mine[None, :, : pattern.shape[2], None]).sum(2).unflatten(1, (-1, view.groups)).mean(2)
+        return view.scores + received * view.values.float().norm(dim=-1)
+
+    return Policy("attention x value x gradient", score)
