@@ -6,9 +6,11 @@ It knows models and tensors, and no method; `interp` is the package that users i
 from .audit import PRUNED, Audit, Entry
 from .backends.job import Outcome, Outcomes
 from .budget import budget_of, rows_per_pass
+from .compiled import Compiled
 from .digest import digest_of, structure
 from .errors import (
     CycleError,
+    ElsewhereError,
     InputsError,
     InterpError,
     MetricError,
@@ -25,9 +27,8 @@ from .files import pair, read_record, read_tensors, sha256, write_all
 from .html import table
 from .members import Members
 from .meter import Meter
-from .model import Compiled, Model, Run, wrap
+from .model import Model, wrap
 from .models.blocks import Block
-from .models.positions import rotate
 from .models.projections import linear_weight
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
@@ -59,6 +60,7 @@ from .plan.spans import New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
+from .running import Run
 from .tail import Seen, Tail
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "CopyScores",
     "CycleError",
     "Edits",
+    "ElsewhereError",
     "Entry",
     "ForbidBack",
     "FromPositions",
@@ -142,7 +145,6 @@ __all__ = [
     "record",
     "resample",
     "resolve",
-    "rotate",
     "rows_per_pass",
     "run_chunks",
     "run_worlds",

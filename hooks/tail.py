@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .errors import InputsError
 from .models.attention import attention_pattern, softcap
-from .models.blocks import Attention, Block, Mlp
+from .models.blocks import Attention, Block
 from .models.network import Network
-from .models.positions import rotate
 from .plan.inputs import Inputs
 from .plan.plan import World
 from .plan.sites import Site
@@ -94,6 +93,8 @@ class Tail:
         choice = choose(self.network, [World(self.inputs)])
         if choice.executor != "shared":
             return choice.reason
+        if any(block.attention.sinks is not None for block in self.blocks):
+            return "batched instead of shared: its attention has sinks, which the tail of a text is not run with"
         wide = torch.promote_types(self.logits.dtype, torch.float32)
         mine, theirs = self.run()[0].to(wide), self.logits.to(wide)
         limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.logits.dtype, 0.1)
@@ -213,7 +214,7 @@ class Tail:
     def _project(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [W, n, H, D], keys and values [W, n, K, D], as they attend."""
         around = self.blocks[layer].of_attention
-        normed = around.pre(x)
+        normed = around.read(x)
         q, k, v = (getattr(self.blocks[layer].attention, name)(normed) for name in "qkv")
         attention = self.blocks[layer].attention
         q = self._turn(layer, q if attention.q_norm is None else attention.q_norm(q), self.start, self.total)
@@ -225,7 +226,11 @@ class Tail:
 
     def _turn(self, layer: int, x: Tensor, start: int, stop: int) -> Tensor:
         angles = self._angles[layer]
-        return x if angles is None else rotate(x, *(a[0, start:stop] for a in angles))
+        if angles is None:
+            return x
+        rotary = self.blocks[layer].attention.rotary
+        assert rotary is not None
+        return rotary.turn(x, *(a[0, start:stop] for a in angles))
 
     def _attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
@@ -294,10 +299,10 @@ class Tail:
             x, z = x[:, self._read_at], z[:, self._read_at]
         before = x
         for sublayer in block.sublayers:
-            if isinstance(sublayer.fn, Mlp):
-                inside = sublayer.pre(before if block.parallel else x)
-                out = sublayer.fn(inside.flatten(0, 1)).unflatten(0, inside.shape[:2])
-            else:
+            if isinstance(sublayer.fn, Attention):
                 out = sublayer.fn.out(z.flatten(2))
-            x = x + sublayer.added(out)
+            else:
+                inside = sublayer.read(before if block.parallel else x)
+                out = sublayer.fn(inside.flatten(0, 1)).unflatten(0, inside.shape[:2])
+            x = sublayer.summed(x + sublayer.added(out))
         return x

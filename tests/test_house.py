@@ -237,12 +237,13 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "resolving", "lowering", "budget", "meter"},
+    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter"},
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
     {"tail"},
-    {"compiling", "members"},
+    {"running"},
+    {"compiling", "compiled", "members"},
     {"model"},
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Model, ModelError, rotate
+from hooks import Model, ModelError
 from interp.kv.cache import Evicted, Kept
 from interp.kv.policies import Policy
 from interp.kv.view import View
@@ -116,7 +116,7 @@ class Attending:
         if back:
             size = cos.square() + sin.square()  # angles may be scaled, and are rounded
             cos, sin = cos / size, -sin / size
-        return rotate(x.transpose(1, 2).to(wide), cos, sin).transpose(1, 2).to(x.dtype)
+        return rotary.turn(x.transpose(1, 2).to(wide), cos, sin).transpose(1, 2).to(x.dtype)
 
     # -- attention
 

@@ -77,8 +77,8 @@ def test_expected_attention_is_a_mean_over_future_queries(seen):
     rotary = model.architecture.blocks[1].attention.rotary
     mean = q.mean(1)
     cos, sin = rotary(torch.arange(LENGTH, LENGTH + 4)[None], torch.float64)
-    from hooks import rotate
-
+    assert rotary is not None
+    rotate = rotary.turn
     turned = torch.stack([rotate(mean, cos[0, i], sin[0, i]) for i in range(4)]).mean(0)
     logits = torch.einsum("hd,hsd->hs", turned, keys.repeat_interleave(2, 0)) / keys.shape[-1] ** 0.5
     expected = logits.softmax(-1).unflatten(0, (2, 2)).mean(1)
