@@ -37,13 +37,13 @@ class Recall:
     drill: Tensor
 
 
-def draw(rows: int, seed: int, arm: str | None = None) -> Recall:
-    """Rows of an arm, or of all arms in turn."""
+def draw(rows: int, seed: int, arm: str | None = None, length: int = CONTEXT) -> Recall:
+    """Rows of an arm, or of all arms in turn, with contexts of `length` tokens."""
     generator = torch.Generator().manual_seed(seed)
     contexts, suffixes, arms, places, drills = [], [], [], [], []
     for row in range(rows):
         mine = ARMS[row % len(ARMS)] if arm is None else arm
-        context, suffix, where, drill = _row(mine, generator)
+        context, suffix, where, drill = _row(mine, generator, length)
         contexts.append(context)
         suffixes.append(suffix)
         arms.append(mine)
@@ -54,7 +54,7 @@ def draw(rows: int, seed: int, arm: str | None = None) -> Recall:
     )
 
 
-def _row(arm: str, generator: torch.Generator) -> tuple[list[int], list[int], int, list[int]]:
+def _row(arm: str, generator: torch.Generator, length: int) -> tuple[list[int], list[int], int, list[int]]:
     keys = [KEYS[i] for i in torch.randperm(len(KEYS), generator=generator)[:PAIRS].tolist()]
     values = [VALUES[i] for i in torch.randint(len(VALUES), (PAIRS,), generator=generator).tolist()]
     asked = int(torch.randint(PAIRS, (1,), generator=generator))
@@ -69,7 +69,7 @@ def _row(arm: str, generator: torch.Generator) -> tuple[list[int], list[int], in
     head = [BOS, *([ASK, keys[asked]] if arm == "question" else [])]
     # Fillers fall between the pieces, anywhere; the pieces come in any order.
     order = torch.randperm(len(pieces), generator=generator).tolist()
-    free = CONTEXT - len(head) - sum(map(len, pieces))
+    free = length - len(head) - sum(map(len, pieces))
     cuts = sorted(torch.randint(free + 1, (len(pieces),), generator=generator).tolist())
     fill = [FILLERS[i] for i in torch.randint(len(FILLERS), (free,), generator=generator).tolist()]
     context, used, where = head, 0, 0

@@ -73,6 +73,13 @@ class RetainingHeads(nn.Module):
         """What these heads score, as a policy: each key once, when it is written."""
 
         def score(view: View) -> Tensor:
+            layers = view.owner.model.n_layers
+            if layers != self.settings["layers"]:
+                raise ShapeError(
+                    f"these retaining heads are for {self.settings['layers']} layers, and this model has "
+                    f"{layers}: they "
+                    "were made for another model"
+                )
             with torch.no_grad():
                 return self(view.layer, view.raw_queries, view.raw_new_keys, view.new_values)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
-INVERTED = "inverted "
+INVERTED, LEAVE_ONE_OUT = "inverted ", "leave-one-out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Judged:
     """What policies' scores are worth, on several contexts.
 
     Attributes:
-        policies: names, the controls included.
+        policies: names: those that are judged, the exact effect of each unit alone, and controls.
         budgets: shares of units kept in each layer and head.
         spearman, kendall: float64 [policy, row], rank correlation with |effect|, all units pooled; per_head:
             [policy, L, K, row], Spearman within each head.
@@ -104,7 +104,7 @@ def judge(
     model: Model,
     context: Text,
     suffix: Text,
-    policies: Sequence[Policy],
+    policies: Sequence[Policy | Callable[[Model, Inputs], Policy]],
     *,
     budgets: Sequence[float] = BUDGETS,
     answer: int | None = None,
@@ -119,7 +119,7 @@ def judge(
 
     Args:
         model, context, suffix, answer: as in `kv_effects`.
-        policies: of different names.
+        policies: of different names; or functions from the model and a context to one that is made for it.
         budgets: shares of the context's units that each layer and head keeps.
         chunk: tokens that policies are shown at a time; None for the whole context.
         oracle: how the greedy oracle measures, as in `kv_effects`; `drop`: the share that it lets go in a round.
@@ -130,7 +130,8 @@ def judge(
     Raises:
         InputsError: policies of one name, or budgets that are no shares.
     """
-    names = [policy.name for policy in policies]
+    rows = asked(model, context, suffix, answer)
+    names = [policy.name for policy in _made(model, rows[0], policies)]
     if len(set(names)) != len(names) or not names:
         raise InputsError(f"policies have different names, and there is at least one; got {names}")
     budgets = tuple(budgets)
@@ -139,8 +140,7 @@ def judge(
     if controls and "random" not in names:
         policies = [*policies, random()]
         names.append("random")
-    every = names + ([INVERTED + name for name in names] if controls else [])
-    rows = asked(model, context, suffix, answer)
+    every = [*names, LEAVE_ONE_OUT] + ([INVERTED + name for name in names] if controls else [])
     kept: dict[str, list[Any]] = {
         name: [] for name in Judged.__dataclass_fields__ if name not in ("policies", "budgets")
     }
@@ -156,6 +156,12 @@ def judge(
         worst[name] = sorted(units, key=lambda unit: unit[7] - unit[6])[:misjudged]
     stacked = {name: np.stack(values, -1) for name, values in kept.items() if values}
     return Judged(tuple(every), budgets, misjudged=worst, **stacked)
+
+
+def _made(model: Model, row: Asked, policies: Sequence[Policy | Callable[[Model, Inputs], Policy]]) -> list[Policy]:
+    """The policies for a row's context."""
+    inputs = Inputs.of(row.ids[: row.context])
+    return [policy if isinstance(policy, Policy) else policy(model, inputs) for policy in policies]
 
 
 def scores_of(model: Model, inputs: Inputs, policy: Policy, chunk: int | None = None) -> np.ndarray:
@@ -174,7 +180,8 @@ def scores_of(model: Model, inputs: Inputs, policy: Policy, chunk: int | None = 
 
 
 def _judged(
-    model: Model, row: Asked, policies: Sequence[Policy], every: Sequence[str], budgets: Sequence[float],
+    model: Model, row: Asked, policies: Sequence[Policy | Callable[[Model, Inputs], Policy]], every: Sequence[str],
+        budgets: Sequence[float],
     chunk: int | None, oracle: str, drop: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The numbers of one row."""
@@ -184,8 +191,9 @@ def _judged(
     each = kv_effects(model, before, after, answer=len(row.queries), per_query=True, progress=False).effect[..., 0]
     effect = each.sum(-1)
     inputs = Inputs.of(torch.tensor([before]))
-    scores = [scores_of(model, inputs, policy, chunk) for policy in policies]
-    scores += [-one for one in scores] if len(every) > len(scores) else []
+    scores = [scores_of(model, inputs, policy, chunk) for policy in _made(model, row, policies)]
+    inverses = [-one for one in scores] if len(every) > len(scores) + 1 else []
+    scores = [*scores, effect, *inverses]
     best = greedy(cached, drop=drop, how=oracle, floor=min(budgets) / 2 if min(budgets) < 1 else 0.5)
     sizes = [max(1, round(budget * row.context)) for budget in budgets]
     worlds = torch.stack([_gone(one, size) for one in [*scores, best.order] for size in sizes])
