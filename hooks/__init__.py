@@ -67,6 +67,7 @@ from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
 from .running import Run
+from .tail import Seen, Tail
 
 __all__ = [
     "DIM",
@@ -119,11 +120,13 @@ __all__ = [
     "ResultError",
     "Rotary",
     "Run",
+    "Seen",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
     "Sublayer",
+    "Tail",
     "Tape",
     "UnfiredError",
     "World",

@@ -66,7 +66,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import adapters, paths, plots, training
+from interp import adapters, kv, paths, plots, training
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.checks import Conformance
@@ -140,6 +140,7 @@ __all__ = [
     "intervene",
     "kl",
     "knockout",
+    "kv",
     "load",
     "log_prob",
     "logit",

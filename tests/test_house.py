@@ -241,6 +241,7 @@ ORDER = (
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
+    {"tail"},
     {"running", "discovery"},
     {"compiling", "compiled", "members"},
     {"model"},
