@@ -241,7 +241,8 @@ ORDER = (
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
-    {"running"},
+    {"tail"},
+    {"running", "discovery"},
     {"compiling", "compiled", "members"},
     {"model"},
 )
