@@ -242,7 +242,9 @@ def test_an_image_is_patched_from_a_row_where_it_stands_elsewhere(family: str) -
         torch.testing.assert_close(run.tape[place][row, :each], there[row, :each])
     inside = site("resid_post", 0, pos="image 0")
     source = model.run(y, capture=inside).tape[inside]
-    torch.testing.assert_close(model.run(x, patch(inside, World(y)), capture=inside).tape[inside], source)
+    got = model.run(x, patch(inside, World(y)), capture=inside).tape[inside]
+    for row, count in enumerate((x.pictures.image == 0).sum(1).tolist()):
+        torch.testing.assert_close(got[row, :count], source[row, :count])
     assert not torch.equal(x.pictures.image, y.pictures.image)
     with pytest.raises(ShapeError, match="do not correspond"):
         model.run(x, patch(site("resid_post", 0, pos="image"), World(y)))
