@@ -6,9 +6,11 @@ It knows models and tensors, and no method; `interp` is the package that users i
 from .audit import PRUNED, Audit, Entry
 from .backends.job import Outcome, Outcomes
 from .budget import budget_of, rows_per_pass
+from .compiled import Compiled
 from .digest import digest_of, structure
 from .errors import (
     CycleError,
+    ElsewhereError,
     InputsError,
     InterpError,
     MetricError,
@@ -25,9 +27,10 @@ from .files import pair, read_record, read_tensors, sha256, write_all
 from .html import table
 from .members import Members
 from .meter import Meter
-from .model import Compiled, Model, Run, wrap
+from .model import Model, wrap
 from .models.blocks import Block
 from .models.projections import linear_weight
+from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
@@ -53,11 +56,12 @@ from .plan.pieces import joined
 from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
-from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
-from .plan.spans import New, new
+from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
+from .plan.spans import Image, New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
+from .running import Run
 
 __all__ = [
     "DIM",
@@ -66,19 +70,23 @@ __all__ = [
     "KINDS",
     "POS",
     "PRUNED",
+    "TEXT",
     "Alignment",
     "Attend",
     "AttendBack",
     "Audit",
     "Block",
+    "Columns",
     "Compiled",
     "Context",
     "CopyScores",
     "CycleError",
     "Edits",
+    "ElsewhereError",
     "Entry",
     "ForbidBack",
     "FromPositions",
+    "Image",
     "Index",
     "Inputs",
     "InputsError",

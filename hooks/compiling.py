@@ -103,6 +103,8 @@ class Graphs:
         """
         network = self.network
         network.refresh()
+        if world.inputs.pictures is not None:
+            raise ModelError("prompts with images run under run(), apply() and sweeps: a compiled graph has no tower")
         check_inputs(network, world.inputs)
         check_plan(network, world.plan)
         for place in sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from .backends.caching import cache_of
 from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.dynamo import HOOK_GUARDS, forget_graphs
 from .backends.gate import gate_of
+from .backends.generating import Seen
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_as_constants, read_tapes
 from .decoding import Decodings
@@ -33,6 +35,7 @@ from .plan.plan import Plan, World
 from .plan.sites import Site
 from .plan.spans import New
 from .plan.tape import Tape
+from .resolved import Resolved
 from .resolving import resolve
 
 
@@ -44,6 +47,7 @@ class Holds:
         holds: what is held.
         placement: hooks at the sites of the plans that are no functions, which stay between calls.
         decodings: what is known of the texts that the model is fed meanwhile.
+        resolved: makes the programs of calls.
     """
 
     def __init__(self, network: Network) -> None:
@@ -51,6 +55,7 @@ class Holds:
         self.holds: list[Hold] = []
         self.placement: Placement | None = None
         self.decodings: Decodings | None = None
+        self.resolved = Resolved()
 
     def add(self, hold: Hold) -> None:
         """Hold one more plan."""
@@ -73,7 +78,7 @@ class Holds:
                 placement.place()
             try:
                 if holds and not self.holds:
-                    self.decodings = Decodings(module, self.is_in_force)
+                    self.decodings = Decodings(module, self.is_in_force, self.look)
                     gate.open(module)
                 if placement is not None:
                     forget_graphs(module)
@@ -108,6 +113,12 @@ class Holds:
         """Whether anything is held, but for what this thread has suspended since."""
         return bool(self.in_force())
 
+    @property
+    def looks(self) -> bool:
+        """Whether something in force may be at the sites of a tower."""
+        placed = self.placement is not None and any(key[2] is not None for key in self.placement.keys)
+        return placed or not all(isinstance(one.plan, Plan) for one in self.in_force())
+
     def on(self, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
         """All plans on these inputs as one, its record, and the seed of each intervention."""
         plan, entries, seeds = Plan(), (), ()
@@ -118,19 +129,71 @@ class Holds:
 
     def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin the pass of a call of the user's, before the model runs."""
-        module, network = call.module, self.network
-        gate, decodings = gate_of(module), self.decodings
+        module, decodings = call.module, self.decodings
         if not self.in_force():
             return
         assert decodings is not None
         with ExitStack() as stack:
-            gate.lock.acquire()
-            stack.callback(gate.lock.release)
+            lock = gate_of(module).lock
+            lock.acquire()
+            stack.callback(lock.release)
             given = arguments_of_call(module, args, kwargs)
-            fed = decodings.fed(module, given, network.architecture)
+            fed = decodings.fed(module, given, self.network.architecture)
+            self.begin(call, fed, partial(self.again, call, args, kwargs, fed), partial(self.check, fed, given))
+            call.returned = partial(decodings.returned, fed)
+            if call.close is not None:
+                stack.callback(call.close)
+            call.close = stack.pop_all().close
+
+    def look(self, encode: Callable[[dict[str, Any]], Any], ids: Tensor, given: dict[str, Any]) -> tuple[Any, Seen]:
+        """Run the tower of a `generate`, which looks at the images before it calls the model.
+
+        Args:
+            encode: does that, given the arguments, which it changes.
+        """
+        module, decodings = self.network.module, self.decodings
+        gate = gate_of(module)
+        assert decodings is not None
+        fed = decodings.looked({**given, "input_ids": ids}, self.network.architecture)
+        call, seen = frames.Call(module, sys._getframe(0)), Seen()
+
+        def again(path: tuple[Any, ...]) -> None:
+            arguments = dict(given, mm_encoder_outputs=dict(given.get("mm_encoder_outputs") or {}))
+            frames.push(frames.Call(module, sys._getframe(0), gate.claimed()))
+            try:
+                seen.encoded[path] = encode(arguments)["mm_encoder_outputs"]
+            finally:
+                frames.pop(module)
+
+        with gate.lock:
+            frames.push(call)
+            try:
+                if fed is not None:
+                    seen.image = fed.inputs.columns.image
+                if fed is not None and self.looks:
+                    self.begin(call, fed, again, lambda plan: None)
+                return encode(given), seen
+            finally:
+                frames.pop(module)
+
+    def begin(
+        self,
+        call: frames.Call,
+        fed: Fed,
+        again: Callable[[tuple[Any, ...]], Any],
+        check: Callable[[Plan], None],
+    ) -> None:
+        """Begin the pass of a call, under all that is held.
+
+        Args:
+            again: makes the call once more, for the world that is reached by a path.
+            check: refuses what a plan cannot do in it.
+        """
+        module, network = call.module, self.network
+        with ExitStack() as stack:
             plan, audit, seeds = self.on(fed.inputs)
             whole = World(fed.inputs, plan)
-            self.check(fed, given, plan)
+            check(plan)
             # Tokens that an intervention means may be in other calls of the text.
             now = fed.live(plan, network.sizes)
             fed.note_gone(plan, audit.entries, network.sizes)
@@ -143,10 +206,10 @@ class Holds:
             tapes: dict[Any, Tape] = {}
             if all_reads([whole]):
                 # Run anew for every call: in training the weights have changed since the last one.
-                again = partial(self.again, call, args, kwargs, fed)
                 tapes = self.read(whole, world, placement.expose, fed, again)
-            program = resolve(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
-            program = fed.counted(program, audit.entries)
+            resolved = self.resolved.program
+            program = resolved(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
+            program = fed.counted(program, audit.entries, network.sizes)
             run = Pass(placement, [program], [()])
             if not placement.placed:
                 stack.callback(placement.remove)
@@ -156,8 +219,7 @@ class Holds:
                 stack.enter_context(checkpointing(module, run.bind))
             # Last, so that it comes first: what the interventions did is noted however the call ended.
             stack.callback(lambda: program.report(run.states[0], audit))
-            call.run, call.returned = run, partial(decodings.returned, fed)
-            call.close = stack.pop_all().close
+            call.run, call.close = run, stack.pop_all().close
 
     def check(self, fed: Fed, given: dict[str, Any], plan: Plan) -> None:
         """Refuse what the plans in force cannot do in a call.
@@ -182,10 +244,29 @@ class Holds:
         def apart(value: Any) -> Any:
             return value if fed.cache is None or value is not fed.cache else mirror
 
-        output = call.module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
+        own = {name: apart(value) for name, value in kwargs.items()}
+        if fed.encoded is not None:
+            own["mm_encoder_outputs"] = self.encoded(fed, path, own.get("mm_encoder_outputs"))
+        output = call.module(*map(apart, args), **own)
         cache = cache_of(output)
         if fed.cache is None and cache is not None:
             fed.decoding.mirrors[path] = cache
+
+    def encoded(self, fed: Fed, path: tuple[Any, ...], given: Any) -> Any:
+        """What the tower makes of the images in a world that is read, for a call that is given the features of images.
+
+        Raises:
+            PlanError: nobody looked at them under that world's plan.
+        """
+        assert fed.encoded is not None
+        if path in fed.encoded:
+            return dict(fed.encoded[path])
+        if self.looks:
+            raise PlanError(
+                "the plan edits or reads the tower and reads this world under another plan, or unedited, in a call "
+                "that is given the features of images (mm_encoder_outputs), which are one world's: give it the images"
+            )
+        return given
 
     def read(
         self,

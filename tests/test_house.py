@@ -237,11 +237,12 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "resolving", "lowering", "budget", "meter"},
+    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter"},
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},
-    {"compiling", "members"},
+    {"running"},
+    {"compiling", "compiled", "members"},
     {"model"},
 )
 

@@ -81,6 +81,10 @@ class Gate:
                 self._expected.pop(me, None)
                 self.close()
 
+    def claimed(self) -> Any:
+        """The pass that the next call in this thread was to be, for what stands in that call's place."""
+        return self._expected.pop(threading.get_ident(), None)
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it, calls in this thread are as if nothing were held that is held when it begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from ..errors import ModelError
+from ..plan.pictures import Pictures
 from ..plan.sites import Key
 from .architecture import Architecture
 from .blocks import Block
@@ -18,7 +20,7 @@ from .fingerprint import Fingerprint
 from .hook import Hook
 
 Adapter = Callable[[Any], Architecture]
-_COUNTER = "torch.utils.module_tracker"
+_LOOKING = ("torch.utils.module_tracker", "transformers.utils.output_capturing")
 
 
 class Network:
@@ -90,12 +92,26 @@ class Network:
         out = f"vocabulary {arch.vocabulary}" if arch.readout is None else f"{arch.vocabulary} classes"
         return f"Model({arch.family}: {self.n_layers} layers, {told}, width {arch.width}, {out})"
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        pixels: Tensor | None = None,
+        pictures: Pictures | None = None,
+    ) -> Tensor:
         """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
-        logits = logits_of(self.module(**self.arguments(ids, mask, positions, pixels)))
+        logits = logits_of(self.module(**self.arguments(ids, mask, positions, pixels, pictures)))
         return logits if self.architecture.readout is None else logits.unsqueeze(1)
 
-    def arguments(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> dict[str, Any]:
+    def arguments(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        pixels: Tensor | None = None,
+        pictures: Pictures | None = None,
+    ) -> dict[str, Any]:
         """What the model is called with."""
         if pixels is not None:
             # In the model's dtype, as it would bring them into by itself.
@@ -105,7 +121,28 @@ class Network:
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
         if hasattr(getattr(self.module, "config", None), "use_cache"):
             arguments["use_cache"] = False
+        if self.architecture.tower is not None:
+            more = self.architecture.tower.arguments(ids, mask, pictures)
+            arguments |= {name: self._on(value) for name, value in more.items()}
+        known = inspect.signature(self.module.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            # Some count positions by the mask themselves, and encoders have no cache.
+            arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
+
+    def features(self, ids: Tensor, mask: Tensor, pictures: Pictures) -> Tensor:
+        """What the tower makes of images, [places, M], for the places that they take in rows of a text."""
+        tower = self.architecture.tower
+        assert tower is not None
+        look: Any = getattr(self.module, "base_model", self.module).get_image_features
+        known = inspect.signature(look).parameters
+        given = tower.arguments(ids, mask, pictures)
+        given = {name: self._on(value) for name, value in given.items() if name in tower.sees & set(known)}
+        found = look(**given, return_dict=True).pooler_output
+        return found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
+
+    def _on(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
@@ -118,6 +155,8 @@ class Network:
                 return f"there are hooks of yours on {name or 'the model'}"
             if "forward" in vars(module):
                 return f"the forward of {name or 'the model'} is one of yours"
+        if self.architecture.unshared:
+            return self.architecture.unshared
         devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
         if len(devices) > 1:
             return f"the model is spread over {', '.join(devices)}"
@@ -139,7 +178,8 @@ def described(module: nn.Module, adapter: Adapter) -> Architecture:
     found = adapter(module)
     if not isinstance(found, Architecture):
         raise ModelError(f"an adapter returns an Architecture, this one a {type(found).__name__}")
-    _require_distinct(found.blocks)
+    for part in found.stacks.values():
+        _require_distinct(part.blocks)
     return found
 
 
@@ -161,8 +201,10 @@ def _require_distinct(blocks: tuple[Block, ...]) -> None:
 
 
 def _users(hooks: dict[int, Any]) -> bool:
-    # A counter of torch's own (of operations, say) looks at modules and changes nothing.
-    return any(not isinstance(hook, Hook) and getattr(hook, "__module__", "") != _COUNTER for hook in hooks.values())
+    # A counter of torch's own (of operations, say), or what records hidden states, looks and changes nothing.
+    return any(
+        not isinstance(hook, Hook) and getattr(hook, "__module__", "") not in _LOOKING for hook in hooks.values()
+    )
 
 
 def logits_of(output: Any) -> Tensor:

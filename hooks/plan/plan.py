@@ -59,6 +59,7 @@ class World:
             and same(mine.mask, theirs.mask)
             and same(mine.row_ids, theirs.row_ids)
             and same(mine.pixels, theirs.pixels)
+            and same(mine.contents(), theirs.contents())
             and self.plan == other.plan
         )
 
@@ -79,8 +80,8 @@ class Read:
     """A value that an intervention reads.
 
     Attributes:
-        source: a world (or inputs), a tape, a tensor, an `Origin`, or a plan: the inputs of the world that reads, under
-            that plan.
+        source: a world (or inputs), a tape, a tensor, this world (see `here`), or a plan: the inputs of the world that
+            reads, under that plan.
         site: the site read; None for the intervention's own.
         aligned: whether row i of the source belongs to row i of the world. If not, the source is a reference set of any
             number of rows, and the function gets all of them.
@@ -130,7 +131,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A site, the values read, and a pure function of them: see `hooks.ops` for the functions.
+    """A site, the values read, and a pure function of them, as `patch`, `zero` and others make it.
 
     Attributes:
         site: where.
@@ -150,6 +151,11 @@ class Intervention:
     def own_reads(self) -> tuple[Read, ...]:
         """What it reads of this world as it is edited."""
         return tuple(read for read in self.reads if read.source is Origin.HERE)
+
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        """The sites that it reads, where they are named."""
+        return tuple(read.site for read in self.reads if read.site is not None)
 
     def encoded(self, put: Put) -> dict[str, Any]:
         """The intervention as data."""
