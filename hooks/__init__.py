@@ -29,8 +29,13 @@ from .html import table
 from .members import Members
 from .meter import Meter
 from .model import Model, wrap
-from .models.blocks import Block
-from .models.projections import linear_weight
+from .models import register
+from .models.architecture import Architecture
+from .models.blocks import Attention, Block, Mlp, Sublayer
+from .models.experts import Experts
+from .models.positions import Rotary
+from .models.projections import Outputs, Projection, linear_weight
+from .models.swapping import swap_method
 from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
@@ -64,6 +69,7 @@ from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
 from .running import Run
+from .tail import Seen, Tail
 
 __all__ = [
     "DIM",
@@ -74,8 +80,10 @@ __all__ = [
     "PRUNED",
     "TEXT",
     "Alignment",
+    "Architecture",
     "Attend",
     "AttendBack",
+    "Attention",
     "Audit",
     "Block",
     "Branch",
@@ -87,6 +95,7 @@ __all__ = [
     "Edits",
     "ElsewhereError",
     "Entry",
+    "Experts",
     "ForbidBack",
     "FromPositions",
     "Image",
@@ -98,6 +107,7 @@ __all__ = [
     "Members",
     "Meter",
     "MetricError",
+    "Mlp",
     "Model",
     "ModelError",
     "Moment",
@@ -105,16 +115,22 @@ __all__ = [
     "Origin",
     "Outcome",
     "Outcomes",
+    "Outputs",
     "PathError",
     "Plan",
     "PlanError",
+    "Projection",
     "Read",
     "ResultError",
+    "Rotary",
     "Run",
+    "Seen",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
+    "Sublayer",
+    "Tail",
     "Tape",
     "UnfiredError",
     "World",
@@ -149,6 +165,7 @@ __all__ = [
     "read_tensors",
     "recompute",
     "record",
+    "register",
     "resample",
     "resolve",
     "rows_per_pass",
@@ -160,6 +177,7 @@ __all__ = [
     "sites_of",
     "steer",
     "structure",
+    "swap_method",
     "table",
     "uniform",
     "wrap",

@@ -314,6 +314,11 @@ class Holds:
         """
         assert fed.encoded is not None
         if path in fed.encoded:
+            if _places(fed.encoded[path]) != _places(given):
+                raise PlanError(
+                    "the prompt is fed in several calls, with a part of the images' features in each, and the plan "
+                    "reads this world under another plan, or unedited: leave out prefill_chunk_size"
+                )
             return dict(fed.encoded[path])
         if self.looks:
             raise PlanError(
@@ -391,6 +396,12 @@ class Holds:
             again()
         program.report(run.states[0]).require_fired()
         return tuple(zip(sites, run.values(0), strict=True))
+
+
+def _places(encoded: Any) -> int:
+    """How many places of a text the features of images take, of those that a call is given."""
+    found = getattr((encoded or {}).get("image"), "pooler_output", ())
+    return sum(len(one) for one in found)
 
 
 def _report(program: Program, run: Pass, number: int, audit: Audit) -> None:

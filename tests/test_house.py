@@ -241,8 +241,9 @@ ORDER = (
     {"backends"},
     {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
-    {"running"},
-    {"compiling", "compiled", "members", "discovery"},
+    {"tail"},
+    {"running", "discovery"},
+    {"compiling", "compiled", "members"},
     {"model"},
 )
 
