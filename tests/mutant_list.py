@@ -684,4 +684,29 @@ MUTANTS = [
         "torch.cat(found)",
         "tests/training/test_members.py::test_plans_of_other_structures_and_worlds_that_are_read",
     ),
+    # Worlds decoded side by side
+    (
+        "beams of every world go on from the first one's cache",
+        "return own(torch.cat([index + world * rows for world in range(len(self))]))",
+        "return own(torch.cat([index for _ in range(len(self))]))",
+        "tests/hooks/test_fork.py::test_generation_equals_separate_runs[beams]",
+    ),
+    (
+        "every world under the first one's plan",
+        "return [one.holds[number] if isinstance(one, Fork) else one for one in found] if number else found",
+        "return found",
+        "tests/hooks/test_fork.py::test_generation_equals_separate_runs[greedy]",
+    ),
+    (
+        "reversed weights that are equal divided by nothing",
+        "flat = total <= 8 * torch.finfo(x.dtype).eps * mass.abs()",
+        "flat = total < 0",
+        "tests/attention/test_patterns.py::test_equal_weights_reversed_stay_equal",
+    ),
+    (
+        "a cut-off by the debiased logits",
+        "own < own.amax(-1, keepdim=True) + math.log(eps)",
+        "z < z.amax(-1, keepdim=True) + math.log(eps)",
+        "tests/attention/test_decoding.py::test_the_formula",
+    ),
 ]
