@@ -1,7 +1,7 @@
 """Run the study on trained models, and write results/priors.json.
 
 python -m experiments.modality_priors.train --seeds 0 1 2 3 4 --out build/shapes-vlm
-python -m experiments.modality_priors.train --seeds 0 1 2 --balanced --steps 400 --out build/shapes-vlm-balanced
+python -m experiments.modality_priors.train --seeds 0 --balanced --steps 400 --out build/shapes-vlm-balanced
 python -m experiments.modality_priors.run            # --quick for a few questions of the model that ships
 """
 
