@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .audit import Audit
+from .backends.bridge import Bridge, is_bridge
 from .backends.gate import gate_of
 from .compiled import Compiled
 from .compiling import Graphs, Options
@@ -263,6 +264,8 @@ class Model(Network):
         Raises:
             PlanError, SiteError: the plan or a site does not fit the model.
         """
+        if self.tool is not None:
+            raise ModelError(f"{self.tool.name} runs this model, and no compiler makes one graph of that: wrap a copy")
         self.refresh()
         sites, todo = tuple(sites_of(capture)), as_plan(plan)
         check_plan(self, todo)
@@ -308,7 +311,15 @@ def wrap(
         if tokenizer is None and adapter is None:
             return model
         known = model.tokenizer if tokenizer is None else tokenizer
-        return Model(model.module, known, model.adapter if adapter is None else adapter)
+        again = Model(model.module, known, model.adapter if adapter is None else adapter)
+        again.tool = model.tool
+        return again
+    if is_bridge(model):
+        bridge: Any = model
+        tool = Bridge(bridge)
+        wrapped = Model(bridge.original_model, tokenizer or bridge.tokenizer, adapter or tool.describe)
+        wrapped.tool = tool
+        return wrapped
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
     return Model(model, tokenizer, adapter or describe)

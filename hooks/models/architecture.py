@@ -27,6 +27,7 @@ class Architecture:
         norm: the final norm; `unembed`: the module from it to logits.
         width: M; vocabulary: V, the tokens or classes that there are logits for.
         cap: what the unembedding's output goes through to be the logits, entry by entry, or None.
+        lacks: names of sites that its parts would have, and that nobody can look at.
         lift_cap: context manager within which the model leaves `cap` out, so that edits of the logits come after it.
         swap_attention: context manager that makes one attention module call a given function
             ``f(module, q [B,H,T,D], k [B,K,S,D], v, mask, own=..., scaling=..., dropout=..., **more)``, which returns
@@ -48,6 +49,7 @@ class Architecture:
     images: ImageFormat | None = None
     cap: Callable[[Tensor], Tensor] | None = None
     lift_cap: Callable[[], AbstractContextManager[None]] = nullcontext
+    lacks: frozenset[str] = frozenset()
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits [..., V] of the final norm's output [..., M]."""

@@ -66,6 +66,8 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
             if not block.parallel:
                 here["resid_mid"] = width
         for name, size in here.items():
+            if name in arch.lacks:
+                continue
             sizes[Site(name, layer).key] = size
     sizes["ln_final", -1, None] = width
     sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
