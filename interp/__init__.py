@@ -66,6 +66,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
     raise
 
 from interp import paths, training
+from interp.activations import Activations, save_activations
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.evaluation import evaluate
@@ -88,6 +89,7 @@ from interp.results import Result
 from interp.sweeps import sweep
 
 __all__ = [
+    "Activations",
     "Audit",
     "Axis",
     "Context",
@@ -148,6 +150,7 @@ __all__ = [
     "recompute",
     "resample",
     "run_worlds",
+    "save_activations",
     "scale",
     "site",
     "steer",

@@ -47,6 +47,11 @@ class Bridge:
         self.bridge = bridge
         self._fires: dict[type, bool] = {}
 
+    @property
+    def module(self) -> nn.Module:
+        """The model inside."""
+        return self.bridge.original_model
+
     def describe(self, module: Any) -> Architecture:
         """The parts of the model inside the bridge, without the sites whose hook points never fire."""
         found = describe(module)

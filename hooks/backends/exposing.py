@@ -49,10 +49,10 @@ def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], f
     for layer in sorted(layers):
         attention = arch.blocks[layer].attention
         names = {name for name, at, _ in keys if at == layer}
-        stack.enter_context(arch.swap_attention(attention.module, _exposed(attention, layer, names, find)))
+        stack.enter_context(arch.swap_attention(attention.module, exposed(attention, layer, names, find)))
 
 
-def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
+def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
     """An attention function that shows its inside, in the form that models call theirs."""
 
     def attend(
@@ -63,6 +63,7 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
         mask: Any,
         *,
         own: Callable[..., Any],
+        kernel: str = "",
         **given: Any,
     ) -> tuple[Tensor, Tensor | None]:
         run = find()
@@ -93,7 +94,8 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
                 "which tokens they are of"
             )
         allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first)
-        scaling, cap, kernel = given.get("scaling"), given.get("softcap"), getattr(own, "__name__", "")
+        scaling, cap = given.get("scaling"), given.get("softcap")
+        kernel = kernel or getattr(own, "__name__", "")
         cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
         z, pattern = exposed_attention(
             q,

@@ -72,7 +72,9 @@ class Network:
     @property
     def device(self) -> torch.device:
         """Where the embedding is, and with it everything else (models spread over devices are not supported)."""
-        return next(self.architecture.embed.parameters()).device
+        device = next(self.architecture.embed.parameters()).device
+        # Of a model that runs elsewhere there are only the shapes here.
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:

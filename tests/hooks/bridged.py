@@ -82,3 +82,28 @@ def close(one: Tensor, two: Tensor, real: Tensor | None = None, atol: float = AT
         one, two = one[real], two[real]
     same = (one == two) | ((one - two).abs() <= atol)
     assert bool(same.all()), float((one - two).abs().max())
+
+
+@cache
+def traced(family: str) -> Model:
+    """The same in nnsight."""
+    from nnsight import NNsight
+
+    return ip.wrap(NNsight(make(family)))
+
+
+def tokenizer() -> Any:
+    """One that knows as many words as the small models do."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(zoo.VOCAB)}
+    special = {"unk_token": "w0", "pad_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), **special)
+
+
+def language_model(family: str) -> Any:
+    """A `TransformersModel` of nnsight's, which may be run elsewhere."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    return TransformersModel(make(family), task="text-generation", tokenizer=tokenizer())
