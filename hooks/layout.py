@@ -93,6 +93,15 @@ class Layout:
             return site
         return site.at(**{axis: self.of_rows(getattr(site, axis)) for axis in site.axes if axis != ROW})
 
+    def alike(self, other: Layout) -> bool:
+        """Whether another layout says the same of every token."""
+        if self is other:
+            return True
+        mine, its = ((one.stack, one.kept, dict(one.windows), one.given) for one in (self, other))
+        if mine != its or not self.queries.like(other.queries) or not self.keys.like(other.keys):
+            return False
+        return _equal(self.rows, other.rows) and _equal(self.origin, other.origin)
+
     def window(self, rows: slice) -> Layout:
         """The same for a range of rows."""
         queries = self.queries.rows(rows)
@@ -155,6 +164,12 @@ class Layout:
             window=window if self.origin is None else on(self.origin),
             total=self.total,
         )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and torch.equal(one, other)
 
 
 _LAYOUTS: WeakKeyDictionary[Inputs, Layout] = WeakKeyDictionary()

@@ -16,10 +16,11 @@ from .backends.gate import gate_of
 from .capturing import captured
 from .compiled import Compiled
 from .compiling import Graphs, Options
+from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
 from .hold import held, hold, holds_on
 from .holding import PlanOf
-from .models import describe
+from .models import adapter_of
 from .models.architecture import Architecture
 from .models.catalogue import SiteInfo, SiteTable, site_table
 from .models.checks import check_inputs, check_plan, check_site
@@ -113,7 +114,7 @@ class Model(Network):
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
         self.refresh()
-        images, vocabulary = self.architecture.images, self.architecture.vocabulary
+        images, vocabulary = self.architecture.images, self.architecture.token_ids
         if images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
@@ -307,9 +308,9 @@ def wrap(
     """Wrap a model of the user's, which stays as it is.
 
     Args:
-        model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
-            classifier (of transformers), the project's own small transformer, or any module with an adapter; or one
-            of these in a `TransformerBridge` of TransformerLens or in a model of nnsight's.
+        model: of transformers, a language model of one of the families that are known or of one whose structure is
+            (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
+            with an adapter; or one of these in a `TransformerBridge` of TransformerLens or in a model of nnsight's.
         tokenizer: for prompts that are text, and for printing tokens.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
             is wrapped already, tokenizer and adapter replace what it has.
@@ -334,4 +335,13 @@ def wrap(
         raise ModelError(f"remote= is for a model of nnsight's, not for {type(model).__name__}")
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, adapter or describe)
+    return Model(model, tokenizer, adapter or known_or_discovered)
+
+
+def known_or_discovered(module: nn.Module) -> Architecture:
+    """The parts of a model, as its family's adapter says, or found out where nobody knows the family.
+
+    Raises:
+        ModelError: it cannot be described.
+    """
+    return (adapter_of(module) or discover)(module)

@@ -13,6 +13,7 @@ try:
         Audit,
         Context,
         CycleError,
+        ElsewhereError,
         Inputs,
         InputsError,
         InterpError,
@@ -65,7 +66,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths, training
+from interp import paths, plots, training
 from interp.activations import Activations, save_activations
 from interp.attribution import attribution
 from interp.axes import Axis
@@ -87,6 +88,7 @@ from interp.metrics import (
 )
 from interp.results import Result
 from interp.sweeps import sweep
+from interp.version import __version__
 
 __all__ = [
     "Activations",
@@ -94,6 +96,7 @@ __all__ = [
     "Axis",
     "Context",
     "CycleError",
+    "ElsewhereError",
     "Grid",
     "Inputs",
     "InputsError",
@@ -119,6 +122,7 @@ __all__ = [
     "Tape",
     "UnfiredError",
     "World",
+    "__version__",
     "accuracy",
     "align",
     "attribution",
@@ -144,6 +148,7 @@ __all__ = [
     "noise",
     "patch",
     "paths",
+    "plots",
     "prob",
     "project_out",
     "rank",
@@ -159,3 +164,8 @@ __all__ = [
     "wrap",
     "zero",
 ]
+
+
+def __dir__() -> list[str]:
+    """What the package offers; modules that it is made of are importable, and not what one looks for."""
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]

@@ -14,7 +14,16 @@ from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
 from interp.provenance import describe_run
 from interp.results import Result
-from interp.sweeps import assemble, check_model, references, require_finite, source_metrics, source_of
+from interp.sweeps import (
+    assemble,
+    check_model,
+    references,
+    require_finite,
+    require_grid,
+    source_metrics,
+    source_of,
+    stated,
+)
 
 
 def attribution(
@@ -25,7 +34,7 @@ def attribution(
     *,
     metric: Metric,
     intervention: Factory | None = None,
-    direction: str = "denoising",
+    direction: str | None = None,
     budget: int | None = None,
     seed: int = 0,
 ) -> Result:
@@ -48,7 +57,8 @@ def attribution(
         PlanError: an intervention has no first-order estimate of its own: it writes -inf, mixes rows, or reads what
             another one may change; or a plan that is held on the model mixes rows.
     """
-    check_model(model, direction)
+    require_grid(grid)
+    direction = check_model(model, stated(model, direction, clean, corrupt, grid, intervention))
     check_metrics([metric])
     base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention)
     model.check_inputs(base_inputs)

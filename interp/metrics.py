@@ -47,7 +47,7 @@ class Metric:
 
     Attributes:
         name: what results call it.
-        bind: from a model and inputs to a `Bound`.
+        bind: from a model and inputs to an `interp.metrics.Bound`.
         reference: a world whose values of the same reads are handed to the function after the run's own; ``"source"``
             means the world that a sweep patches from. None if the metric compares with nothing.
         stated: what it was stated with, by which an interrupted sweep knows it again.

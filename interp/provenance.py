@@ -17,6 +17,7 @@ from interp.axes import Axis
 from interp.grids import Factory
 from interp.metrics import Bound, Metric
 from interp.streaming import weights_digest
+from interp.version import __version__
 
 
 def describe_run(
@@ -26,7 +27,7 @@ def describe_run(
     return {
         "model": repr(model),
         "grid": str(grid),
-        "intervention": "patch" if intervention is None else _name(intervention),
+        "intervention": "patch" if intervention is None else name_of(intervention),
         "direction": direction if corrupt is not None else "ablation",
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -35,14 +36,15 @@ def describe_run(
     }
 
 
-def _name(factory: Any) -> str:
+def name_of(factory: Any) -> str:
+    """What an intervention is called: its function's name."""
     inner = getattr(factory, "func", factory)
     return getattr(inner, "__name__", type(inner).__name__)
 
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers were computed with, and the commit of the working directory where there is one."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"interp": __version__, "python": platform.python_version(), "torch": torch.__version__}
     if "transformers" in sys.modules:
         found["transformers"] = sys.modules["transformers"].__version__
     here = Path(__file__).parents[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,12 +13,15 @@ import numpy as np
 
 from interp import html as views
 from interp import plots, selection
+from interp.datasets import of_dataset, to_dataset
 from interp.effects import STATUS, Effects
 from interp.frames import frame
+from interp.joining import concat
 from interp.result_files import load_result, save_result
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr  # pyright: ignore[reportMissingImports]
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -26,7 +30,7 @@ __all__ = ["STATUS", "Result"]
 
 @dataclass(frozen=True, eq=False)
 class Result(Effects):
-    """The effects of a grid of interventions, with their files, tables and pictures; see `Effects` for what it holds.
+    """The effects of a grid of interventions, with their files, tables and pictures; see `interp.effects.Effects`.
 
     Raises:
         ResultError: the arrays' shapes do not agree with the axes, metrics and rows.
@@ -54,15 +58,20 @@ class Result(Effects):
     """
 
     def top(self, k: int = 10, metric: str | None = None) -> list[dict[str, Any]]:
-        """Return the cells with the largest |mean effect|, largest first.
+        """Return the cells with the largest |mean effect|, largest first; cells that fewer than half of the rows have
+        come after all others.
 
         Args:
             k: how many, at most.
             metric: which, where there are several; the first by default.
 
         Returns:
-            One {axis name: value, ..., "effect", "low", "high"} a cell, with its 95 % interval, and with "metric" where
-            there are several; cells that no row has are left out. `counts` says how many rows have a cell.
+            One {axis name: value, ..., "effect", "low", "high", "rows"} a cell, with its 95 % interval and how many
+            rows have it, with "metric" where there are several, and with "pos_label" (the token, say) where an axis has
+            labels; cells that no row has are left out.
+
+        Raises:
+            ResultError: `k` is no number of cells.
         """
         return selection.top(self, k, metric)
 
@@ -72,7 +81,8 @@ class Result(Effects):
         One value drops its axis, as in xarray, and is noted under config["selected"]; a list, range or array keeps it.
 
         Args:
-            wanted: `metric=` a name, and axes by name: `layer=3`, `pos=[0, 1]`, `head=(0, 1)` for the group (0, 1).
+            wanted: `metric=` a name, and axes by name: `layer=3`, `pos=[0, 1]`, `head=(0, 1)` for the group (0, 1),
+                `pos="name end"` for a named entry, or for a label that one entry has.
 
         Raises:
             ResultError: no such axis, or no such value on it.
@@ -82,9 +92,37 @@ class Result(Effects):
     def to_frame(self) -> pd.DataFrame:
         """Return a table with one line a metric x cell x row, for pandas, seaborn, statsmodels.
 
-        Columns: metric, one an axis (its values), row, effect, base, source (nan for ablations), status ("fired", ...).
+        Columns: metric, one an axis (its values), row, effect, base, source (nan for ablations), status ("fired", ...),
+        and where an axis has labels "pos_label" and the like: for positions, the token that the row has there.
         """
         return frame(self, STATUS)
+
+    def to_xarray(self) -> xr.Dataset:
+        """Return the result as an `xarray.Dataset` with its arrays as variables, for xarray's selection and algebra."""
+        return to_dataset(self)
+
+    @classmethod
+    def from_xarray(cls, dataset: xr.Dataset) -> Result:
+        """Return the result that `to_xarray` made a dataset of, or what has been selected from it.
+
+        Raises:
+            ResultError: the dataset lacks a variable, an axis or an attribute of a result.
+        """
+        return of_dataset(dataset, cls)
+
+    @classmethod
+    def concat(cls, results: Sequence[Result], along: str = "row") -> Result:
+        """Return one result of several: batches of rows of one grid, or shards of one grid on the same rows.
+
+        Args:
+            results: at least one.
+            along: "row", or the name of the axis whose values the results share out.
+
+        Raises:
+            ResultError: they are not of one sweep: other metrics, axes, direction, or model; rows that are not the
+                same; or values that two of them have.
+        """
+        return concat(results, along)
 
     def plot(self, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
         """Draw the result; see `interp.plots.heatmap`. In a notebook, `figure()` is what shows."""
@@ -100,13 +138,15 @@ class Result(Effects):
         counts = Counter(self.status.ravel().tolist())
         happened = ", ".join(f"{n} {STATUS[code]}" for code, n in sorted(counts.items())) or "no cells"
         text = f"{grid}, {len(self.rows)} rows, {', '.join(self.metrics)}: {happened}"
-        mean = self.sel(metric=self.metrics[0]).mean()
-        if not np.isnan(mean).all():
-            best = np.unravel_index(np.nanargmax(np.abs(mean)), mean.shape)
-            where = ", ".join(f"{axis.name}={axis.values[i]}" for axis, i in zip(self.axes, best, strict=True))
+        one = self.sel(metric=self.metrics[0])
+        order = selection.ranking(one)
+        if len(order):
+            mean = one.mean()
+            best = np.unravel_index(order[0], mean.shape)
+            where = ", ".join(axis.text(i) for axis, i in zip(self.axes, best, strict=True))
             of = f" on {self.metrics[0]}" if self.several else ""
             text += f"; largest effect{of} {mean[best]:+.3g}{' at ' * bool(where)}{where}"
-            have = int(self.sel(metric=self.metrics[0]).counts()[best])
+            have = int(one.counts()[best])
             text += f" ({have} of {len(self.rows)} rows have it)" * (have < len(self.rows))
         return f"Result({text})"
 

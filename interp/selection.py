@@ -34,18 +34,33 @@ def select(result: E, wanted: Mapping[str, Any]) -> E:
 def top(result: Effects, k: int, metric: str | None) -> list[dict[str, Any]]:
     """The cells with the largest |mean effect|, largest first; see `Result.top`."""
     one = select(result, {"metric": result.metrics[0] if metric is None else metric})
-    mean = one.mean().ravel()
-    order = np.argsort(-np.abs(mean), kind="stable")  # nan comes last
-    order = order[~np.isnan(mean[order])][: max(k, 0)]
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 0:
+        raise ResultError(f"top() lists a number of cells, 0 or more, not {k!r}")
+    mean, have = one.mean().ravel(), one.counts().ravel()
+    order = ranking(one)[:k]
     low, high = stats.bootstrap_ci(one.effect.reshape(mean.size, len(one.rows))[order])
     shape = tuple(len(axis) for axis in one.axes)
     found = []
     for rank, cell in enumerate(order):
         at = np.unravel_index(cell, shape)
         where = {axis.name: axis.values[i] for axis, i in zip(one.axes, at, strict=True)}
+        for axis, i in zip(one.axes, at, strict=True):
+            if axis.labels[i] != str(axis.values[i]):
+                where[f"{axis.name}_label"] = axis.labels[i]
         numbers = {"effect": float(mean[cell]), "low": float(low[rank]), "high": float(high[rank])}
-        found.append({**({"metric": one.metrics[0]} if result.several else {}), **where, **numbers})
+        told = {**where, **numbers, "rows": int(have[cell])}
+        found.append({**({"metric": one.metrics[0]} if result.several else {}), **told})
     return found
+
+
+def ranking(one: Effects) -> np.ndarray:
+    """The cells of a result with one metric, flat, by |mean effect|, those that no row has left out.
+
+    Cells that fewer than half of the rows have come after all others: a mean over few rows is large more easily.
+    """
+    mean, have = one.mean().ravel(), one.counts().ravel()
+    order = np.lexsort((-np.abs(mean), 2 * have < len(one.rows)))  # the last key counts first; nan comes last
+    return order[~np.isnan(mean[order])]
 
 
 def _of_metric(result: E, wanted: Any) -> E:
@@ -66,7 +81,7 @@ def _of_metric(result: E, wanted: Any) -> E:
 def _of_axis(result: E, name: str, wanted: Any) -> E:
     dim = [axis.name for axis in result.axes].index(name)
     axis = result.axes[dim]
-    at = find(f"axis {name!r}", axis.values, wanted)
+    at = find(f"axis {name!r}", axis.values, wanted, axis.labels)
     if isinstance(at, list):
         kept = (Axis(name, tuple(axis.values[i] for i in at), tuple(axis.labels[i] for i in at)),)
         config = result.config

@@ -7,12 +7,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hooks import (
+    KEY,
+    POS,
     PRUNED,
     Inputs,
     InputsError,
@@ -37,7 +40,7 @@ from interp.evaluation import check_metrics, read_reference, require_eval
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call_each
 from interp.progress import tqdm
-from interp.provenance import describe_run, sweep_identity
+from interp.provenance import describe_run, name_of, sweep_identity
 from interp.results import STATUS, Result
 from interp.streaming import Stream, finished
 
@@ -52,7 +55,7 @@ def sweep(
     *,
     metric: Metric | Sequence[Metric],
     intervention: Factory | None = None,
-    direction: str = "denoising",
+    direction: str | None = None,
     executor: str = "auto",
     budget: int | None = None,
     path: str | os.PathLike[str] | None = None,
@@ -71,8 +74,9 @@ def sweep(
         intervention: from a site to what is done there, in place of patching from the other prompts: ``ip.zero``,
             ``functools.partial(ip.mean, source=reference)``, ``lambda site: ip.steer(site, v)``.
         direction: ``"denoising"`` edits the corrupt run (with clean values, when patching), ``"noising"`` the clean run
-            (Heimersheim & Nanda 2024).
-        executor: see `hooks.run_worlds`; the result says which was used, and why.
+            (Heimersheim & Nanda 2024). Patching denoises by default; an `intervention` that takes nothing from either
+            run says which of the two it edits, or comes without `corrupt`.
+        executor: see `run_worlds`; the result says which was used, and why.
         budget: bytes that the activations of a chunk may take.
         path: save the result there, stream to it while running, and resume from it after an interruption. Where the
             finished result of the same sweep is there, it is returned.
@@ -83,21 +87,21 @@ def sweep(
         A `Result` with axes [metric if several, *the grid's, row].
 
     Raises:
-        InputsError: clean and corrupt of different lengths, with the tokens that differ.
+        InputsError: clean and corrupt of different lengths, with the tokens that differ; or an ablation of two runs
+            that does not say which one it edits.
         ModelError: the model is in training mode.
         MetricError: a metric is nan on some row, or infinite on one of the unedited run, so that there is no effect. An
             edited run may be infinite (a log-probability of 0, say): so is its effect, and the mean.
         ResultError: there is a result of another sweep at `path`.
         UnfiredError: no cell changed anything (clean equals corrupt, say).
     """
-    check_model(model, direction)
+    require_grid(grid)
+    direction = check_model(model, stated(model, direction, clean, corrupt, grid, intervention))
     several = isinstance(metric, (list, tuple))
     metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
     check_metrics(metrics)
     base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention)
     model.check_inputs(base_inputs)
-    if not isinstance(grid, Grid):
-        raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
     axes, cells = grid.cells(model, base_inputs)
     worlds = _cell_worlds(cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
@@ -153,8 +157,43 @@ def sweep(
     return result
 
 
-def check_model(model: Model, direction: str) -> None:
-    """Check that a model can be measured, and that a direction is one.
+def require_grid(grid: Any) -> None:
+    """Raise InputsError unless this is a grid."""
+    if not isinstance(grid, Grid):
+        raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
+
+
+def stated(
+    model: Model,
+    direction: str | None,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    grid: Grid,
+    intervention: Factory | None,
+) -> str:
+    """The direction that is asked for: as said, or as follows from what is taken from which run.
+
+    Raises:
+        InputsError: nothing is taken from either, so it has to be said which is edited.
+    """
+    if direction is not None:
+        return direction
+    if not isinstance(clean, Inputs) or not isinstance(corrupt, Inputs) or not callable(intervention):
+        return "denoising"
+    require_eval(model, "a sweep")
+    _, cells = grid.cells(model, clean)
+    sources = [read.source for item in cells[0].plan(intervention) for read in item.reads]
+    taken = [source.inputs for source in sources if isinstance(source, World)]
+    if any(inputs is clean for inputs in taken) != any(inputs is corrupt for inputs in taken):
+        return "denoising" if any(inputs is clean for inputs in taken) else "noising"
+    raise InputsError(
+        f"{name_of(intervention)} takes nothing from either run, so it does not follow which of the two it edits: say "
+        "direction='noising' for the clean run, direction='denoising' for the corrupt one, or give corrupt=None"
+    )
+
+
+def check_model(model: Model, direction: str) -> str:
+    """Check that a model can be measured, and that a direction is one, which is returned.
 
     Raises:
         ModelError: it is not wrapped, or in training mode.
@@ -165,6 +204,7 @@ def check_model(model: Model, direction: str) -> None:
         raise InputsError(
             f"direction is {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}{nearest(direction, DIRECTIONS)}"
         )
+    return direction
 
 
 def source_of(
@@ -350,8 +390,15 @@ def assemble(
         status=merged.reshape(shape),
         noise_floor=np.asarray(pick(floor)),
         rows=labels,
-        config={},
+        # What stands at a position in each row, where a position is the same number and not the same token.
+        config={"tokens": [list(inputs.labels(r)) for r in range(len(inputs))]} if _ragged(axes, inputs) else {},
     )
+
+
+def _ragged(axes: Sequence[Axis], inputs: Inputs) -> bool:
+    """Whether an axis of positions has other tokens in other rows."""
+    tokens = inputs.tokens if inputs.pixels is None else None
+    return tokens is not None and len(set(tokens)) > 1 and any(axis.name in (POS, KEY) for axis in axes)
 
 
 def _require_effect(result: Result, cells: Sequence[Cell]) -> None:

@@ -63,3 +63,13 @@ def stories() -> Path:
     if named:
         pytest.fail(f"INTERP_STORIES={named} holds no model: it has no config.json")
     pytest.skip(f"no model at {folder}: set INTERP_STORIES to the folder of one")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct, dequantised from 4 bits; skips where its package is not installed."""
+    from interp import load, pretrained
+
+    if pretrained.missing():
+        pytest.skip(pretrained.missing())
+    return load(pretrained.NAME)

@@ -515,7 +515,7 @@ MUTANTS = [
     ),
     (
         "zeros hide what they are multiplied with",
-        "gate_of(module).suspended(), _noise_for_zeros(module):",
+        "gate_of(module).suspended(), noise_for_zeros(module):",
         "gate_of(module).suspended():",
         CERTIFICATE + "a_model_that_does_something_else_is_refused[zero_low_rank_branch]",
     ),

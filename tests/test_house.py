@@ -237,7 +237,7 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "resolving", "lowering", "budget", "meter", "capturing"},
+    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
     {"fed", "decoding", "holding", "hold", "certificate"},
     {"record"},

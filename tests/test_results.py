@@ -265,15 +265,24 @@ def test_top_is_sorted_by_size_and_skips_what_is_missing():
     result = make()
     top = result.top(100)
     assert len(top) == 9
-    sizes = [abs(cell["effect"]) for cell in top]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    # Position (2, 3), which two of six rows have, comes after what most rows have, however large its mean.
+    assert [cell["rows"] for cell in top] == [6] * 6 + [2] * 3
+    for some in (top[:6], top[6:]):
+        sizes = [abs(cell["effect"]) for cell in some]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    assert abs(top[6]["effect"]) > abs(top[0]["effect"])
+    assert f"layer={top[0]['layer']}, pos={top[0]['pos']} {top[0]['pos_label']!r}" in repr(result)
     low, high = result.ci()
     for cell in top:
         at = result.axes[0].values.index(cell["layer"]), result.axes[1].values.index(cell["pos"])
-        assert list(cell) == ["layer", "pos", "effect", "low", "high"]
+        assert list(cell) == ["layer", "pos", "pos_label", "effect", "low", "high", "rows"]
+        assert cell["pos_label"] == result.axes[1].labels[at[1]]
         assert [cell["effect"], cell["low"], cell["high"]] == pytest.approx([result.mean()[at], low[at], high[at]])
         assert type(cell["layer"]) is int and type(cell["effect"]) is float
     assert result.top(2) == top[:2] and result.top(0) == []
+    for k in (-1, 2.0, True, "all"):
+        with pytest.raises(ResultError, match="number of cells"):
+            result.top(k)
 
 
 def test_top_of_several_metrics_says_which():
@@ -354,7 +363,7 @@ def test_sel_refuses_an_ambiguous_value():
 def test_frame_has_every_number_in_its_place(several, source):
     result = make(several, source)
     frame = result.to_frame()
-    assert list(frame) == ["metric", "layer", "pos", "row", "effect", "base", "source", "status"]
+    assert list(frame) == ["metric", "layer", "pos", "row", "effect", "base", "source", "status", "pos_label"]
     assert len(frame) == result.effect.size
     stacked = result.effect if several else result.effect[None]
     for i in np.random.default_rng(2).choice(len(frame), 40, replace=False):

@@ -19,8 +19,9 @@ from ..errors import ModelError
 from ..models import describe
 from ..models.architecture import Architecture
 from ..plan.sites import KINDS, Key, Site
+from .boundaries import Edit, Find, Hooks, Running
 from .gate import gate_of
-from .placing import Edit, Find, Hooks, Running
+from .plain import require_plain
 
 _SPLIT = frozenset({"q_input", "k_input", "v_input"})
 
@@ -55,12 +56,13 @@ class Bridge:
     def describe(self, module: Any) -> Architecture:
         """The parts of the model inside the bridge, without the sites whose hook points never fire."""
         found = describe(module)
-        known, never = self.bridge.hook_dict, set()
+        require_plain(found, "a TransformerBridge")
+        known, never = self.bridge.hook_dict, {}
         for name in ("rot_q", "rot_k"):
             point = known.get(Site(name, 0).hook)
             if point is None or not self._fired(module, point):
-                never.add(name)
-        return replace(found, lacks=found.lacks | never)
+                never[name] = "nothing goes through its hook point in this bridge"
+        return replace(found, missing={**found.missing, **never})
 
     def _fired(self, module: nn.Module, point: Any) -> bool:
         """Whether a hook point is gone through: in some families there are such that nothing goes through."""

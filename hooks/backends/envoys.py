@@ -26,6 +26,7 @@ from ..plan.region import Entries
 from ..plan.sites import Key, Site
 from ..program import Program, State
 from .exposing import INSIDE
+from .plain import require_plain
 from .playing import Asked, Parts, Visits, parts_of, play
 
 
@@ -81,7 +82,9 @@ class Traces:
 
     def describe(self, module: Any) -> Architecture:
         """The parts of the model inside."""
-        return describe(module)
+        found = describe(module)
+        require_plain(found, "an nnsight model")
+        return found
 
     def require(self, ids: Tensor, mask: Tensor) -> None:
         """Nothing that a model takes is refused here."""

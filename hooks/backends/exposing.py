@@ -15,7 +15,7 @@ from ..models.blocks import Attention
 from ..models.masks import read_mask
 from ..plan.sites import Key
 from ..program import Guard
-from .placing import Find
+from .boundaries import Find
 
 INSIDE = frozenset({"rot_q", "rot_k", "scores", "pattern"})
 """Sites inside attention, for which a layer's attention function is swapped."""
@@ -107,7 +107,7 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
             bias,
             dropout=given.get("dropout", 0.0),
             cap=cap,
-            sinks=given.get("s_aux"),
+            sinks=layer_attention.sink if given.get("s_aux") is None else given["s_aux"],
         )
         # The model's own kernel may have no weights to show to a caller who asks for them, and then there are none.
         return z, None if kernel in WEIGHTLESS else pattern

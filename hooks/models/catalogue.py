@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ..html import table
 from ..plan.sites import DIM, HEAD, KINDS, POS, Key, Site
 from .architecture import Architecture
+from .blocks import Feed
+from .experts import Experts
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class SiteTable(tuple):
 
 def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
     """Sizes of the head and last axes of each site that the architecture has, and of the positions of one whose number
-    is not that of the tokens: the logits of a classifier have one.
+    is not that of the tokens: the logits of a classifier have one. Experts are an axis of heads where they have one of
+    their own.
     """
     width = {DIM: arch.width}
     sizes: dict[Key, dict[str, int]] = {("embed", -1, None): width}
@@ -57,21 +60,40 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
         heads, groups = {HEAD: attention.q.heads}, {HEAD: attention.k.heads}
         here: dict[str, dict[str, int]] = {name: width for name in ("resid_pre", "attn_in", "attn_out", "resid_post")}
         here |= {"q_input": heads | width, "k_input": groups | width, "v_input": groups | width}
-        here |= {"q": q, "k": k, "v": k, "z": q, "result": heads | width, "scores": heads, "pattern": heads}
-        if attention.rotary is not None:
+        here |= {"q": q, "k": k, "v": k, "z": q, "result": heads | width}
+        if not attention.opaque:
+            here |= {"scores": heads, "pattern": heads}
+        if attention.rotary is not None and not attention.opaque:
             here |= {"rot_q": q, "rot_k": k}
         if block.mlp is not None:
-            here |= {name: width for name in ("mlp_in", "mlp_out")}
-            here |= {name: {DIM: block.mlp.width} for name in ("mlp_pre", "mlp_post")}
+            here |= {name: width for name in ("mlp_in", "mlp_out")} | _inside(block.mlp, arch.width)
             if not block.parallel:
                 here["resid_mid"] = width
         for name, size in here.items():
-            if name in arch.lacks:
-                continue
-            sizes[Site(name, layer).key] = size
-    sizes["ln_final", -1, None] = width
+            if name not in arch.missing:
+                sizes[Site(name, layer).key] = size
+    if "ln_final" not in arch.missing:
+        sizes["ln_final", -1, None] = width
     sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
     return sizes
+
+
+def _inside(mlp: Feed, width: int) -> dict[str, dict[str, int]]:
+    if isinstance(mlp, Experts):
+        return {"router": {DIM: mlp.count}, "expert_out": {HEAD: mlp.count, DIM: width}}
+    return {name: {DIM: mlp.width} for name in ("mlp_pre", "mlp_post")} if mlp.width else {}
+
+
+def why_missing(arch: Architecture, name: str, layer: int | None) -> str:
+    """Why a layer has no site of some kind, where there is more to say than that; empty elsewhere."""
+    if name in arch.missing:
+        return arch.missing[name]
+    block = arch.blocks[layer or 0]
+    if name in ("scores", "pattern", "rot_q", "rot_k"):
+        return block.attention.opaque
+    if name in ("mlp_pre", "mlp_post") and isinstance(block.mlp, Experts):
+        return "its feed-forward layer is a mixture of experts, which has router and expert_out"
+    return ""
 
 
 def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
@@ -84,6 +106,7 @@ def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
             continue
         size = sizes[keys[0]]
         numbers = dict.fromkeys("HK", size.get(HEAD)) | dict.fromkeys("VMDF", size.get(DIM))
+        numbers["E"] = size.get(HEAD, size.get(DIM))
         letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
         shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)
         hook = kind.hook if not kind.per_layer else f"blocks.{{}}.{kind.hook}"

@@ -11,7 +11,7 @@ from ..plan.plan import Intervention, Origin, Plan, World
 from ..plan.prompts import require_vocabulary
 from ..plan.sites import DIM, HEAD, Index, Site, Span, execution_order
 from .architecture import Architecture
-from .catalogue import site_table
+from .catalogue import site_table, why_missing
 from .network import Network
 
 
@@ -28,7 +28,12 @@ def check_site(model: Network, where: Site) -> None:
     size = model.sizes.get(where.key)
     if size is None:
         names = [s.name for s in site_table(model.sizes, model.n_layers)]
-        raise SiteError(f"{where}: this model has no site {where.name!r}; it has {', '.join(names)}")
+        why = why_missing(model.architecture, where.name, where.layer)
+        if why or where.name not in names:
+            raise SiteError(
+                f"{where}: this model has no site {where.name!r}{why and f': {why}'}; it has {', '.join(names)}"
+            )
+        raise SiteError(f"{where}: this layer has no site {where.name!r}, which others of the model have")
     for axis in (HEAD, DIM):
         index: Index = getattr(where, axis)
         listed = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
@@ -73,7 +78,7 @@ def check_inputs(model: Network, inputs: Inputs) -> None:
     if images is not None and inputs.pixels is not None:
         require_size(inputs.pixels, images)
     else:
-        require_vocabulary(inputs, model.architecture.vocabulary)
+        require_vocabulary(inputs, model.architecture.token_ids)
 
 
 def _check_order(item: Intervention, where: Site | None, n_layers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,10 @@ class Network:
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
         if hasattr(getattr(self.module, "config", None), "use_cache"):
             arguments["use_cache"] = False
+        known = inspect.signature(self.module.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            # Some count positions by the mask themselves, and encoders have no cache.
+            arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
 
     def unshareable(self) -> str:
@@ -126,6 +131,8 @@ class Network:
                 return f"there are hooks of yours on {name or 'the model'}"
             if "forward" in vars(module):
                 return f"the forward of {name or 'the model'} is one of yours"
+        if self.architecture.unshared:
+            return self.architecture.unshared
         devices = sorted({str(parameter.device) for parameter in self.module.parameters()})
         if len(devices) > 1:
             return f"the model is spread over {', '.join(devices)}"

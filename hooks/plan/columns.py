@@ -96,6 +96,15 @@ class Columns:
             return False
         return torch.equal(self.index, other.index)
 
+    def like(self, other: Columns) -> bool:
+        """Whether these are the same in every respect."""
+        if self is other:
+            return True
+        if (self.start, self.prompt, self.rotary is None) != (other.start, other.prompt, other.rotary is None):
+            return False
+        alike = self.laid_like(other) and torch.equal(self.lengths, other.lengths)
+        return alike and (self.rotary is None or torch.equal(self.rotary, other.turned))
+
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
         """Numbers [B, T] in order, those of padding beyond all, and the columns that they stand in."""

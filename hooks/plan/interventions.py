@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PlanError, ShapeError, SiteError
 from .operation import Value
 from .operations.attention import Knockout
-from .operations.custom import Custom
+from .operations.custom import Custom, takes_values_alone
 from .operations.patching import Freeze, Patch, PatchConstant
 from .operations.references import Mean, Resample
 from .operations.subspaces import Interchange, ProjectOut
@@ -40,7 +40,7 @@ def patch(
 
 
 def clamp(where: Site | str, value: Value) -> Intervention:
-    """Set the value at a site to a number, or to a tensor with the sizes of the site's last axes (see `fit`)."""
+    """Set the value at a site to a number, or to a tensor with exactly the sizes of the site's last axes."""
     return Intervention(site(where), Clamp(_value("clamp", value)))
 
 
@@ -78,7 +78,7 @@ def noise(where: Site | str, std: Value, *, seed: int = 0) -> Intervention:
 
 
 def steer(where: Site | str, vector: Tensor, scale: Value = 1.0) -> Intervention:
-    """Add `scale * vector` at a site; the vector has the sizes of the site's last axes, as [M] (see `fit`)."""
+    """Add `scale * vector` at a site; the vector has the sizes of the site's last axes, as [M]."""
     if not isinstance(vector, Tensor):
         raise ShapeError(f"steer takes a tensor, not {type(vector).__name__}")
     return Intervention(site(where), Steer(vector, _value("steer", scale)))
@@ -132,7 +132,8 @@ def recompute(where: Site | str) -> Intervention:
 def intervene(
     where: Site | str, fn: Callable[..., Tensor], reads: Read | Sequence[Read] = (), mixes: Sequence[str] = ()
 ) -> Intervention:
-    """Apply a function of your own: ``fn(x, *reads, ctx=ctx)``, pure, same shape, dtype and device.
+    """Apply a function of your own: ``fn(x, *reads, ctx=ctx)``, or ``fn(x, *reads)`` if it takes no ctx; pure, same
+    shape, dtype and device.
 
     Args:
         where: the site.
@@ -141,7 +142,8 @@ def intervene(
         mixes: ``("row",)`` and/or ``("pos",)`` where the function lets rows or positions depend on one another.
 
     Raises:
-        PlanError: `fn` is no function, `reads` holds anything but reads, or `mixes` names something else.
+        PlanError: `fn` is no function, or takes other arguments (TransformerLens's ``f(x, hook)``); `reads` holds
+            anything but reads; or `mixes` names something else.
     """
     if not callable(fn):
         raise PlanError(f"intervene takes a function, fn(x, *reads, ctx=ctx), not {type(fn).__name__}")
@@ -152,7 +154,7 @@ def intervene(
     mixing = frozenset((mixes,) if isinstance(mixes, str) else mixes)
     if mixing - {"row", "pos"}:
         raise PlanError(f"mixes names 'row' and/or 'pos', not {sorted(mixing - {'row', 'pos'})}")
-    return Intervention(site(where), Custom(fn, mixing), listed)
+    return Intervention(site(where), Custom(fn, mixing, takes_values_alone(fn, len(listed))), listed)
 
 
 def here(where: Site | str) -> Read:

@@ -79,8 +79,8 @@ class Read:
     """A value that an intervention reads.
 
     Attributes:
-        source: a world (or inputs), a tape, a tensor, an `Origin`, or a plan: the inputs of the world that reads, under
-            that plan.
+        source: a world (or inputs), a tape, a tensor, this world (see `here`), or a plan: the inputs of the world that
+            reads, under that plan.
         site: the site read; None for the intervention's own.
         aligned: whether row i of the source belongs to row i of the world. If not, the source is a reference set of any
             number of rows, and the function gets all of them.
@@ -130,7 +130,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A site, the values read, and a pure function of them: see `hooks.ops` for the functions.
+    """A site, the values read, and a pure function of them, as `patch`, `zero` and others make it.
 
     Attributes:
         site: where.

@@ -1,7 +1,7 @@
 """Where: named activations of a transformer, and the part of one that an intervention or a capture means.
 
 The legend of letters used in every shape of this package: B rows, T query positions, S key positions, H heads, K
-key/value heads, D head width, M model width, F MLP width, V vocabulary, L layers, W worlds.
+key/value heads, D head width, M model width, F MLP width, E experts, V vocabulary, L layers, W worlds.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ KINDS: dict[str, Kind] = {
         Kind("mlp_in", _RESID, "BTM", "hook_mlp_in"),
         Kind("mlp_pre", _RESID, "BTF", "mlp.hook_pre"),
         Kind("mlp_post", _RESID, "BTF", "mlp.hook_post"),
+        Kind("router", _RESID, "BTE", "mlp.hook_router"),
+        Kind("expert_out", _SPLIT, "BTEM", "mlp.hook_expert_out"),
         Kind("mlp_out", _RESID, "BTM", "hook_mlp_out"),
         Kind("resid_post", _RESID, "BTM", "hook_resid_post"),
         Kind("ln_final", _RESID, "BTM", "ln_final.hook_out", per_layer=False),
@@ -85,10 +87,10 @@ class Site:
     """A named activation, and the part of it that is meant.
 
     Attributes:
-        name: one of `KINDS` (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
+        name: a kind that `Model.sites` lists (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
         layer: the block, from 0; None for the sites outside the blocks.
         stack: which stack of layers, in a model that has several (encoder, decoder, vision); None in a model with one.
-        head: an int, ints, or None for all. Key/value heads where the site has those.
+        head: an int, ints, or None for all. Key/value heads where the site has those; experts of ``expert_out``.
         pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
             or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
             positions count from the row's last real token. While a model generates, all of these are of the prompt,
@@ -124,7 +126,7 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        """The site's entry in `KINDS`."""
+        """What is known of all sites of this name: their axes, and whether they are per layer."""
         return KINDS[self.name]
 
     @property
@@ -156,6 +158,7 @@ class Site:
 
     def at(self, **restrictions: Any) -> Site:
         """Return this site restricted further, as ``site.at(pos=-1)``; what was restricted before is replaced."""
+        restrictions = _of_experts(self.name, restrictions)
         unknown = set(restrictions) - {HEAD, POS, KEY, DIM}
         if unknown:
             name = sorted(unknown)[0]
@@ -194,7 +197,8 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
     Args:
         name: a kind with its `layer` (``"z"``, 8), or TransformerLens's full name (``"blocks.8.attn.hook_z"``).
         layer: the block, from 0.
-        **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`. ``pos="last"`` is -1, a slice is a
+        **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`; `expert`, of ``router`` and
+            ``expert_out``. ``pos="last"`` is -1, a slice is a
             `Span`. While the model generates, these mean tokens of the prompt, and ``pos=-1`` stays its last;
             ``pos="new"`` is what is generated (``pos=new(0, 5)`` its first five tokens), and no `pos`, or
             ``pos="all"``, is every token, of the prompt and new. So it is for `key_pos`.
@@ -213,11 +217,12 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
         return name.at(**restrictions) if restrictions else name
     if not isinstance(name, str):
         raise SiteError(f"a site is a name or a Site, not {type(name).__name__}")
+    parsed = _parse_hook(name)
+    restrictions = _of_experts(name if parsed is None else parsed[0], restrictions)
     unknown = set(restrictions) - {HEAD, POS, KEY, DIM, "stack"}
     if unknown:
         word = sorted(unknown)[0]
         raise SiteError(f"unknown restriction {word!r}{nearest(word, (HEAD, POS, KEY, DIM, 'stack', 'layer'))}")
-    parsed = _parse_hook(name)
     if parsed is not None:
         kind, named = parsed
         if layer is not None and named is not None and layer != named:
@@ -235,6 +240,20 @@ def sites_of(given: Site | str | Iterable[Site | str]) -> list[Site]:
     if not isinstance(given, (str, Site, Iterable)):
         raise SiteError(f"sites are names or Sites, one or several, not {type(given).__name__}")
     return [site(one) for one in ([given] if isinstance(given, (str, Site)) else given)]
+
+
+_EXPERTS = {"router": DIM, "expert_out": HEAD}
+"""The axis of experts, of the sites that have one."""
+
+
+def _of_experts(name: str, restrictions: dict[str, Any]) -> dict[str, Any]:
+    """Restrictions in which experts are named by the axis that a site has for them."""
+    if "expert" not in restrictions:
+        return restrictions
+    if name not in _EXPERTS:
+        raise SiteError(f"site {name!r} has no experts; {' and '.join(_EXPERTS)} have")
+    rest = {axis: value for axis, value in restrictions.items() if axis != "expert"}
+    return {**rest, _EXPERTS[name]: restrictions["expert"]}
 
 
 def _parse_hook(name: str) -> tuple[str, int | None] | None:

@@ -14,7 +14,7 @@ from interp.paths.graph import Graph
 
 
 def to_eap_ig(circuit: Circuit, path: str | os.PathLike[str]) -> Path:
-    """Write a circuit in the JSON form of the EAP-IG code (`Graph.from_json` there reads it).
+    """Write a circuit in the JSON form of the EAP-IG code (``Graph.from_json`` there reads it).
 
     An edge without a score is written with 0, which is what it has there.
 

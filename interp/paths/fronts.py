@@ -59,7 +59,8 @@ def on_pair(*, first: int = 0, directed: bool = True) -> Callable[[Callable[Conc
             else:
                 bound = spelled.bind(*args, **kwargs)
                 taken = ("model", "clean", "corrupt", *names)
-                pair = Pair.of(**{name: bound.arguments.pop(name) for name in taken if name in bound.arguments})
+                given = {name: bound.arguments.pop(name) for name in taken if name in bound.arguments}
+                pair = Pair.of(**({} if directed else {"direction": "noising"}), **given)
                 bound = alone.bind(pair, **bound.arguments)
             bound.arguments[next(iter(alone.parameters))] = pair if directed else pair.noising()
             return fn(*bound.args, **bound.kwargs)

@@ -60,14 +60,15 @@ class Pair:
         model: a wrapped model, in evaluation mode.
         clean: the prompts that show the behaviour.
         corrupt: the prompts that do not, row by row of the same lengths; None where `values` needs none.
-        direction: "denoising" edits the corrupt run with clean values, "noising" the reverse. Circuits, and what is
+        direction: "denoising" edits the corrupt run (with clean values, where patching, whose default it is), "noising"
+            the clean one. Circuits, and what is
             measured of them, edit the clean run whatever the direction.
         values: c_u: "patch" (the other run's), "zero", "mean" (over `reference`, at each position; at all of them
             if `pooled`), "resample" (a row of `reference`, drawn for each row by its id and the seed). All but "patch"
-            edit the clean run, or, where `corrupt` is given and the direction is denoising, the corrupt one.
+            edit the clean run where `corrupt` is not given, and have to be given a direction where it is.
         reference: the prompts of a mean or of a resampling.
         pooled: one mean over all positions.
-        executor: see `hooks.run_worlds`; of every run, the two of the pair too.
+        executor: see `run_worlds`; of every run, the two of the pair too.
         budget: bytes that the activations of a chunk may take.
         seed: of random interventions and of resampling.
 
@@ -80,7 +81,7 @@ class Pair:
     model: Model
     clean: Inputs
     corrupt: Inputs | None = None
-    direction: str = "denoising"
+    direction: str = ""
     values: str = "patch"
     reference: Inputs | None = None
     pooled: bool = False
@@ -96,7 +97,7 @@ class Pair:
         clean: Inputs,
         corrupt: Inputs | None = None,
         *,
-        direction: str = "denoising",
+        direction: str = "",
         values: str = "patch",
         reference: Inputs | None = None,
         pooled: bool = False,
@@ -108,7 +109,7 @@ class Pair:
         return cls(model, clean, corrupt, direction, values, reference, pooled, executor, budget, seed)
 
     def __post_init__(self) -> None:
-        check_model(self.model, self.direction)
+        check_model(self.model, self.direction or "denoising")
         if self.values not in VALUES:
             hint = nearest(str(self.values), VALUES)
             raise PathError(f"values is one of {', '.join(VALUES)}, not {self.values!r}{hint}")
@@ -116,6 +117,14 @@ class Pair:
             if not isinstance(given, Inputs) and (given is not None or name == "clean"):
                 raise InputsError(f"{name} is {type(given).__name__}: prepare prompts with model.inputs(...)")
         check_reference(self.values, self.reference, self.pooled)
+        if not self.direction:
+            if self.values != "patch" and self.corrupt is not None:
+                raise InputsError(
+                    f"values={self.values!r} takes nothing from either run, so it does not follow which of the two is "
+                    "edited: say direction='noising' for the clean run, direction='denoising' for the corrupt one, or "
+                    "give corrupt=None"
+                )
+            object.__setattr__(self, "direction", "denoising")
         if self.values == "patch":
             if self.corrupt is None:
                 raise InputsError("patching takes values from another run: give corrupt prompts, or values='zero'")

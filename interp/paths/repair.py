@@ -158,7 +158,7 @@ class Constants:
         model: the wrapped model.
         values: "mean" or "zero".
         means: gives the means; None of zeros.
-        executor: see `hooks.run_worlds`.
+        executor: see `run_worlds`.
     """
 
     model: Model

@@ -162,7 +162,7 @@ def check_additive(model: Model, inputs: Inputs, *, tolerance: float | None = No
         model: a wrapped model.
         inputs: what it is checked on.
         tolerance: largest difference allowed, relative to the largest entry; default 1000 times the dtype's resolution.
-        executor: see `hooks.run_worlds`.
+        executor: see `run_worlds`.
 
     Returns:
         The largest relative difference.

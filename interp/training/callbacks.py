@@ -72,8 +72,8 @@ class Clamp(Callback):
     Args:
         plan: a plan, or a function from the `Inputs` of each forward pass to one (for positions that depend on the
             batch).
-        when: the steps in which it is in force; see `schedules.When`.
-        strength: from 0 (not in force) to 1, which may change with the step; see `schedules.Level`.
+        when: the steps in which it is in force; see `interp.training.schedules.When`.
+        strength: from 0 (not in force) to 1, which may change with the step; see `interp.training.schedules.Level`.
         name: what the log calls it; its strength is logged when that changes.
 
     Raises:
@@ -160,7 +160,8 @@ class Probe(Callback):
     Args:
         measure: from the wrapped model to numbers, a tensor, or a mapping of those: a metric or a sweep on fixed
             inputs, an attention score, the effect of a path, the loss under a plan.
-        every: the steps at which it is taken, from 0 (before the first update) on; see `schedules.Every`.
+        every: the steps at which it is taken, from 0 (before the first update) on; see
+            `interp.training.schedules.Every`.
         name: what the log calls it, default the function's name.
 
     Raises:
@@ -190,7 +191,7 @@ class Checkpoints(Callback):
 
     Args:
         folder: where; a file that is there is replaced when its step comes, and others stay.
-        every: the steps, from 0 (before the first update) on; see `schedules.Every`.
+        every: the steps, from 0 (before the first update) on; see `interp.training.schedules.Every`.
     """
 
     name = "checkpoints"

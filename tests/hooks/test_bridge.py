@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from tests import zoo
 from tests.hooks import bridged
 from tests.hooks.bridged import close
 
-pytest.importorskip("transformer_lens")
 FAMILIES = ["gpt2", "llama", "neox", "gemma2"]
+pytestmark = pytest.mark.skipif(find_spec("transformer_lens") is None, reason="TransformerLens is not installed")
 
 
 def inputs(model: ip.Model, padded: bool = False, seed: int = 0) -> ip.Inputs:

@@ -38,7 +38,8 @@ class Pair:
 
     def both(self, grid: ip.Grid, **options) -> tuple[ip.Result, ip.Result]:
         """What is estimated, and what is exact."""
-        options = {"metric": METRIC, **options}
+        said = {"direction": "denoising"} if "intervention" in options else {}
+        options = {"metric": METRIC, **said, **options}
         corrupt = options.pop("corrupt", self.corrupt)
         exact = functools.partial(ip.sweep, executor="sequential")
         return tuple(f(self.model, self.clean, corrupt, grid, **options) for f in (ip.attribution, exact))

@@ -39,6 +39,8 @@ def prompts(model: ip.Model, seed: int = 0, rows: int = 3) -> tuple[ip.Inputs, i
 
 def run(model: ip.Model, path: Path | None, **options) -> ip.Result:
     clean, corrupt = options.pop("inputs", None) or prompts(model)
+    if "intervention" in options:
+        options = {"direction": "denoising", **options}
     return ip.sweep(model, clean, corrupt, options.pop("grid", GRID), **{"metric": METRIC, **options}, path=path)
 
 

@@ -109,6 +109,9 @@ class Pair:
         return effect, changed, bases
 
     def sweep(self, grid: ip.Grid, **options) -> ip.Result:
+        """A sweep of both prompts; what is no patch edits the corrupt run, which it has to say."""
+        if "intervention" in options:
+            options = {"direction": "denoising", **options}
         return ip.sweep(self.model, self.clean, self.corrupt, grid, **{"metric": METRIC, **options})
 
     def ablate(self, grid: ip.Grid, **options) -> ip.Result:
@@ -381,6 +384,30 @@ def test_zero_ablation(corrupt, padding):
         else:
             assert result.source is None and result.config["direction"] == "ablation"
         assert result.config["intervention"] == "zero"
+
+
+def test_an_ablation_of_two_runs_says_which_one_it_edits():
+    """Nothing is guessed; where an intervention reads one of the runs, the other one is edited."""
+    pair, grid = Pair("gpt2"), ip.grid("z", layer=[1], head="all")
+    run = functools.partial(ip.sweep, pair.model, pair.clean, pair.corrupt, grid, metric=METRIC)
+    for one in (ip.zero, lambda s: ip.scale(s, 0.5), functools.partial(ip.mean, source=reference(pair, (5, 5))[1])):
+        for method in (
+            run,
+            functools.partial(ip.attribution, pair.model, pair.clean, pair.corrupt, grid, metric=METRIC),
+        ):
+            with pytest.raises(InputsError, match=r"direction='noising' for the clean run.*corrupt=None"):
+                method(intervention=one)
+        clean, corrupt = (run(intervention=one, direction=d) for d in ("noising", "denoising"))
+        np.testing.assert_allclose(clean.effect, pair.ablate(grid, intervention=one).effect, **CLOSE)
+        assert np.abs(clean.effect - corrupt.effect).max() > 1e-3
+    for world, direction in ((pair.clean, "denoising"), (pair.corrupt, "noising")):
+        told = run(intervention=lambda s, world=world: ip.patch(s, ip.World(world)))
+        assert told.config["direction"] == direction
+        np.testing.assert_allclose(told.effect, run(direction=direction).effect, **CLOSE)
+    only = {1: 2.0}  # a factory is asked for the cells of the grid alone
+    assert run(intervention=lambda s: ip.scale(s, only[s.layer]), direction="noising").effect.shape == (1, 4, 3)
+    with pytest.raises(InputsError, match="direction="):
+        run(intervention=lambda s: ip.scale(s, only[s.layer]))
 
 
 def reference(pair: Pair, lengths: Sequence[int], seed: int = 5) -> tuple[list[dict], ip.World]:

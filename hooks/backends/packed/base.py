@@ -27,6 +27,8 @@ COMPANIONS = {
     "result": ("z",),
     "mlp_pre": ("mlp_in", "resid_mid"),
     "mlp_post": ("mlp_in", "resid_mid"),
+    "router": ("mlp_in", "resid_mid"),
+    "expert_out": ("mlp_in", "resid_mid"),
     "mlp_in": ("resid_mid",),
     "mlp_out": ("resid_mid",),
     "pos_embed": ("embed",),
@@ -140,8 +142,13 @@ class Base:
 
     def embedded(self, inputs: Inputs, chosen: Tensor) -> Tensor:
         """Embeddings [N, M] of the tokens of a batch that are chosen, bool [b, T]."""
+        if self.arch.positioned:
+            rows = chosen.any(1)
+            ids, positions = inputs.ids[rows].to(self.device), inputs.positions[rows].to(self.device)
+            whole = self.arch.embed(ids, position_ids=positions)
+            return whole[chosen[rows].to(self.device)]
         if inputs.pixels is None:
-            return self.arch.embed(inputs.ids[chosen].to(self.device))
+            return self.arch.embedded(inputs.ids[chosen].to(self.device))
         rows = chosen.any(1)
         like = next(self.arch.embed.parameters())
         whole = self.arch.embed(inputs.pixels[rows].to(self.device, like.dtype))
