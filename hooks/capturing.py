@@ -24,15 +24,18 @@ def captured(model: Network, asked: Any) -> list[Site]:
     several = [asked] if isinstance(asked, (str, Site, SiteInfo)) or not isinstance(asked, Iterable) else list(asked)
     found: list[Site] = []
     for one in several:
-        names = list(KINDS) if one == "all" else [one.name if isinstance(one, SiteInfo) else one]
-        for name in names:
-            everywhere = isinstance(name, str) and name in KINDS and KINDS[name].per_layer
-            if everywhere or one == "all":
-                layers = range(model.n_layers) if KINDS[name].per_layer else (None,)
-                here = [place for place in (Site(name, layer) for layer in layers) if place.key in model.sizes]
-                # A model that has it in no layer says so of the first.
-                found += here if here or one == "all" else [Site(name, 0)]
-            else:
-                found += sites_of(name)
+        word = one.name if isinstance(one, SiteInfo) else one
+        if isinstance(word, str) and word == "all":
+            found += [place for name in KINDS for place in _everywhere(model, name)]
+        elif isinstance(word, str) and word in KINDS and KINDS[word].per_layer:
+            # A model that has it in no layer says so of the first.
+            found += _everywhere(model, word) or [Site(word, 0)]
+        else:
+            found += sites_of(word)
     # resid_pre of a layer is resid_post of the one before, and is kept once where everything is asked for.
     return list(dict.fromkeys(found)) if "all" in several else found
+
+
+def _everywhere(model: Network, name: str) -> list[Site]:
+    layers = range(model.n_layers) if KINDS[name].per_layer else (None,)
+    return [place for place in (Site(name, layer) for layer in layers) if place.key in model.sizes]
