@@ -15,6 +15,7 @@ from torch import nn
 from ..backends.gate import gate_of
 from ..certificate import noise_for_zeros
 from ..errors import ModelError
+from ..models import unknown
 from ..models.architecture import Architecture
 from .confirming import differing
 from .outside import outside
@@ -27,14 +28,13 @@ def discover(module: nn.Module) -> Architecture:
     Raises:
         ModelError: its structure is not understood, or what is understood of it is not what it computes.
     """
-    name = type(module).__name__
     try:
         return _discovered(module)
     except Exception as error:  # a structure may be other than anything that was thought of
         told = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
         raise ModelError(
-            f"nobody has described a {name}, and its structure is not one that is understood: {told}. Say where it "
-            "keeps its parts: wrap(model, adapter=function), as the README shows"
+            f"nobody has described a {type(module).__name__}, and its structure is not one that is understood: {told}. "
+            f"Say where it keeps its parts: wrap(model, adapter=function), as the README shows. It is {unknown(module)}"
         ) from error
 
 
