@@ -24,6 +24,7 @@ from .errors import (
     nearest,
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
+from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
@@ -33,12 +34,14 @@ from .models.architecture import Architecture
 from .models.blocks import Attention, Block, Mlp, Sublayer
 from .models.experts import Experts
 from .models.positions import Rotary
-from .models.projections import Columns, Projection, linear_weight
+from .models.projections import Outputs, Projection, linear_weight
 from .models.swapping import swap_method
+from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
     clamp,
+    counterfactual,
     freeze,
     here,
     interchange,
@@ -60,12 +63,13 @@ from .plan.pieces import joined
 from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
-from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
-from .plan.spans import New, new
+from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
+from .plan.spans import Image, New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
 from .running import Run
+from .tail import Seen, Tail
 
 __all__ = [
     "DIM",
@@ -74,6 +78,7 @@ __all__ = [
     "KINDS",
     "POS",
     "PRUNED",
+    "TEXT",
     "Alignment",
     "Architecture",
     "Attend",
@@ -81,6 +86,7 @@ __all__ = [
     "Attention",
     "Audit",
     "Block",
+    "Branch",
     "Columns",
     "Compiled",
     "Context",
@@ -92,6 +98,7 @@ __all__ = [
     "Experts",
     "ForbidBack",
     "FromPositions",
+    "Image",
     "Index",
     "Inputs",
     "InputsError",
@@ -103,10 +110,12 @@ __all__ = [
     "Mlp",
     "Model",
     "ModelError",
+    "Moment",
     "New",
     "Origin",
     "Outcome",
     "Outcomes",
+    "Outputs",
     "PathError",
     "Plan",
     "PlanError",
@@ -115,11 +124,13 @@ __all__ = [
     "ResultError",
     "Rotary",
     "Run",
+    "Seen",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
     "Sublayer",
+    "Tail",
     "Tape",
     "UnfiredError",
     "World",
@@ -129,6 +140,7 @@ __all__ = [
     "choice",
     "choose",
     "clamp",
+    "counterfactual",
     "digest_of",
     "execution_order",
     "fingerprint",

@@ -14,7 +14,7 @@ from ..models.architecture import Architecture
 from ..models.blocks import Attention, Block, Sublayer
 from ..models.experts import Experts
 from ..models.hook import Hook
-from ..models.projections import Columns, head_results
+from ..models.projections import Outputs, head_results
 from ..plan.sites import KINDS, Key
 from .boundaries import Edit, Find, Hooks, Running, scaled
 
@@ -281,9 +281,9 @@ class _BlockHooks:
             if "expert_out" in names:
                 self.hooks.on_call(mlp.experts, partial(self.expert_out, mlp))
         else:
-            if "mlp_pre" in names and isinstance(mlp.pre, Columns):
+            if "mlp_pre" in names and isinstance(mlp.pre, Outputs):
                 self.hooks.on_output(mlp.pre.module, partial(self.columns, mlp.pre))
-            elif "mlp_pre" in names and not isinstance(mlp.pre, Columns):
+            elif "mlp_pre" in names and not isinstance(mlp.pre, Outputs):
                 self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
             if "mlp_post" in names:
                 self.hooks.on_input(mlp.down, self.shown("mlp_post"))
@@ -295,7 +295,7 @@ class _BlockHooks:
         """Whether the residual between the sublayers is at no module's boundary where an edit of it reaches all."""
         return self.block.of_attention.post_add is None and not self.block.parallel
 
-    def columns(self, pre: Columns, run: Running, out: Tensor) -> Tensor:
+    def columns(self, pre: Outputs, run: Running, out: Tensor) -> Tensor:
         return pre.write(out, self.visit(run, "mlp_pre", pre.read(out)))
 
     def routed(self, mlp: Experts, run: Running, _args: tuple[Any, ...], out: Any) -> Any:

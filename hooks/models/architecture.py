@@ -39,6 +39,7 @@ class Tower:
         token: the id that stands in a text where an image's features go.
         packed: whether its values have no axis of images, [N, ...].
         mutual: whether tokens of one image see one another in the language model, later ones too.
+        chosen: what the model's config chooses and a call may choose otherwise, by name, on which `blocks` depend.
         unread: why the layers after `blocks` are none of its sites.
     """
 
@@ -54,6 +55,7 @@ class Tower:
     nested: bool = False
     packed: bool = False
     mutual: bool = False
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     unread: str = ""
 
 

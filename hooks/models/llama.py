@@ -17,7 +17,7 @@ from .architecture import Architecture
 from .blocks import Attention, Block, Feed, Map, Mlp, Sublayer
 from .huggingface import headed, swap_attention
 from .positions import Rotary
-from .projections import Columns, Projection, linear_outputs
+from .projections import Outputs, Projection, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
@@ -110,7 +110,7 @@ def gated(module: Any) -> Mlp:
         raise ModelError(f"{type(module).__name__} has no activation that is known")
     if hasattr(module, "gate_up_proj"):
         width = linear_outputs(module.gate_up_proj) // 2
-        pre, up = (Columns(module.gate_up_proj, start, width) for start in (0, width))
+        pre, up = (Outputs(module.gate_up_proj, start, width) for start in (0, width))
         return Mlp(module, pre, module.down_proj, act, up=up, width=width)
     return Mlp(module, module.gate_proj, module.down_proj, act, up=module.up_proj, width=linear_outputs(module.up_proj))
 

@@ -88,7 +88,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Outputs:
     """Some columns of a linear module's output, by the first of them and their number."""
 
     module: nn.Module
