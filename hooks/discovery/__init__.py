@@ -42,6 +42,11 @@ def discover(module: nn.Module) -> Architecture:
 def _discovered(module: nn.Module) -> Architecture:
     if any(p.device.type == "meta" for p in module.parameters()):
         raise ModelError("its weights are not there (they are on the meta device), so it cannot be run")
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            "it is an encoder and a decoder, each a stack of its own with attention between them, and one stack alone "
+            "is understood"
+        )
     gate = gate_of(module)
     with gate.lock, gate.suspended(), in_eval_mode(module):
         with noise_for_zeros(module):
@@ -64,5 +69,8 @@ def vocabulary_of(module: Any) -> int:
         embedding = next((part for part in module.modules() if isinstance(part, nn.Embedding)), None)
     size = getattr(embedding, "num_embeddings", None)
     if not isinstance(size, int):
-        raise ModelError("it has no embedding of tokens")
+        raise ModelError(
+            "it has no embedding of tokens (towers that look at images are known within models that see, and as a ViT "
+            "with a classifier)"
+        )
     return size
