@@ -45,7 +45,10 @@ TRANSFORMER_LENS = {
     "logits": "unembed.hook_out",
 }
 OUTSIDE = {"embed", "pos_embed", "ln_final", "logits"}
-AXES = {"head": "q_input k_input v_input q k v rot_q rot_k scores pattern z result expert_out", "key_pos": "scores pattern"}
+AXES = {
+    "head": "q_input k_input v_input q k v rot_q rot_k scores pattern z result expert_out",
+    "key_pos": "scores pattern",
+}
 
 
 def plain(name: str, **restrictions) -> Site:
