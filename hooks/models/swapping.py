@@ -28,7 +28,8 @@ def swap_method(name: str) -> Callable[[Any, AttentionFunction], AbstractContext
 
     @contextmanager
     def swap(attention: Any, function: AttentionFunction) -> Iterator[None]:
-        own, before = getattr(attention, name, None), vars(attention).get(name)
+        own: Any = getattr(attention, name, None)
+        before = vars(attention).get(name)
         if not callable(own):
             raise ModelError(f"{type(attention).__name__} has no method {name!r} that mixes values")
 
