@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from ..errors import ModelError
+from ..errors import InputsError, ModelError
 from ..plan.pictures import Pictures
 from ..plan.sites import Key
 from .architecture import Architecture
@@ -148,8 +148,19 @@ class Network:
         known = inspect.signature(self.module.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             # Some count positions by the mask themselves, and encoders have no cache.
+            self._require_mask(mask, known)
             arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
+
+    def _require_mask(self, mask: Tensor, known: Mapping[str, Any]) -> None:
+        """Raise InputsError for padding that a model is not told of and would attend to."""
+        causal = all(block.attention.causal for block in self.architecture.blocks)
+        ahead = bool((mask[:, 1:] & ~mask[:, :-1]).any())  # a real token that has padding before it
+        if "attention_mask" not in known and not bool(mask.all()) and (ahead or not causal):
+            raise InputsError(
+                f"{type(self.module).__name__} takes no attention_mask, so it would attend to padding: give rows of "
+                "one length, or pad them on the right if it is causal"
+            )
 
     def features(self, ids: Tensor, mask: Tensor, pictures: Pictures) -> Tensor:
         """What the tower makes of images, [places, M], for the places that they take in rows of a text."""
