@@ -239,10 +239,10 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter"},
     {"backends"},
-    {"fed", "decoding", "holding", "hold", "certificate"},
+    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
     {"tail"},
-    {"running"},
+    {"running", "discovery"},
     {"compiling", "compiled", "members"},
     {"model"},
 )

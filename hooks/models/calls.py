@@ -93,9 +93,16 @@ def pictures_of_call(call: dict[str, Any], tower: Tower | None, ids: Tensor) -> 
 
     Raises:
         InputsError: they do not fit the text.
+        PlanError: the call reads others of the tower's layers than the config says.
     """
     if tower is None:
         return None, None
+    for name, value in tower.chosen.items():
+        if call.get(name) is not None and call[name] != value:
+            raise PlanError(
+                f"the call chooses {name}={call[name]!r}, and the model was described by its config, {value!r}: set it "
+                "there, before the model is wrapped"
+            )
     real, ids = real_columns(call, ids, 0), ids.to("cpu")
     pictures = tower.look(ids, real, call)
     if pictures is not None:

@@ -35,6 +35,10 @@ def tower(model: Any, look: Callable[..., Pictures | None], called: Callable[...
         look=look,
         arguments=arguments if called is None else called,
         token=config.image_token_id,
+        chosen={
+            name: getattr(config, name, None)
+            for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
+        },
         unread=unread,
     )
 

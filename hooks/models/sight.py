@@ -37,23 +37,28 @@ def inputs_with_images(
     if isinstance(prompts, Mapping):
         if images is not None:
             raise InputsError("what a processor made has its images within: give it alone")
-        made = dict(prompts)
+        made, counts = dict(prompts), None
     else:
-        made = _processed(processor, prompts, images, padding, tower.nested)
+        made, counts = _processed(processor, prompts, images, padding, tower.nested)
     ids, mask = made.get("input_ids"), made.get("attention_mask")
     if not isinstance(ids, Tensor):
         raise InputsError("what a processor makes holds input_ids as a tensor: call it with return_tensors='pt'")
     inputs = Inputs.of(ids, mask, row_ids)
     inputs = replace(inputs, ids=inputs.ids.masked_fill(~inputs.mask, 0))
-    require_vocabulary(inputs, arch.vocabulary)
+    require_vocabulary(inputs, arch.token_ids)
     given = {name: value for name, value in made.items() if name not in _KNOWN and value is not None}
     pictures = tower.look(inputs.ids, inputs.mask, given)
     inputs = replace(inputs, pictures=pictures)
     check_pictures(tower, inputs)
+    if counts is not None:
+        _require_in_rows(counts, [] if pictures is None else pictures.row.tolist(), tower.nested)
     return inputs if decode is None else labelled(inputs, decode)
 
 
-def _processed(processor: Any, prompts: Any, images: Any, padding: str, nested: bool) -> dict[str, Any]:
+def _processed(
+    processor: Any, prompts: Any, images: Any, padding: str, nested: bool
+) -> tuple[dict[str, Any], list[int]]:
+    """What the processor makes, and how many images each row was given."""
     if processor is None:
         raise InputsError(
             "texts with images need the model's processor: wrap(model, processor); or give what it made, as a dict"
@@ -76,7 +81,22 @@ def _processed(processor: Any, prompts: Any, images: Any, padding: str, nested: 
         raise InputsError(f"the processor does not take these texts and images: {error}") from error
     finally:
         tokenizer.padding_side = before
-    return dict(made)
+    return dict(made), [len(row) for row in rows]
+
+
+def _require_in_rows(counts: list[int], rows: list[int], tiled: bool) -> None:
+    """Check that images stand in the rows that they were given for; a processor may take them as one list.
+
+    Raises:
+        InputsError: they do not.
+    """
+    found = [rows.count(row) for row in range(len(counts))]
+    fits = [n >= m and (n > 0) == (m > 0) if tiled else n == m for n, m in zip(found, counts, strict=True)]
+    if not all(fits):
+        raise InputsError(
+            f"the rows are given {counts} images, and their texts have places for {found}: a text says where each of "
+            "its images is, by the token that the processor replaces"
+        )
 
 
 def _rows(images: Any, count: int) -> list[list[Any]]:

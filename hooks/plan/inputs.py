@@ -105,9 +105,17 @@ class Inputs:
             return f"Inputs({len(self)} image{'s' * (len(self) > 1)} of {size}, {self.width} tokens)"
         lengths = sorted(set(self.lengths.tolist()))
         size = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        first = "" if self.tokens is None else ": " + repr("".join(self.tokens[0]))
+        first = "" if self.tokens is None else ": " + repr("".join(self._shown(0)))
         seen = "" if self.pictures is None else f", {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}"
         return f"Inputs({len(self)} row{'s' * (len(self) > 1)} of {size} tokens{seen}{first})"
+
+    def _shown(self, row: int) -> list[str]:
+        """The text of a row's tokens, those of one image once."""
+        labels = list(self.labels(row))
+        if self.pictures is None:
+            return labels
+        image = self.pictures.image[row][self.mask[row]].tolist()
+        return [label for at, label in enumerate(labels) if not at or image[at] < 0 or image[at] != image[at - 1]]
 
     @property
     def width(self) -> int:
