@@ -12,7 +12,7 @@ from interp.kv import KVEffects
 
 def draw() -> Figure:
     """The text in the colours of its effects, and below it the agreement of policies."""
-    record = read("kv_importance", "results", "text_smollm2-135m.json")
+    record = read("kv_importance", "results", "text_stories.json")
     text = record["text"]
     count = text["context"]
     effects = KVEffects(
