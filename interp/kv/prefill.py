@@ -103,6 +103,11 @@ def require_fit(model: Model, inputs: Inputs, positions: str) -> None:
     attentions = [block.attention for block in model.architecture.blocks]
     if not all(attention.causal for attention in attentions):
         raise ModelError(f"{model!r} attends to later tokens, too: there is no cache of keys to let go")
+    if any(attention.opaque or not hasattr(attention.module, "config") for attention in attentions):
+        raise ModelError(
+            f"{model!r} does not attend through the attention interface of transformers, by which keys that heads keep "
+            "are attended to"
+        )
     if positions == "slot" and any(attention.rotary is None for attention in attentions):
         raise ModelError("keys move to slots by their rotary angles, and this model has none: use positions='absolute'")
     if inputs.pixels is not None:

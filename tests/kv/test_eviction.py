@@ -364,7 +364,7 @@ def test_attention_that_is_something_else_is_refused():
         for parameter in module.parameters():
             parameter.normal_(std=0.5)
     model = ip.wrap(module)
-    with pytest.raises(ip.InterpError, match=r"away from its own forward|bias"):
+    with pytest.raises(ip.InterpError, match=r"away from its own forward|attention interface"):
         ip.kv.prefill(model, model.inputs(ids()), policies.key_norm(), 6)
 
 
