@@ -24,17 +24,24 @@ from .errors import (
     nearest,
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
+from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
 from .model import Model, wrap
-from .models.blocks import Block
-from .models.projections import linear_weight
+from .models import register
+from .models.architecture import Architecture
+from .models.blocks import Attention, Block, Mlp, Sublayer
+from .models.experts import Experts
+from .models.positions import Rotary
+from .models.projections import Outputs, Projection, linear_weight
+from .models.swapping import swap_method
 from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
     clamp,
+    counterfactual,
     freeze,
     here,
     interchange,
@@ -62,6 +69,7 @@ from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
 from .running import Run
+from .tail import Seen, Tail
 
 __all__ = [
     "DIM",
@@ -72,10 +80,13 @@ __all__ = [
     "PRUNED",
     "TEXT",
     "Alignment",
+    "Architecture",
     "Attend",
     "AttendBack",
+    "Attention",
     "Audit",
     "Block",
+    "Branch",
     "Columns",
     "Compiled",
     "Context",
@@ -84,6 +95,7 @@ __all__ = [
     "Edits",
     "ElsewhereError",
     "Entry",
+    "Experts",
     "ForbidBack",
     "FromPositions",
     "Image",
@@ -95,22 +107,30 @@ __all__ = [
     "Members",
     "Meter",
     "MetricError",
+    "Mlp",
     "Model",
     "ModelError",
+    "Moment",
     "New",
     "Origin",
     "Outcome",
     "Outcomes",
+    "Outputs",
     "PathError",
     "Plan",
     "PlanError",
+    "Projection",
     "Read",
     "ResultError",
+    "Rotary",
     "Run",
+    "Seen",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
+    "Sublayer",
+    "Tail",
     "Tape",
     "UnfiredError",
     "World",
@@ -120,6 +140,7 @@ __all__ = [
     "choice",
     "choose",
     "clamp",
+    "counterfactual",
     "digest_of",
     "execution_order",
     "fingerprint",
@@ -144,6 +165,7 @@ __all__ = [
     "read_tensors",
     "recompute",
     "record",
+    "register",
     "resample",
     "resolve",
     "rows_per_pass",
@@ -155,6 +177,7 @@ __all__ = [
     "sites_of",
     "steer",
     "structure",
+    "swap_method",
     "table",
     "uniform",
     "wrap",

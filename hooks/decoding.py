@@ -64,6 +64,8 @@ class Decodings:
         if generation is not None:
             decoding = self._of(cache, generation)
             text = generation.text(len(ids), past + ids.shape[1], kept)
+            if text.image is None and image is not None and past == 0:
+                text = replace(text, image=image)
         elif past == 0:
             decoding = Decoding()
             text = Text.of(real_columns(call, ids, 0), image)

@@ -15,13 +15,14 @@ from .compiled import Compiled
 from .compiling import Graphs, Options
 from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
-from .hold import held, hold, holds_on
+from .forking import Begin, Branch, Combine
+from .hold import fork, held, hold, holds_on
 from .holding import PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
-from .models.catalogue import SiteTable, site_table
+from .models.catalogue import SiteTable, site_table, why_missing
 from .models.checks import check_inputs, check_pictures, check_plan, check_site
-from .models.network import Network
+from .models.network import Network, without_wrapper
 from .models.sight import inputs_with_images
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
@@ -59,6 +60,10 @@ class Model(Network):
         """Every site that the model offers, with its shape; all are readable and writable."""
         self.refresh()
         return site_table(self.sizes, self.n_layers)
+
+    def why_not(self, name: str) -> str:
+        """Why the model has no site of some kind, where there is more to say than that it has none."""
+        return why_missing(self.architecture, name, 0)
 
     def require(self, where: Site) -> None:
         """Check that the model has a site, and the heads and dimensions that it names.
@@ -236,6 +241,37 @@ class Model(Network):
         """
         return hold(self, plan, seed)
 
+    def fork(
+        self,
+        *branches: Branch,
+        combine: Combine,
+        own: Branch | None = None,
+        begin: Begin | None = None,
+        seed: int = 0,
+    ) -> AbstractContextManager[tuple[Audit, ...]]:
+        """Hold several worlds on the model while the user calls it, whose logits become one; see `apply`.
+
+        Every call is made once, with each row once for each world: the user's own first, then those of the branches.
+        Each world has its own keys and values in the cache, and all are fed the tokens that the user, or `generate` in
+        any of its modes, chooses from the logits that `combine` makes of theirs. All else that a call returns is the
+        first world's. Runs inside (`run`, sweeps) are under the plan of the first world.
+
+        Args:
+            branches: the worlds beside the user's own.
+            combine: from logits [W, B, T, V] and a `Moment` to logits [B, T, V].
+            own: what is done in the user's own world; None for nothing.
+            begin: told of the `Moment` of each call before it is made.
+            seed: of random interventions.
+
+        Returns:
+            A context manager that gives the audit of each world.
+
+        Raises:
+            UnfiredError: on leaving without an exception, where an intervention never fired.
+            PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
+        """
+        return fork(self, [own or Branch(), *branches], combine, seed, begin)
+
     def compile(
         self,
         plan: Plan | Intervention | None = None,
@@ -280,6 +316,11 @@ class Model(Network):
             PlanError, SiteError: the plan or a site does not fit the model.
         """
         self.refresh()
+        if self.architecture.pooled:
+            raise ModelError(
+                f"{type(self.module).__name__} returns the logits of one token of each row, and a compiled model is to "
+                "return those of all: use run()"
+            )
         sites, todo = tuple(sites_of(capture)), as_plan(plan)
         check_plan(self, todo)
         for place in sites:
@@ -317,7 +358,8 @@ def wrap(
         tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
             one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
-            is wrapped already, tokenizer and adapter replace what it has.
+            is wrapped already, tokenizer and adapter replace what it has. Of a model of peft's, `module` is the one
+            that its layers were put into.
 
     Raises:
         ModelError: nobody knows the model's parts, two layers are one module, or the model was compiled.
@@ -330,7 +372,7 @@ def wrap(
         return Model(model, *_reading(known, adapter))
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, *_reading(tokenizer, adapter or known_or_discovered))
+    return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))
 
 
 def _reading(tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:

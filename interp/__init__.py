@@ -37,6 +37,7 @@ try:
         World,
         align,
         clamp,
+        counterfactual,
         freeze,
         here,
         interchange,
@@ -66,9 +67,10 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths, plots, training
+from interp import adapters, attention, kv, paths, plots, training
 from interp.attribution import attribution
 from interp.axes import Axis
+from interp.checks import Conformance
 from interp.evaluation import evaluate
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
@@ -86,12 +88,14 @@ from interp.metrics import (
     rank,
 )
 from interp.results import Result
+from interp.suite import conformance
 from interp.sweeps import sweep
 from interp.version import __version__
 
 __all__ = [
     "Audit",
     "Axis",
+    "Conformance",
     "Context",
     "CycleError",
     "ElsewhereError",
@@ -122,9 +126,13 @@ __all__ = [
     "World",
     "__version__",
     "accuracy",
+    "adapters",
     "align",
+    "attention",
     "attribution",
     "clamp",
+    "conformance",
+    "counterfactual",
     "cross_entropy",
     "direct_logit_attribution",
     "evaluate",
@@ -135,6 +143,7 @@ __all__ = [
     "intervene",
     "kl",
     "knockout",
+    "kv",
     "load",
     "log_prob",
     "logit",

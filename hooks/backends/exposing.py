@@ -69,14 +69,14 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Any,
+        attention_mask: Any = None,  # by this name, as some models give it
         *,
         own: Callable[..., Any],
         **given: Any,
     ) -> tuple[Tensor, Tensor | None]:
         run = find()
         if run is None:  # another thread, or a call that is nobody's
-            return own(module, q, k, v, mask, **given)
+            return own(module, q, k, v, attention_mask, **given)
         _require_understood(layer, given, HARMLESS | UNDERSTOOD)
 
         def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
@@ -96,7 +96,9 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
                 f"attention of layer {layer} sees {k.shape[2]} keys where its cache announced {width}, so nobody knows "
                 "which tokens they are of"
             )
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first)
+        allowed, bias = read_mask(
+            attention_mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first
+        )
         scaling, cap, kernel = given.get("scaling"), given.get("softcap"), getattr(own, "__name__", "")
         cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
         z, pattern = exposed_attention(

@@ -14,7 +14,7 @@ from ..models.architecture import Architecture
 from ..models.blocks import Attention, Block, Sublayer
 from ..models.experts import Experts
 from ..models.hook import Hook
-from ..models.projections import Columns, linear_weight
+from ..models.projections import Outputs, head_results
 from ..plan.sites import KINDS, Key
 from .boundaries import Edit, Find, Hooks, Running, scaled
 
@@ -281,9 +281,9 @@ class _BlockHooks:
             if "expert_out" in names:
                 self.hooks.on_call(mlp.experts, partial(self.expert_out, mlp))
         else:
-            if "mlp_pre" in names and isinstance(mlp.pre, Columns):
+            if "mlp_pre" in names and isinstance(mlp.pre, Outputs):
                 self.hooks.on_output(mlp.pre.module, partial(self.columns, mlp.pre))
-            elif "mlp_pre" in names:
+            elif "mlp_pre" in names and not isinstance(mlp.pre, Outputs):
                 self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
             if "mlp_post" in names:
                 self.hooks.on_input(mlp.down, self.shown("mlp_post"))
@@ -295,7 +295,7 @@ class _BlockHooks:
         """Whether the residual between the sublayers is at no module's boundary where an edit of it reaches all."""
         return self.block.of_attention.post_add is None and not self.block.parallel
 
-    def columns(self, pre: Columns, run: Running, out: Tensor) -> Tensor:
+    def columns(self, pre: Outputs, run: Running, out: Tensor) -> Tensor:
         return pre.write(out, self.visit(run, "mlp_pre", pre.read(out)))
 
     def routed(self, mlp: Experts, run: Running, _args: tuple[Any, ...], out: Any) -> Any:
@@ -333,7 +333,6 @@ class _BlockHooks:
 
 def head_results_change(attention: Attention, z: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """The change of the attention output that an edit of the heads' results [..., H, M] makes."""
-    weight, _ = linear_weight(attention.out)
-    result = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (attention.q.heads, attention.q.width)))
+    result = head_results(attention.out, z)
     edited = edit(result)
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)

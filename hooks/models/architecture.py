@@ -83,6 +83,9 @@ class Architecture:
         embed_scale: factor of the embeddings on their way into the stream; `logit_scale`: of the unembedding's output.
         positioned: whether `embed` adds positions, and so is called on whole rows, with `position_ids`.
         at_positions: what `pos_embed` makes of positions, where it is called in another way.
+        first_position: the position id of a row's first token.
+        to_final: what is unembedded, of the stream after the last block, where `norm` is the last of several steps.
+        pooled: whether the model returns the logits of one token of each row, though it computes those of all.
         bounds: numbers of tokens past which the model may do something else, besides its windows.
         ids: how many token ids the model takes, where those are not as many as its logits.
         missing: sites that the model cannot show, by name, and why.
@@ -118,6 +121,9 @@ class Architecture:
     positioned: bool = False
     at_positions: Callable[[Tensor], Tensor] | None = None
     ids: int | None = None
+    first_position: int = 0
+    to_final: Callable[[Tensor], Tensor] | None = None
+    pooled: bool = False
     bounds: tuple[int, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     unshared: str = ""
@@ -130,6 +136,10 @@ class Architecture:
     def embedded(self, ids: Tensor) -> Tensor:
         """Embeddings [..., M] of ids, as they enter the stream."""
         return self.embed(ids) if self.embed_scale == 1.0 else self.embed(ids) * self.embed_scale
+
+    def final(self, stream: Tensor) -> Tensor:
+        """What is unembedded [..., M], of the residual stream after the last block."""
+        return self.norm(stream) if self.to_final is None else self.to_final(stream)
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits [..., V] of the final norm's output [..., M]."""

@@ -107,6 +107,9 @@ def why_missing(arch: Architecture | Tower, name: str, layer: int | None) -> str
         return block.attention.opaque
     if name in ("mlp_pre", "mlp_post") and isinstance(block.mlp, Experts):
         return "its feed-forward layer is a mixture of experts, which has router and expert_out"
+    inside = ("mlp_pre", "mlp_post", "router", "expert_out")
+    if name in inside and block.mlp is not None and not isinstance(block.mlp, Experts) and not block.mlp.width:
+        return f"nobody knows how the parts of a {type(block.mlp.module).__name__} work together"
     return ""
 
 

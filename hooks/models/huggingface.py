@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .architecture import AttentionFunction
+from .projections import linear_outputs
 
 _NAME = "interp_exposed"
 _PACKED = "interp_exposed_flash"
@@ -25,16 +26,28 @@ _FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary(
 
 
 def unembedding(model: Any) -> Any:
-    """The module from the final norm to logits.
+    """The module from the final norm to logits: a language model's, or a classifier's of tokens or sequences.
 
     Raises:
-        ModelError: the model has no language-model head.
+        ModelError: the model has no such head.
     """
     # Older releases of transformers call that of GPT-NeoX embed_out.
-    head = getattr(model, "lm_head", getattr(model, "embed_out", None))
-    if not isinstance(head, nn.Module):
-        raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+    found = (getattr(model, name, None) for name in ("lm_head", "embed_out", "score"))
+    head = next((each for each in found if isinstance(each, nn.Module)), None)
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM (or with a head "
+            "that classifies tokens or sequences)"
+        )
     return head
+
+
+def headed(model: Any) -> dict[str, Any]:
+    """What an `Architecture` says of a model's head: itself, how many logits it returns, and of which tokens."""
+    head = unembedding(model)
+    ids = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return {"unembed": head, "vocabulary": linear_outputs(head), "ids": ids,
+            "pooled": "SequenceClassification" in type(model).__name__}  # fmt: skip
 
 
 def own_attention(module: Any, implementation: str) -> AttentionFunction:

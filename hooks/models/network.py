@@ -101,8 +101,22 @@ class Network:
         pictures: Pictures | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
-        logits = logits_of(self.module(**self.arguments(ids, mask, positions, pixels, pictures)))
+        arguments = self.arguments(ids, mask, positions, pixels, pictures)
+        if self.architecture.pooled:
+            return self._every(arguments)
+        logits = logits_of(self.module(**arguments))
         return logits if self.architecture.readout is None else logits.unsqueeze(1)
+
+    def _every(self, arguments: dict[str, Any]) -> Tensor:
+        """The logits of all tokens, of a model that returns those of one."""
+        seen: list[Tensor] = []
+        # The last hook there, so it is shown what others made of the logits.
+        handle = self.architecture.unembed.register_forward_hook(Hook(lambda _m, _a, out: seen.append(out)))
+        try:
+            self.module(**arguments)
+        finally:
+            handle.remove()
+        return self.architecture.capped(seen[-1])
 
     def arguments(
         self,
@@ -118,6 +132,7 @@ class Network:
             return {"pixel_values": pixels.to(self.device, self.dtype)}
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
+            positions = positions + self.architecture.first_position
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
         if hasattr(getattr(self.module, "config", None), "use_cache"):
             arguments["use_cache"] = False
@@ -161,6 +176,24 @@ class Network:
         if len(devices) > 1:
             return f"the model is spread over {', '.join(devices)}"
         return ""
+
+
+def without_wrapper(module: nn.Module) -> nn.Module:
+    """The model that an adapter of peft's was put into, which computes the same; any other model itself.
+
+    Raises:
+        ModelError: it puts tokens before the prompt, which the model does not know of.
+    """
+    inner = getattr(module, "get_base_model", None)
+    if inner is None or not type(module).__module__.startswith("peft"):
+        return module
+    for name, config in getattr(module, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ModelError(
+                f"the adapter {name!r} ({type(config).__name__}) puts tokens before the prompt, whose positions nobody "
+                "could name: adapters that change layers (LoRA, IA3) can be wrapped"
+            )
+    return inner()
 
 
 def described(module: nn.Module, adapter: Adapter) -> Architecture:

@@ -32,7 +32,12 @@ def with_tower(model: Any, body: Any, tower: Tower, adapter: Any = None) -> Arch
     adapter = adapter_named(kind) if adapter is None else adapter
     if adapter is None:
         raise ModelError(f"no adapter knows the language model {kind!r} in this {model.config.model_type!r}")
-    within = SimpleNamespace(model=body, config=body.config, lm_head=unembedding(model))
+    within = SimpleNamespace(
+        model=body,
+        config=body.config,
+        lm_head=unembedding(model),
+        get_input_embeddings=body.get_input_embeddings,
+    )
     found = adapter(within)
     if found.cap is not None:
         raise ModelError(f"this {model.config.model_type!r} caps its logits, which is not known of such models")

@@ -45,7 +45,7 @@ def inputs_with_images(
         raise InputsError("what a processor makes holds input_ids as a tensor: call it with return_tensors='pt'")
     inputs = Inputs.of(ids, mask, row_ids)
     inputs = replace(inputs, ids=inputs.ids.masked_fill(~inputs.mask, 0))
-    require_vocabulary(inputs, arch.vocabulary)
+    require_vocabulary(inputs, arch.token_ids)
     given = {name: value for name, value in made.items() if name not in _KNOWN and value is not None}
     pictures = tower.look(inputs.ids, inputs.mask, given)
     inputs = replace(inputs, pictures=pictures)

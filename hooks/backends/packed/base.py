@@ -145,7 +145,7 @@ class Base:
         if self.arch.positioned:
             rows = chosen.any(1)
             ids, positions = inputs.ids[rows].to(self.device), inputs.positions[rows].to(self.device)
-            whole = self.arch.embed(ids, position_ids=positions)
+            whole = self.arch.embed(ids, position_ids=positions + self.arch.first_position)
             return whole[chosen[rows].to(self.device)]
         if inputs.pictures is not None:
             return self.with_features(inputs, chosen)
