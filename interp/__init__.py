@@ -68,6 +68,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
     raise
 
 from interp import adapters, attention, kv, paths, plots, training
+from interp.activations import Activations, save_activations
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.checks import Conformance
@@ -93,6 +94,7 @@ from interp.sweeps import sweep
 from interp.version import __version__
 
 __all__ = [
+    "Activations",
     "Audit",
     "Axis",
     "Conformance",
@@ -162,6 +164,7 @@ __all__ = [
     "recompute",
     "resample",
     "run_worlds",
+    "save_activations",
     "scale",
     "site",
     "steer",
