@@ -24,6 +24,7 @@ from .errors import (
     nearest,
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
+from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
@@ -40,6 +41,7 @@ from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
     clamp,
+    counterfactual,
     freeze,
     here,
     interchange,
@@ -84,6 +86,7 @@ __all__ = [
     "Attention",
     "Audit",
     "Block",
+    "Branch",
     "Columns",
     "Compiled",
     "Context",
@@ -107,6 +110,7 @@ __all__ = [
     "Mlp",
     "Model",
     "ModelError",
+    "Moment",
     "New",
     "Origin",
     "Outcome",
@@ -136,6 +140,7 @@ __all__ = [
     "choice",
     "choose",
     "clamp",
+    "counterfactual",
     "digest_of",
     "execution_order",
     "fingerprint",

@@ -31,6 +31,7 @@ class Decoding:
         since: for each hold (by id), how many columns it held when that hold first saw it.
         counted: the columns that audits have counted.
         touched: for each entry of an audit (by id), bool [B], the rows that it has counted.
+        memory: tensors [B, ...] that somebody keeps from call to call, by name.
         mirrors: caches of the worlds that the plan reads of this text, by how they are reached; `sources`: their plans.
     """
 
@@ -38,6 +39,7 @@ class Decoding:
     since: dict[int, int] = field(default_factory=dict)
     counted: int = 0
     touched: dict[int, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     mirrors: dict[Any, Any] = field(default_factory=dict)
     sources: dict[Any, Plan] = field(default_factory=dict)
 
@@ -49,11 +51,13 @@ class Decoding:
         if operation == "reset":
             self.text, self.counted = None, 0
             self.since, self.touched, self.mirrors, self.sources = {}, {}, {}, {}
+            self.memory.clear()
         elif self.text is not None:
             rows = caching.rows_after(operation, argument, len(self.text.rows))
             if rows is not None:
                 self.text = self.text.take(rows)
                 self.touched = {entry: marks[rows] for entry, marks in self.touched.items()}
+                self.memory.update({name: kept[rows.to(kept.device)] for name, kept in self.memory.items()})
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from .compiled import Compiled
 from .compiling import Graphs, Options
 from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
-from .hold import held, hold, holds_on
+from .forking import Begin, Branch, Combine
+from .hold import fork, held, hold, holds_on
 from .holding import PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
@@ -239,6 +240,37 @@ class Model(Network):
                 of a cache that was filled before, positions that a function mixes, the model as its own assistant.
         """
         return hold(self, plan, seed)
+
+    def fork(
+        self,
+        *branches: Branch,
+        combine: Combine,
+        own: Branch | None = None,
+        begin: Begin | None = None,
+        seed: int = 0,
+    ) -> AbstractContextManager[tuple[Audit, ...]]:
+        """Hold several worlds on the model while the user calls it, whose logits become one; see `apply`.
+
+        Every call is made once, with each row once for each world: the user's own first, then those of the branches.
+        Each world has its own keys and values in the cache, and all are fed the tokens that the user, or `generate` in
+        any of its modes, chooses from the logits that `combine` makes of theirs. All else that a call returns is the
+        first world's. Runs inside (`run`, sweeps) are under the plan of the first world.
+
+        Args:
+            branches: the worlds beside the user's own.
+            combine: from logits [W, B, T, V] and a `Moment` to logits [B, T, V].
+            own: what is done in the user's own world; None for nothing.
+            begin: told of the `Moment` of each call before it is made.
+            seed: of random interventions.
+
+        Returns:
+            A context manager that gives the audit of each world.
+
+        Raises:
+            UnfiredError: on leaving without an exception, where an intervention never fired.
+            PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
+        """
+        return fork(self, [own or Branch(), *branches], combine, seed, begin)
 
     def compile(
         self,

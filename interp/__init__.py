@@ -37,6 +37,7 @@ try:
         World,
         align,
         clamp,
+        counterfactual,
         freeze,
         here,
         interchange,
@@ -66,7 +67,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import adapters, kv, paths, plots, training
+from interp import adapters, attention, kv, paths, plots, training
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.checks import Conformance
@@ -127,9 +128,11 @@ __all__ = [
     "accuracy",
     "adapters",
     "align",
+    "attention",
     "attribution",
     "clamp",
     "conformance",
+    "counterfactual",
     "cross_entropy",
     "direct_logit_attribution",
     "evaluate",

@@ -239,7 +239,7 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter"},
     {"backends"},
-    {"fed", "decoding", "holding", "hold", "certificate"},
+    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
     {"tail"},
     {"running", "discovery"},
