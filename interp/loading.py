@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,10 @@ from interp import pretrained
 SHIPPED = Path(__file__).parent / "models" / "weights"
 IMAGE_CLASSIFIERS = ("vit",)
 """The model types that are loaded with a classifier of images."""
+SEEING = frozenset(
+    {"gemma3", "idefics3", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "smolvlm"}
+)
+"""Those that are loaded with their tower, and with a processor of texts and images."""
 
 
 def shipped() -> tuple[str, ...]:
@@ -22,7 +27,8 @@ def shipped() -> tuple[str, ...]:
 
 
 def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Load a language model and its tokenizer, or an image classifier, in evaluation mode.
+    """Load a language model and its tokenizer, one that sees and its processor, or an image classifier, in evaluation
+    mode.
 
     Args:
         name: a model that ships with the package, a local folder, a name on the Hugging Face hub, or "smollm2-135m":
@@ -45,7 +51,7 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     else:
         model = _load_hub(text, local=False)
     module = model.module.to(device=device, dtype=dtype).eval()
-    return wrap(module, model.tokenizer)
+    return wrap(module, model.processor or model.tokenizer)
 
 
 def _load_folder(folder: Path) -> Model:
@@ -74,13 +80,23 @@ def _load_small(folder: Path) -> Model:
 
 
 def _load_hub(name: str, local: bool) -> Model:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         if config.model_type in IMAGE_CLASSIFIERS:
             return wrap(AutoModelForImageClassification.from_pretrained(name, local_files_only=local))
-        module = AutoModelForCausalLM.from_pretrained(name, local_files_only=local)
+        kind = AutoModelForImageTextToText if config.model_type in SEEING else AutoModelForCausalLM
+        module = kind.from_pretrained(name, local_files_only=local)
+        processor = _processor(name, local) if config.model_type in SEEING else None
+        if processor is not None:
+            return wrap(module, processor)
         tokenizer = None
         if not local or any((Path(name) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
@@ -91,3 +107,16 @@ def _load_hub(name: str, local: bool) -> Model:
             f"with a saved model, and could not be had from the hub: {str(error).splitlines()[0]}"
         ) from error
     return wrap(module, tokenizer)
+
+
+def _processor(name: str, local: bool) -> Any:
+    """What makes inputs of texts and images; None where it is not there, or needs a package that is not."""
+    from transformers import AutoProcessor
+
+    files = ("processor_config.json", "preprocessor_config.json")
+    if local and not any((Path(name) / file).exists() for file in files):
+        return None
+    try:
+        return AutoProcessor.from_pretrained(name, local_files_only=local)
+    except ImportError:  # those that know videos want torchvision
+        return None
