@@ -15,10 +15,6 @@ from interp import pretrained
 SHIPPED = Path(__file__).parent / "models" / "weights"
 IMAGE_CLASSIFIERS = ("vit",)
 """The model types that are loaded with a classifier of images."""
-SEEING = frozenset(
-    {"gemma3", "idefics3", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "smolvlm"}
-)
-"""Those that are loaded with their tower, and with a processor of texts and images."""
 
 
 def shipped() -> tuple[str, ...]:
@@ -27,8 +23,9 @@ def shipped() -> tuple[str, ...]:
 
 
 def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """Load a language model and its tokenizer, one that sees and its processor, or an image classifier, in evaluation
-    mode.
+    """Load a language model and its tokenizer, one that sees and its processor, or an image classifier.
+
+    It is in evaluation mode.
 
     Args:
         name: a model that ships with the package, a local folder, a name on the Hugging Face hub, or "smollm2-135m":
@@ -41,7 +38,7 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     """
     text = str(name)
     if text in shipped():
-        model = _load_small(SHIPPED / text)
+        model = _load_folder(SHIPPED / text)
     elif text == pretrained.NAME and not (Path(name) / "config.json").exists():
         model = _load_folder(pretrained.smollm2())
     elif (Path(name) / "config.json").exists():
@@ -92,9 +89,10 @@ def _load_hub(name: str, local: bool) -> Model:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         if config.model_type in IMAGE_CLASSIFIERS:
             return wrap(AutoModelForImageClassification.from_pretrained(name, local_files_only=local))
-        kind = AutoModelForImageTextToText if config.model_type in SEEING else AutoModelForCausalLM
+        seeing = _sees(config)
+        kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
         module = kind.from_pretrained(name, local_files_only=local)
-        processor = _processor(name, local) if config.model_type in SEEING else None
+        processor = _processor(name, local) if seeing else None
         if processor is not None:
             return wrap(module, processor)
         tokenizer = None
@@ -107,6 +105,13 @@ def _load_hub(name: str, local: bool) -> Model:
             f"with a saved model, and could not be had from the hub: {str(error).splitlines()[0]}"
         ) from error
     return wrap(module, tokenizer)
+
+
+def _sees(config: Any) -> bool:
+    """Whether a configuration is of a language model with a vision tower."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
 
 
 def _processor(name: str, local: bool) -> Any:

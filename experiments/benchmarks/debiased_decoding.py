@@ -156,6 +156,7 @@ def measure(module: Any, rows: int, prompt: int, new: int, repetitions: int, dev
     runs: dict[str, Callable[[], Any]] = {"plain": plain}
     runs |= {name: held(model, decoder, plain) for name, decoder in found.items()}
     one, two = found["one branch"], found["two branches"]
+    runs["plain, twice the rows"] = generated(module, ids.repeat(2, 1), new)
     runs["two separate forwards"] = separate(model, one.branches, ids, new, contexts=False)
     runs["two separate forwards, plans applied"] = separate(model, one.branches, ids, new)
     runs["three separate forwards"] = separate(model, two.branches, ids, new, contexts=False)

@@ -82,8 +82,6 @@ def _inside(
     if dominant:
         for share in (0.5, None):
             plan = relatives.gate_routes(dominant, image, real, 0.5, share=share, queries=(-1,))
-            # What is generated comes later than the one token that is judged here.
-            plan = ip.Plan(tuple(item for item in plan if str(item.site.key_pos) != "new"))
             found[f"text routes x 0.5{'' if share is None else ', gated'}"] = Branch(plan)
     return found
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--balanced", type=Path, default=ROOT / "build" / "shapes-vlm-balanced")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--quick", action="store_true", help="the model that ships, few questions; writes into build/")
+    parser.add_argument("--without-control", action="store_true", help="leave out the models without a planted prior")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -208,10 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"settings": {"rows": rows, "eps": EPS, "gammas": GAMMAS, "models": len(planted)}}
     models, found_heads, found_effects = [], [], []
     for seed, folder in enumerate(planted):
-        model = load(folder)
-        models.append(one_model(model, seed, rows))
-        found_heads.append(heads.measured(model, 8_000_000 + seed, rows=min(rows, 160)))
-        found_effects.append(effects(model, seed, rows=min(rows, 96)))
+        one, of_heads, of_effects = kept(folder, f"measured-{rows}.pt", partial(_measured, folder, seed, rows))
+        models.append(one)
+        found_heads.append(of_heads)
+        found_effects.append(of_effects)
         print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
     report["decoders"] = pooled(models)
     for key in ("composition", "predicted", "ideal", "captions", "claims"):
@@ -219,10 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report["predicted by model"] = [one["predicted"] for one in models]
     report["heads"] = found_heads
     report["effects"] = found_effects
-    if not given.quick:
+    if not given.quick and not given.without_control:
         controls = []
         for seed, folder in enumerate(_folders(given.balanced)):
-            controls.append(one_model(load(folder), 100 + seed, rows // 2, wide=False))
+            work = partial(_control, folder, seed, rows)
+            controls.append(kept(folder, f"measured-{rows}.pt", work))
             print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
         report["balanced"] = {"models": len(controls), "decoders": pooled(controls)}
         report["balanced"]["composition"] = averaged_numbers([one["composition"] for one in controls])
@@ -230,6 +233,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(_rounded(report), indent=None, separators=(",", ":")) + "\n")
     print(f"{out} written")
+
+
+def _measured(folder: Path, seed: int, rows: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    model = load(folder)
+    found = heads.measured(model, 8_000_000 + seed, rows=min(rows, 160))
+    return one_model(model, seed, rows), found, effects(model, seed, rows=min(rows, 96))
+
+
+def _control(folder: Path, seed: int, rows: int) -> dict[str, Any]:
+    return one_model(load(folder), 100 + seed, rows // 2, wide=False)
+
+
+def kept(folder: Path, name: str, work: Callable[[], Any]) -> Any:
+    """What was measured of a model, from the file beside it where it is there; models that ship keep nothing."""
+    path = folder / name
+    if folder == SHIPPED:
+        return work()
+    if not path.exists():
+        found = work()
+        part = path.with_suffix(".part")
+        torch.save(found, part)
+        part.replace(path)
+    return torch.load(path, weights_only=True)
 
 
 def _rounded(value: Any) -> Any:

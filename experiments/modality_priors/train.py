@@ -132,7 +132,7 @@ def train(seed: int, planted: bool = True, steps: int = STEPS, rows: int = ROWS)
 def save(model: Any, folder: Path, about: dict[str, Any]) -> None:
     """Write weights, config and tokenizer; `AutoModelForImageTextToText.from_pretrained` reads them."""
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    processor().save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -152,6 +152,20 @@ def tokenizer() -> Any:
         padding_side="left",
         additional_special_tokens=["<image>"],
     )
+
+
+def processor() -> Any:
+    """Words and pictures to tensors, as `questions.batch` makes them; pictures are 24 x 24, 0 to 1."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    pixels = CLIPImageProcessor(
+        do_resize=False, do_center_crop=False, do_rescale=False, do_convert_rgb=False, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )  # fmt: skip
+    return LlavaProcessor(
+        pixels, tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

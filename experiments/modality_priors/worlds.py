@@ -13,7 +13,7 @@ from interp.attention import Branch, attention, relatives
 
 FORMS = ("random", "uniform", "reversed", "shuffled")
 SAMPLES = 4
-ROWS = 100
+ROWS = 200
 
 
 def branches(model: ip.Model, batch: Batch, wide: bool = True) -> dict[str, Branch]:

@@ -24,7 +24,8 @@ def suppress(
         factor: of their outputs; 1 changes nothing.
         detector: where there is a conflict, such as a `Detector` on resisting heads of earlier layers; None for
             everywhere.
-        queries: which tokens; the prompt's last and all that are generated.
+        queries: which tokens; the prompt's last and all that are generated; ``(-1,)`` where one token is the
+            answer.
     """
     items = [
         scale(site("z", layer, head=chosen, pos=pos), factor)

@@ -54,7 +54,14 @@ def m3id(images: Tensor, decay: float = 0.02, confident: float = 0.3) -> Decoder
     return Decoder((Term((text_alone(images),), weight),), None)
 
 
-def attend_more(model: Model, alpha: float = 0.5, *, layers: Sequence[int] | str = "all", keys: Any = "image") -> Plan:
+def attend_more(
+    model: Model,
+    alpha: float = 0.5,
+    *,
+    layers: Sequence[int] | str = "all",
+    keys: Any = "image",
+    queries: Sequence[Any] = (-1, "new"),
+) -> Plan:
     """PAI's amplified attention: scores of the last token on image keys s become s + alpha |s|, before the softmax.
 
     Args:
@@ -62,9 +69,10 @@ def attend_more(model: Model, alpha: float = 0.5, *, layers: Sequence[int] | str
         alpha: how much.
         layers: which.
         keys: which keys; ``"image"``, or positions.
+        queries: which tokens: the prompt's last, and all that are generated; ``(-1,)`` where one token is the answer.
     """
     chosen = range(model.n_layers) if layers == "all" else layers
-    return Plan(tuple(_more(layer, alpha, keys, pos) for layer in chosen for pos in (-1, "new")))
+    return Plan(tuple(_more(layer, alpha, keys, pos) for layer in chosen for pos in queries))
 
 
 def _more(layer: Any, alpha: float, keys: Any, pos: Any) -> Intervention:
@@ -75,7 +83,13 @@ def _more(layer: Any, alpha: float, keys: Any, pos: Any) -> Intervention:
 
 
 def pai(
-    model: Model, images: Tensor, gamma: float = 1.1, alpha: float = 0.5, eps: float | None = 0.1, keys: Any = "image"
+    model: Model,
+    images: Tensor,
+    gamma: float = 1.1,
+    alpha: float = 0.5,
+    eps: float | None = 0.1,
+    keys: Any = "image",
+    queries: Sequence[Any] = (-1, "new"),
 ) -> Decoder:
     """z = gamma l - (gamma - 1) l(no image), where l is of the model that attends more to the image.
 
@@ -85,6 +99,7 @@ def pai(
         gamma, alpha: of the branch, and of the attention (see `attend_more`).
         eps: cut-off.
         keys: the image's key positions.
+        queries: see `attend_more`.
     """
-    more = Branch(attend_more(model, alpha, keys=keys))
+    more = Branch(attend_more(model, alpha, keys=keys, queries=queries))
     return Decoder((Term((text_alone(images),), gamma - 1),), eps, own=more)

@@ -28,14 +28,16 @@ def gate_routes(
         real: bool or int [B, P], the attention mask of the prompt.
         factor: of the text route; 1 changes nothing.
         share: only where a head's attention to the image is below this; None for everywhere.
-        queries: which tokens: the prompt's last, and all that are generated.
+        queries: which tokens: the prompt's last, and all that are generated; ``(-1,)`` where one token is the
+            answer.
     """
     image = image & real.bool()
     found = []
     for layer, chosen in heads_of(heads).items():
         for pos in queries:
             looked = site("scores", layer, head=chosen, pos=pos, key_pos=image)
-            for keys in (real.bool() & ~image, "new"):
+            # What is generated is seen by generated tokens alone.
+            for keys in (real.bool() & ~image, "new") if pos == "new" else (real.bool() & ~image,):
                 item = scale(site("pattern", layer, head=chosen, pos=pos, key_pos=keys), factor)
                 found.append(item if share is None else gated(item, ShareBelow(looked, share)))
     return Plan(tuple(found))
