@@ -23,7 +23,7 @@ from .backends.sources import all_reads, read_as_constants, read_tapes
 from .decoding import Decodings
 from .errors import PlanError
 from .fed import Decoding, Fed
-from .holding import Hold
+from .holding import Held, Hold, applied_at
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_plan
@@ -269,6 +269,15 @@ def holds_on(module: nn.Module) -> Holds | None:
     return holds if holds is not None and holds.in_force() else None
 
 
+def listing(module: nn.Module) -> tuple[Held, ...]:
+    """What is held on a module, by whichever wrapper of it, the outermost first; see `Held`."""
+    holds = _HOLDS.get(module)
+    if holds is None:
+        return ()
+    force = holds.in_force()
+    return tuple(Held(one.plan, one.by, one.thread_name, one in force, one.audit) for one in holds.holds)
+
+
 def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
     """The plan that is held on a model for a run on these inputs that is made now, and its record.
 
@@ -289,7 +298,7 @@ def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
 def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
     network.refresh()
-    mine = Hold(plan, seed, gate_of(network.module).depth)
+    mine = Hold(plan, seed, gate_of(network.module).depth, applied_at())
     if isinstance(mine.plan, Plan):
         check_plan(network, mine.plan)
     if frames.inside(network.module):

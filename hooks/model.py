@@ -6,6 +6,7 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from .audit import Audit
 from .backends.gate import gate_of
 from .compiling import Graphs, Options
 from .errors import InputsError, ModelError, PlanError, SiteError, nearest
-from .hold import held, hold, holds_on
-from .holding import PlanOf
+from .hold import held, hold, holds_on, listing
+from .holding import Held, PlanOf
 from .html import table
 from .models import describe
 from .models.architecture import Architecture
@@ -27,7 +28,7 @@ from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
 from .plan.plan import Intervention, Plan, World, as_plan
-from .plan.prompts import decode_ids, encode_text, one_token, prepare
+from .plan.prompts import bos_of, decode_ids, encode_text, one_token, prepare
 from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
@@ -148,6 +149,7 @@ class Model(Network):
         *,
         padding: str = "right",
         row_ids: Tensor | None = None,
+        bos: bool | None = None,
     ) -> Inputs:
         """Prepare prompts, or images for a model that takes those.
 
@@ -158,6 +160,8 @@ class Model(Network):
             mask: [B, T], nonzero at real tokens, with a tensor of ids.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
+            bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
+                one); by default what the tokenizer does, with a warning where that makes two.
 
         Raises:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
@@ -174,7 +178,10 @@ class Model(Network):
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
         decode = None if self.tokenizer is None else self.decode
-        return prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        return prepare(
+            prompts, mask, row_ids, padding, encode=partial(encode_text, self.tokenizer, bos=bos), decode=decode,
+            vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
+        )  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by itself.
@@ -333,6 +340,11 @@ class Model(Network):
     def holds(self) -> bool:
         """Whether `apply` holds a plan on the model at the moment."""
         return holds_on(self.module) is not None
+
+    @property
+    def held(self) -> tuple[Held, ...]:
+        """What is held on the model now, the outermost first: each plan, where it was applied, and what it did."""
+        return listing(self.module)
 
     def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
         """The plan that `apply` holds on the model, for a run on these inputs now, and its record; empty outside."""

@@ -67,6 +67,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
     raise
 
 from interp import paths, plots, training
+from interp.attention_view import AttentionView, attention_view
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.evaluation import evaluate
@@ -90,6 +91,7 @@ from interp.sweeps import sweep
 from interp.version import __version__
 
 __all__ = [
+    "AttentionView",
     "Audit",
     "Axis",
     "Context",
@@ -123,6 +125,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "align",
+    "attention_view",
     "attribution",
     "clamp",
     "cross_entropy",

@@ -28,6 +28,7 @@ from hooks import (
     nearest,
 )
 from interp.axes import Axis
+from interp.positions import BUT_BOS, positions_but_bos, row_positions, token_labels
 
 Factory = Callable[[Site], Intervention]
 """From a site to what is done there: ``ip.zero``, or ``lambda site: ip.steer(site, v)``."""
@@ -76,6 +77,19 @@ class Grid:
         over = ", ".join(axis for axis, _ in self.axes) or "everything at once"
         return f"Grid({' + '.join(self.names)} over {over})"
 
+    @property
+    def from_the_end(self) -> bool:
+        """Whether its positions are named and counted from the end, so that they correspond in rows of any length."""
+        given = dict(self.axes)
+        if POS not in given or any(KEY in KINDS[name].axes for name in self.names):
+            return False
+        value = given[POS]
+        if isinstance(value, Span):
+            return (value.start or 0) < 0 and (value.stop is None or value.stop < 0)
+        listed = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
+        each = [place for entry in listed for place in (entry if isinstance(entry, tuple) else (entry,))]
+        return all(isinstance(place, int) and place < 0 for place in each)
+
     def cells(self, model: Model, inputs: Inputs) -> tuple[tuple[Axis, ...], list[Cell]]:
         """The axes with their values on a model and inputs, and every cell, the last axis fastest.
 
@@ -101,6 +115,8 @@ class Grid:
     def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> tuple[Axis, tuple]:
         """An axis, and what each of its entries means."""
         sizes = {self._size(name, kind, model, inputs) for kind in self.names}
+        if value == BUT_BOS:
+            value = positions_but_bos(inputs, max(sizes))
         if isinstance(value, str):
             if len(sizes) > 1:
                 raise SiteError(f"{', '.join(self.names)} have different numbers of {name}s {sorted(sizes)}: list them")
@@ -117,7 +133,7 @@ class Grid:
         if not values:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
-            labels = _token_labels(values, inputs)
+            labels = token_labels(values, inputs)
         # Positions that differ between rows are known by their name.
         shown = (label if isinstance(v, Tensor) else v for v, label in zip(values, labels or values, strict=True))
         return Axis(name, tuple(shown), labels), values
@@ -179,6 +195,8 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
             makes no axis. What is not named is edited whole:
             all positions, all heads, all layers.
 
+    ``pos="but_bos"`` is all positions but that of BOS, at which one patches the same token into itself.
+
     Positions that differ between rows mean what they mean as a site's `pos`: a tensor or array, int [B] (one a row) or
     [B, n], or a mask bool [B, T]; in a dict, where it has a name, also a list with a list of ints for each row. As the
     one value of `pos` or `key_pos`, int [B, n] or a mask restricts every cell; an array [n] is n values of an axis, and
@@ -200,7 +218,7 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
     for axis, value in axes.items():
         if axis not in AXES:
             raise SiteError(f"a grid has axes {', '.join(AXES)}, not {axis!r}{nearest(axis, AXES)}")
-        if isinstance(value, str) and value != "all":
+        if isinstance(value, str) and value != "all" and not (value == BUT_BOS and axis in (POS, KEY)):
             raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value{nearest(value, ['all'])}")
         lacking = [n for n in listed if (not KINDS[n].per_layer if axis == "layer" else axis not in KINDS[n].axes)]
         if lacking:
@@ -278,44 +296,3 @@ def _span(axis: str, value: slice | Span) -> Span:
     if isinstance(value, slice) and value.step not in (None, 1):
         raise SiteError(f"{axis}={value!r}: a step other than 1 is not understood; list the entries")
     return value if isinstance(value, Span) else Span(value.start, value.stop)
-
-
-def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
-    """A position, group or mask as a site takes it, and which rows have it (None: all).
-
-    Raises:
-        SiteError: no row has it.
-    """
-    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == inputs.mask.shape:
-        some = (value.cpu() & inputs.mask).any(1)
-        if not bool(some.any()):
-            raise SiteError("the mask selects no token of any row")
-        return value, None if bool(some.all()) else some
-    if not isinstance(value, (int, tuple)):
-        return value, None
-    reach = [p + 1 if p >= 0 else -p for p in (value if isinstance(value, tuple) else (value,))]
-    if max(reach) <= inputs.shortest:
-        return value, None
-    listed = torch.tensor(value if isinstance(value, tuple) else (value,))
-    lengths = inputs.lengths[:, None]
-    has = ((listed < lengths) & (listed >= -lengths)).all(1)
-    if bool(has.all()):
-        return value, None
-    if not bool(has.any()):
-        raise SiteError(f"no row has position {value}: the longest has {int(lengths.max())} tokens")
-    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, inputs.width - 1)
-    cols = inputs.order.gather(1, at)
-    return torch.zeros_like(inputs.mask).scatter(1, cols, True) & has[:, None], has
-
-
-def _token_labels(values: tuple, inputs: Inputs) -> tuple[str, ...]:
-    """The token at each position; with an ellipsis where it is only that of the first row which has the position."""
-    rows = [inputs.labels(row) for row in range(len(inputs))] if inputs.tokens is not None else []
-    labels = []
-    for value in values:
-        text = str(value)
-        if isinstance(value, int):
-            here = list(dict.fromkeys(row[value] for row in rows if -len(row) <= value < len(row)))
-            text = here[0] + "…" * (len(here) > 1) if here else text
-        labels.append(text)
-    return tuple(labels)
