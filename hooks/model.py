@@ -5,25 +5,26 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .audit import Audit
 from .backends.gate import gate_of
+from .compiled import Compiled
 from .compiling import Graphs, Options
-from .errors import InputsError, ModelError, PlanError, SiteError, nearest
-from .hold import held, hold, holds_on, listing
-from .holding import Held, PlanOf
-from .html import table
-from .models import describe
+from .discovery import discover
+from .errors import InputsError, ModelError, PlanError
+from .forking import Begin, Branch, Combine
+from .hold import fork, held, hold, holds_on, listing
+from .holding import Holding, PlanOf
+from .models import adapter_of
 from .models.architecture import Architecture
-from .models.catalogue import SiteTable, site_table
-from .models.checks import check_inputs, check_plan, check_site
-from .models.network import Network
+from .models.catalogue import SiteTable, site_table, why_missing
+from .models.checks import check_inputs, check_pictures, check_plan, check_site
+from .models.network import Network, without_wrapper
+from .models.sight import inputs_with_images
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
@@ -33,59 +34,7 @@ from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
 from .record import record
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What a run gives back.
-
-    Attributes:
-        logits: [B, T, V]; [B, 1, V] of a classifier.
-        tape: the activations that were asked for.
-        audit: what each intervention did.
-        taps: what gets the gradient of each value on the tape where a compiler hides the path to it; see `gradient`.
-    """
-
-    logits: Tensor
-    tape: Tape
-    audit: Audit
-    taps: tuple[Tensor, ...] = ()
-
-    def gradient(self, measured: Tensor, *where: Site | str) -> tuple[Tensor, ...]:
-        """The gradient of a number at captured sites, of a run with ``grad=True``, compiled or not.
-
-        Args:
-            measured: what is differentiated, a tensor of `logits` and of values on the tape; if it is not a number, the
-                sum of it. Its graph is kept, to be differentiated again.
-            where: sites, as they were captured; none for all.
-
-        Returns:
-            One tensor for each site, of the shape of its value; zeros where nothing depends on it.
-
-        Raises:
-            SiteError: a site was not captured.
-            PlanError: there is nothing to differentiate.
-        """
-        if not measured.requires_grad:
-            raise PlanError("nothing to differentiate: run with grad=True, and measure what depends on a parameter")
-        known = list(self.tape)
-        chosen = sites_of(where) if where else known
-        for place in chosen:
-            if place not in known:
-                raise SiteError(f"{place} was not captured{nearest(str(place), map(str, known))}")
-        # A tap gets what flows back from the value on the tape as well.
-        leaves = self.taps or tuple(value for _, value in self.tape.values)
-        values = [leaves[known.index(place)] for place in chosen]
-        found = torch.autograd.grad(measured.sum(), values, retain_graph=True, allow_unused=True)
-        return tuple(torch.zeros_like(v) if g is None else g for v, g in zip(values, found, strict=True))
-
-    def _repr_html_(self) -> str:
-        kept = table(("kept", "shape"), [(place, list(value.shape)) for place, value in self.tape.values])
-        did = self.audit._repr_html_() if len(self.audit) else ""
-        return f"<div><code>Run(logits {list(self.logits.shape)})</code></div>{did}{kept if len(self.tape) else ''}"
-
-    def __repr__(self) -> str:
-        return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
+from .running import Run
 
 
 class Model(Network):
@@ -94,13 +43,16 @@ class Model(Network):
     Attributes:
         module: the user's model.
         tokenizer: what turns prompts into ids, or None.
+        processor: what turns prompts and images into ids and pixels, or None.
         architecture: where the model keeps its parts.
         sizes: sizes of the head and last axes of every site, by key.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture]) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture], processor: Any = None
+    ) -> None:
         super().__init__(module, adapter)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = tokenizer, processor
 
     def _repr_html_(self) -> str:
         return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
@@ -109,6 +61,10 @@ class Model(Network):
         """Every site that the model offers, with its shape; all are readable and writable."""
         self.refresh()
         return site_table(self.sizes, self.n_layers)
+
+    def why_not(self, name: str) -> str:
+        """Why the model has no site of some kind, where there is more to say than that it has none."""
+        return why_missing(self.architecture, name, 0)
 
     def require(self, where: Site) -> None:
         """Check that the model has a site, and the heads and dimensions that it names.
@@ -124,7 +80,7 @@ class Model(Network):
         Raises:
             SiteError, ShapeError: it does not fit them.
         """
-        return resolve(where, inputs.columns, self.sizes[where.key])
+        return resolve(where, inputs.along(where.stack), self.sizes[where.key])
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
@@ -144,9 +100,10 @@ class Model(Network):
 
     def inputs(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Tensor,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Mapping[str, Any] | Tensor,
         mask: Tensor | None = None,
         *,
+        images: Any = None,
         padding: str = "right",
         row_ids: Tensor | None = None,
         bos: bool | None = None,
@@ -156,8 +113,11 @@ class Model(Network):
         Args:
             prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself;
                 lists of token ids of any lengths; or a tensor of ids [B, T]. For a vision model pixels [B, C, height,
-                width], as its image processor makes them; a run brings them into the model's dtype.
+                width], as its image processor makes them; a run brings them into the model's dtype. For a model with
+                a vision tower also what its processor makes of texts and images, as a dict of tensors.
             mask: [B, T], nonzero at real tokens, with a tensor of ids.
+            images: for each text its image (PIL's, an array or a tensor), several in a list, or None, where the
+                model was wrapped with its processor; texts hold the token that stands for an image.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
             bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
@@ -168,20 +128,27 @@ class Model(Network):
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
         self.refresh()
-        images, vocabulary = self.architecture.images, self.architecture.vocabulary
-        if images is not None:
+        arch, vocabulary = self.architecture, self.architecture.token_ids
+        if images is not None or (arch.tower is not None and isinstance(prompts, Mapping)):
+            if mask is not None:
+                raise InputsError("a mask goes with a tensor of ids; what a processor makes has its own")
+            labels = None if self.tokenizer is None else self.decode
+            return inputs_with_images(arch, self.processor, prompts, images, padding, row_ids, labels)
+        if arch.images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
-            return Inputs.of_images(check_pixels(prompts, images), images.patch, row_ids)
+            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids)
         if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
             raise InputsError(
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
         decode = None if self.tokenizer is None else self.decode
-        return prepare(
+        made = prepare(
             prompts, mask, row_ids, padding, encode=partial(encode_text, self.tokenizer, bos=bos), decode=decode,
             vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
         )  # fmt: skip
+        check_pictures(arch.tower, made)
+        return made
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by itself.
@@ -281,6 +248,37 @@ class Model(Network):
         """
         return hold(self, plan, seed)
 
+    def fork(
+        self,
+        *branches: Branch,
+        combine: Combine,
+        own: Branch | None = None,
+        begin: Begin | None = None,
+        seed: int = 0,
+    ) -> AbstractContextManager[tuple[Audit, ...]]:
+        """Hold several worlds on the model while the user calls it, whose logits become one; see `apply`.
+
+        Every call is made once, with each row once for each world: the user's own first, then those of the branches.
+        Each world has its own keys and values in the cache, and all are fed the tokens that the user, or `generate` in
+        any of its modes, chooses from the logits that `combine` makes of theirs. All else that a call returns is the
+        first world's. Runs inside (`run`, sweeps) are under the plan of the first world.
+
+        Args:
+            branches: the worlds beside the user's own.
+            combine: from logits [W, B, T, V] and a `Moment` to logits [B, T, V].
+            own: what is done in the user's own world; None for nothing.
+            begin: told of the `Moment` of each call before it is made.
+            seed: of random interventions.
+
+        Returns:
+            A context manager that gives the audit of each world.
+
+        Raises:
+            UnfiredError: on leaving without an exception, where an intervention never fired.
+            PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
+        """
+        return fork(self, [own or Branch(), *branches], combine, seed, begin)
+
     def compile(
         self,
         plan: Plan | Intervention | None = None,
@@ -325,6 +323,11 @@ class Model(Network):
             PlanError, SiteError: the plan or a site does not fit the model.
         """
         self.refresh()
+        if self.architecture.pooled:
+            raise ModelError(
+                f"{type(self.module).__name__} returns the logits of one token of each row, and a compiled model is to "
+                "return those of all: use run()"
+            )
         sites, todo = tuple(sites_of(capture)), as_plan(plan)
         check_plan(self, todo)
         for place in sites:
@@ -342,7 +345,7 @@ class Model(Network):
         return holds_on(self.module) is not None
 
     @property
-    def held(self) -> tuple[Held, ...]:
+    def held(self) -> tuple[Holding, ...]:
         """What is held on the model now, the outermost first: each plan, where it was applied, and what it did."""
         return listing(self.module)
 
@@ -355,70 +358,20 @@ class Model(Network):
         return gate_of(self.module).suspended()
 
 
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    """A model and a plan that run as one compiled graph; see `Model.compile`.
-
-    Attributes:
-        model: the model.
-        graphs: those that were compiled so far.
-        plan: what is done where a call names no other.
-        capture: what is kept where a call names nothing else.
-    """
-
-    model: Model
-    graphs: Graphs
-    plan: Plan
-    capture: tuple[Site, ...]
-
-    def __call__(
-        self,
-        inputs: Inputs | World,
-        plan: Plan | Intervention | None = None,
-        *,
-        capture: Sequence[Site | str] | Site | str | None = None,
-        grad: bool = False,
-        seed: int = 0,
-    ) -> Run:
-        """Run inputs, as `Model.run` does, through the graph of the plan's structure.
-
-        Args:
-            inputs: from `Model.inputs()`, or a `World`, which brings its own plan.
-            plan: another than `plan`.
-            capture: other sites than `capture`.
-            grad: keep the autograd graph; for gradients at captured sites see `Run.gradient`.
-            seed: seed of random interventions.
-
-        Raises:
-            UnfiredError: an intervention never fired.
-            ModelError: the model cannot be compiled under this plan.
-        """
-        if isinstance(inputs, World):
-            if plan is not None:
-                raise PlanError("a World brings its own plan")
-            inputs, plan = inputs.inputs, inputs.plan
-        if not isinstance(inputs, Inputs):
-            raise InputsError(f"a compiled model takes Inputs (from model.inputs), not {type(inputs).__name__}")
-        sites = list(self.capture) if capture is None else sites_of(capture)
-        world = World(inputs, self.plan if plan is None else as_plan(plan))
-        outcome, taps = self.graphs.run(world, sites, grad=grad, seed=seed)
-        outcome.audit.require_fired()
-        assert outcome.output is not None
-        kept = tuple(zip(sites, outcome.values, strict=True))
-        return Run(outcome.output, Tape(inputs, kept, self.model.sizes), outcome.audit, taps)
-
-
 def wrap(
     model: nn.Module | Model, tokenizer: Any = None, *, adapter: Callable[[nn.Module], Architecture] | None = None
 ) -> Model:
     """Wrap a model of the user's, which stays as it is.
 
     Args:
-        model: a GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2, Qwen 3 or Gemma 2 with a language-model head or a ViT with a
-            classifier (of transformers), the project's own small transformer, or any module with an adapter.
-        tokenizer: for prompts that are text, and for printing tokens.
+        model: of transformers, a language model of one of the families that are known or of one whose structure is
+            (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
+            with an adapter.
+        tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
+            one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
-            is wrapped already, tokenizer and adapter replace what it has.
+            is wrapped already, tokenizer and adapter replace what it has. Of a model of peft's, `module` is the one
+            that its layers were put into.
 
     Raises:
         ModelError: nobody knows the model's parts, two layers are one module, or the model was compiled.
@@ -426,8 +379,24 @@ def wrap(
     if isinstance(model, Model):
         if tokenizer is None and adapter is None:
             return model
-        known = model.tokenizer if tokenizer is None else tokenizer
-        return Model(model.module, known, model.adapter if adapter is None else adapter)
+        known = (model.processor or model.tokenizer) if tokenizer is None else tokenizer
+        model, adapter = model.module, model.adapter if adapter is None else adapter
+        return Model(model, *_reading(known, adapter))
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, adapter or describe)
+    return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))
+
+
+def _reading(tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
+    """A tokenizer, the adapter, and the processor that the tokenizer is a part of, if it was given in its place."""
+    within = getattr(tokenizer, "tokenizer", None)
+    return (tokenizer, adapter, None) if within is None else (within, adapter, tokenizer)
+
+
+def known_or_discovered(module: nn.Module) -> Architecture:
+    """The parts of a model, as its family's adapter says, or found out where nobody knows the family.
+
+    Raises:
+        ModelError: it cannot be described.
+    """
+    return (adapter_of(module) or discover)(module)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import ShapeError, SiteError
 from .layout import Layout
+from .placed import placed
 from .plan.columns import Columns
 from .plan.context import Reference, with_references
 from .plan.inputs import Inputs
@@ -62,15 +63,16 @@ def resolve(
     layout = Layout.of(world.inputs) if layout is None else layout
     window = slice(0, len(layout)) if window is None else window
     seeds = [seed] * len(world.plan) if isinstance(seed, int) else seed
-    maker = Resolver(world.inputs, sizes, sources, layout, device, window)
+    maker = Resolver(world.inputs, sizes, sources, layout, window)
     steps: dict[Key, list[Step]] = {}
     held_back = set()
     for number, item in enumerate(world.plan):
         steps.setdefault(item.site.key, []).append(maker.step(number, item, seeds[number]))
         held_back |= {r.site.key for r in item.reads if r.source is Origin.HERE and r.site is not None}
-    return Program(
+    program = Program(
         world.plan, {key: tuple(found) for key, found in steps.items()}, frozenset(held_back), layout, window
     )
+    return placed(program, device)
 
 
 class Resolver:
@@ -78,7 +80,7 @@ class Resolver:
 
     Args:
         inputs: of the world.
-        sizes, sources, layout, device, window: as in `resolve`.
+        sizes, sources, layout, window: as in `resolve`.
     """
 
     def __init__(
@@ -87,11 +89,10 @@ class Resolver:
         sizes: Sizes,
         sources: Mapping[Any, Tape],
         layout: Layout,
-        device: torch.device,
         window: slice,
     ) -> None:
         self.inputs, self.sizes, self.sources, self.layout = inputs, sizes, sources, layout
-        self.device, self.window = device, window
+        self.window = window
         self.known: dict[tuple[int, int], tuple[Region, Region]] = {}
         self._alike: dict[tuple[int, int], tuple[Tape, bool]] = {}
 
@@ -105,17 +106,17 @@ class Resolver:
 
     def step(self, number: int, item: Intervention, seed: int) -> Step:
         _, region = self.region(item.site, item.only)
-        ctx = self.layout.context(region, seed, self.window, self.device, item.site)
+        ctx = self.layout.context(region, seed, self.window, None, item.site)
         found = [self.read(read, item, region) for read in item.reads]
         ctx = with_references(ctx, tuple(layout for _, layout in found))
         rows, positions = touched(region)
-        return Step(number, item, region.to(self.device), ctx, tuple(value for value, _ in found), rows, positions)
+        return Step(number, item, region, ctx, tuple(value for value, _ in found), rows, positions)
 
     def read(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor | Here | Whole, Reference | None]:
         """The value read, shaped for the function, and how it is laid out if it is a reference set."""
         place = item.site if read.site is None else read.site
         if read.source is Origin.HERE:
-            return Here(place.key, self.region(place, item.only)[1].to(self.device)), None
+            return Here(place.key, self.region(place, item.only)[1]), None
         if not read.aligned:
             value, layout = self.reference(read, item, region)
             valid = None if layout.valid is None else layout.valid.to(value.device)
@@ -156,7 +157,7 @@ class Resolver:
     def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor:
         """Where a tape holds what is read, with its positions laid where ours are."""
         place = item.site if read.site is None else read.site
-        rows, there, layout = self.layout.total, tape.inputs.columns, self.layout
+        rows, there, layout = self.layout.total, tape.inputs.along(place.stack), self.layout
         whole = tape.whole(place)
         if tape.inputs is self.inputs and tape.window is None and whole is not None:
             # Of this very pass, whatever part of a text it is of.
@@ -215,7 +216,8 @@ class Resolver:
         loose: dict[str, Tensor | None] = {axis: None for axis, index in given.items() if not listed(index)}
         if pools and POS in given:
             loose |= self.pooled(item, given[POS], tape.inputs)
-        there = resolve_site(place.at(**loose), tape.inputs.columns, self.sizes[place.key])
+        along = tape.inputs.along(place.stack)
+        there = resolve_site(place.at(**loose), along, self.sizes[place.key])
         queries, keys = self.layout.columns(item.site)
         wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
@@ -224,7 +226,7 @@ class Resolver:
             columns, cols = wanted[axis]
             assert cols is not None
             last = int(columns.index[self.window].gather(1, cols).max())
-            lengths = tape.inputs.lengths
+            lengths = along.lengths
             every = item.op.needs_full_rows
             if last >= int(lengths.min() if every else lengths.max()):
                 rows = "a row" if every else "every row"

@@ -17,6 +17,9 @@ from hooks import (
     KEY,
     KINDS,
     POS,
+    TEXT,
+    Columns,
+    Image,
     Inputs,
     Intervention,
     Model,
@@ -66,16 +69,18 @@ class Grid:
     names: tuple[str, ...]
     axes: tuple[tuple[str, Any], ...]
     several: bool
+    stack: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return digest_of(self) == digest_of(other) if isinstance(other, Grid) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.names, tuple(name for name, _ in self.axes), self.several))
+        return hash((self.names, tuple(name for name, _ in self.axes), self.several, self.stack))
 
     def __repr__(self) -> str:
         over = ", ".join(axis for axis, _ in self.axes) or "everything at once"
-        return f"Grid({' + '.join(self.names)} over {over})"
+        where = f" in the {self.stack} stack" if self.stack is not None else ""
+        return f"Grid({' + '.join(self.names)}{where} over {over})"
 
     @property
     def from_the_end(self) -> bool:
@@ -100,7 +105,7 @@ class Grid:
         axes: list[Axis] = [Axis("site", self.names)] if self.several else []
         entries: list[Sequence[Any]] = [self.names] if self.several else []
         for name, value in self.axes:
-            if isinstance(value, (int, Span)) or (isinstance(value, Tensor) and name in (POS, KEY)):
+            if isinstance(value, (int, Span, Image)) or (isinstance(value, Tensor) and name in (POS, KEY)):
                 fixed[name] = value
             else:
                 axis, meant = self._axis(name, value, model, inputs)
@@ -115,7 +120,7 @@ class Grid:
     def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> tuple[Axis, tuple]:
         """An axis, and what each of its entries means."""
         sizes = {self._size(name, kind, model, inputs) for kind in self.names}
-        if value == BUT_BOS:
+        if isinstance(value, str) and value == BUT_BOS:
             value = positions_but_bos(inputs, max(sizes))
         if isinstance(value, str):
             if len(sizes) > 1:
@@ -129,37 +134,47 @@ class Grid:
         labels: tuple[str, ...] = ()
         if isinstance(value, Mapping):
             labels, value = tuple(map(str, value)), list(value.values())
-        values = tuple(self._group(name, v, max(sizes), inputs) if isinstance(v, Span) else v for v in value)
+        tokens = inputs.along(self.stack)
+        values = tuple(self._group(name, v, max(sizes), tokens) if isinstance(v, Span) else v for v in value)
         if not values:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
-            labels = token_labels(values, inputs)
+            labels = token_labels(values, inputs if self._in_text else None)
         # Positions that differ between rows are known by their name.
-        shown = (label if isinstance(v, Tensor) else v for v, label in zip(values, labels or values, strict=True))
+        shown = (
+            label if isinstance(v, (Tensor, Image)) else v for v, label in zip(values, labels or values, strict=True)
+        )
         return Axis(name, tuple(shown), labels), values
 
     @staticmethod
-    def _group(name: str, span: Span, size: int, inputs: Inputs) -> tuple[int, ...]:
+    def _group(name: str, span: Span, size: int, tokens: Columns) -> tuple[int, ...]:
         """The entries of a slice that is one entry of an axis."""
         open_ended = span.stop is None or span.stop < 0 or (span.start or 0) < 0
-        if name in (POS, KEY) and open_ended and bool((inputs.lengths != inputs.lengths[0]).any()):
+        if name in (POS, KEY) and open_ended and bool((tokens.lengths != tokens.lengths[0]).any()):
             raise SiteError(f"{name}: the group {span} means other positions in rows of other lengths; list them")
         chosen = tuple(range(*slice(span.start, span.stop).indices(size)))
         if not chosen:
             raise SiteError(f"{name}: the group {span} selects nothing of {size}")
         return chosen
 
-    @staticmethod
-    def _size(name: str, kind: str, model: Model, inputs: Inputs) -> int:
-        if (kind, 0 if KINDS[kind].per_layer else -1, None) not in model.sizes and kind != "resid_pre":
-            model.require(Site(kind, 0 if KINDS[kind].per_layer else None))
+    @property
+    def _in_text(self) -> bool:
+        return self.stack in (None, TEXT)
+
+    def _depth(self, model: Model) -> int:
+        """Number of layers of the stack that is meant."""
+        return model.architecture.depth(None if self._in_text else self.stack)
+
+    def _size(self, name: str, kind: str, model: Model, inputs: Inputs) -> int:
+        place = Site(kind, 0 if KINDS[kind].per_layer else None, self.stack)
+        if place.key not in model.sizes and kind != "resid_pre":
+            model.require(place)
         if name == "layer":
-            return model.n_layers
-        layer = 0 if KINDS[kind].per_layer else None
+            return self._depth(model)
         if name in (POS, KEY):
-            return model.sizes[Site(kind, layer).key].get(name, int(inputs.lengths.max()))
-        model.require(Site(kind, layer))
-        return model.sizes[Site(kind, layer).key][name]
+            return model.sizes[place.key].get(name, int(inputs.along(self.stack).lengths.max()))
+        model.require(place)
+        return model.sizes[place.key][name]
 
     def _cell(self, index: tuple[int, ...], chosen: dict[str, Any], model: Model, inputs: Inputs) -> Cell:
         names = (chosen.pop("site"),) if "site" in chosen else self.names
@@ -168,27 +183,35 @@ class Grid:
         parts: dict[str, Any] = {}
         for axis, value in chosen.items():
             if axis in (POS, KEY):
-                value, rows = row_positions(value, inputs)
+                value, rows = row_positions(value, inputs, self.stack)
                 if rows is not None:
                     present = rows if present is None else present & rows
             parts[axis] = value
         sites = []
         for name in names:
             if not KINDS[name].per_layer:
-                sites.append(Site(name, **parts))
+                sites.append(Site(name, stack=self.stack, **parts))
                 continue
-            listed = range(model.n_layers) if layers is None else layers if isinstance(layers, tuple) else (layers,)
-            sites += [Site(name, layer + model.n_layers if layer < 0 else layer, **parts) for layer in listed]
+            depth = self._depth(model)
+            listed = range(depth) if layers is None else layers if isinstance(layers, tuple) else (layers,)
+            layered = (layer + depth if layer < 0 else layer for layer in listed)
+            sites += [Site(name, layer, self.stack, **parts) for layer in layered]
         for place in sites:
             model.require(place)
+        if not self._in_text:
+            # A row without an image has nothing in a tower.
+            some = inputs.along(self.stack).lengths > 0
+            if not bool(some.all()):
+                present = some if present is None else present & some
         return Cell(index, tuple(sites), present)
 
 
-def grid(names: str | Sequence[str], **axes: Any) -> Grid:
+def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -> Grid:
     """State what a sweep goes through.
 
     Args:
         names: a kind of site (``"resid_pre"``), or several, which make a first axis ``"site"``.
+        stack: of which stack, in a model that has several: ``"vision"`` is a tower's.
         **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a
             sequence whose entries are single values or groups edited together (tuples), a dict of named groups, whose
             names label the result and select from it, or one value (an int, a `Span`), which restricts every cell and
@@ -200,7 +223,8 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
     Positions that differ between rows mean what they mean as a site's `pos`: a tensor or array, int [B] (one a row) or
     [B, n], or a mask bool [B, T]; in a dict, where it has a name, also a list with a list of ints for each row. As the
     one value of `pos` or `key_pos`, int [B, n] or a mask restricts every cell; an array [n] is n values of an axis, and
-    is refused where there are n rows, so that it might be one a row.
+    is refused where there are n rows, so that it might be one a row. ``"image"`` and ``"image 0"`` are the tokens of a
+    row's images, as the one value or among others.
 
     Raises:
         SiteError: an unknown site or axis, or one that the sites lack; positions of which it is not clear whether they
@@ -218,13 +242,14 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
     for axis, value in axes.items():
         if axis not in AXES:
             raise SiteError(f"a grid has axes {', '.join(AXES)}, not {axis!r}{nearest(axis, AXES)}")
-        if isinstance(value, str) and value != "all" and not (value == BUT_BOS and axis in (POS, KEY)):
+        known = isinstance(value, str) and (value in ("all", BUT_BOS) or Image.named(value) is not None)
+        if isinstance(value, str) and not (value == "all" or (axis in (POS, KEY) and known)):
             raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value{nearest(value, ['all'])}")
         lacking = [n for n in listed if (not KINDS[n].per_layer if axis == "layer" else axis not in KINDS[n].axes)]
         if lacking:
             raise SiteError(f"site {lacking[0]!r} has no axis {axis!r}; it has {KINDS[lacking[0]].axes}")
     frozen = tuple((axis, _freeze(axis, value)) for axis, value in axes.items())
-    return Grid(listed, frozen, not isinstance(names, str))
+    return Grid(listed, frozen, not isinstance(names, str), stack)
 
 
 def _freeze(axis: str, value: Any) -> Any:
@@ -242,7 +267,9 @@ def _freeze(axis: str, value: Any) -> Any:
         if len({str(name) for name in value}) < len(value):
             raise SiteError(f"{axis}: two groups of one name, {', '.join(map(repr, value))}")
         return {str(name): _named(axis, v) for name, v in value.items()}
-    if isinstance(value, (str, Span)) or (isinstance(value, int) and not isinstance(value, bool)):
+    if isinstance(value, str) and axis in (POS, KEY):
+        return Image.named(value) or value
+    if isinstance(value, (str, Span, Image)) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, (list, tuple, range)):
         return tuple(_entry(axis, v) for v in value)
@@ -281,7 +308,9 @@ def _entry(axis: str, value: Any) -> Any:
         )
     if isinstance(value, (Tensor, np.ndarray, np.integer)):
         value = value.tolist()
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, str) and axis in (POS, KEY) and Image.named(value) is not None:
+        return Image.named(value)
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, Image) and axis in (POS, KEY)):
         return value
     if isinstance(value, (slice, Span)):
         return _span(axis, value)

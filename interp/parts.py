@@ -14,20 +14,20 @@ Linear = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def frozen_norm(norm: nn.Module, x: Tensor) -> Linear:
+def frozen_norm(norm: nn.Module | None, x: Tensor) -> Linear:
     """A norm without its bias as a linear function, its scale held at what it is for x.
 
     ``frozen_norm(norm, x)(d)`` is norm(x + d) - norm(x), had d not changed the scale; ``frozen_norm(norm, x)(x)`` is
     norm(x) less the norm's bias.
 
     Args:
-        norm: a LayerNorm or an RMSNorm, with or without weights, or an identity.
+        norm: a LayerNorm or an RMSNorm, with or without weights, an identity, or None for that.
         x: [..., M].
 
     Raises:
         ModelError: another kind of norm, or one of those names that computes something else.
     """
-    if isinstance(norm, nn.Identity):
+    if norm is None or isinstance(norm, nn.Identity):
         return lambda d: d
     centered = isinstance(norm, nn.LayerNorm)
     eps = _eps(norm, x)
@@ -80,16 +80,20 @@ def _certify(norm: nn.Module, held_at: Callable[[Tensor], Linear], x: Tensor) ->
 
 
 def post_norm(block: Block, z: Tensor) -> Linear:
-    """How the norm on a layer's attention output, where there is one, scales a head's part [..., H, M] or [..., M].
+    """How a layer's attention output is scaled on its way into the stream, of a head's part [..., H, M] or [..., M]: by
+    the norm on it, where there is one, and by the layer's own factor.
 
     Args:
         block: the block.
         z: what the heads mix, [..., H, D], whose sum sets the scale.
     """
-    norm = block.of_attention.post
+    norm, factor = block.of_attention.post, block.of_attention.scale
     if norm is None:
-        return lambda part: part
-    scaled = frozen_norm(norm, block.attention.out.forward(z.flatten(-2)))
+        return lambda part: part if factor == 1.0 else part * factor
+    frozen = frozen_norm(norm, block.attention.out.forward(z.flatten(-2)))
+
+    def scaled(part: Tensor) -> Tensor:
+        return frozen(part) if factor == 1.0 else frozen(part) * factor
 
     def each(part: Tensor) -> Tensor:
         # Over heads, the scale is that of their sum.
@@ -110,7 +114,8 @@ def head_outputs(block: Block, z: Tensor, post: Linear | None = None) -> Tensor:
 def bias_output(block: Block, z: Tensor, post: Linear | None = None) -> Tensor | None:
     """What attention adds beside its heads, [..., M] or [M]: biases of its output and of the norm on that; or None."""
     _, bias = linear_weight(block.attention.out)
-    own = getattr(block.of_attention.post, "bias", None)
-    if bias is not None and block.of_attention.post is not None:
+    around = block.of_attention
+    own = getattr(around.post, "bias", None)
+    if bias is not None and (around.post is not None or around.scale != 1.0):
         bias = (post_norm(block, z) if post is None else post)(bias.expand(*z.shape[:-2], -1))
     return own if bias is None else bias if own is None else bias + own

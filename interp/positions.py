@@ -7,38 +7,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, SiteError
+from hooks import Image, Inputs, SiteError
 
 BUT_BOS = "but_bos"
 """All positions but that of BOS."""
 
 
-def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
-    """A position, group or mask as a site takes it, and which rows have it (None: all).
+def row_positions(value: Any, inputs: Inputs, stack: str | None = None) -> tuple[Any, Tensor | None]:
+    """A position, group or mask as a site of a stack takes it, and which rows have it (None: all).
 
     Raises:
         SiteError: no row has it.
     """
-    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == inputs.mask.shape:
-        some = (value.cpu() & inputs.mask).any(1)
-        if not bool(some.any()):
-            raise SiteError("the mask selects no token of any row")
-        return value, None if bool(some.all()) else some
+    tokens = inputs.along(stack)
+    if isinstance(value, Image):
+        if tokens.image is None:
+            raise SiteError(f"{str(value)!r} is of none of these inputs, which have no images")
+        return value, _rows_with(value.holds(tokens.image), str(value))
+    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == tokens.real.shape:
+        return value, _rows_with(value.cpu() & tokens.real, "the mask")
     if not isinstance(value, (int, tuple)):
         return value, None
     reach = [p + 1 if p >= 0 else -p for p in (value if isinstance(value, tuple) else (value,))]
-    if max(reach) <= inputs.shortest:
+    if max(reach) <= int(tokens.lengths.min()):
         return value, None
     listed = torch.tensor(value if isinstance(value, tuple) else (value,))
-    lengths = inputs.lengths[:, None]
+    lengths = tokens.lengths[:, None]
     has = ((listed < lengths) & (listed >= -lengths)).all(1)
     if bool(has.all()):
         return value, None
     if not bool(has.any()):
         raise SiteError(f"no row has position {value}: the longest has {int(lengths.max())} tokens")
-    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, inputs.width - 1)
-    cols = inputs.order.gather(1, at)
-    return torch.zeros_like(inputs.mask).scatter(1, cols, True) & has[:, None], has
+    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, tokens.width - 1)
+    cols = torch.argsort((~tokens.real).byte(), dim=1, stable=True).gather(1, at)
+    return torch.zeros_like(tokens.real).scatter(1, cols, True) & has[:, None], has
+
+
+def _rows_with(chosen: Tensor, what: str) -> Tensor | None:
+    """Which rows have some of the tokens bool [B, T] (None: all)."""
+    some = chosen.any(1)
+    if not bool(some.any()):
+        raise SiteError(f"{what} selects no token of any row")
+    return None if bool(some.all()) else some
+
+
+def token_labels(values: tuple, inputs: Inputs | None) -> tuple[str, ...]:
+    """The token at each position; with an ellipsis where it is only that of the first row which has the position."""
+    rows = (
+        [inputs.labels(row) for row in range(len(inputs))] if inputs is not None and inputs.tokens is not None else []
+    )
+    labels = []
+    for value in values:
+        text = str(value)
+        if isinstance(value, int):
+            here = list(dict.fromkeys(row[value] for row in rows if -len(row) <= value < len(row)))
+            text = here[0] + "…" * (len(here) > 1) if here else text
+        labels.append(text)
+    return tuple(labels)
 
 
 def positions_but_bos(inputs: Inputs, size: int) -> range:
@@ -57,16 +82,3 @@ def positions_but_bos(inputs: Inputs, size: int) -> range:
         )
         raise SiteError(f"pos={BUT_BOS!r}: {some}; list the positions")
     return range(1, size)
-
-
-def token_labels(values: tuple, inputs: Inputs) -> tuple[str, ...]:
-    """The token at each position; with an ellipsis where it is only that of the first row which has the position."""
-    rows = [inputs.labels(row) for row in range(len(inputs))] if inputs.tokens is not None else []
-    labels = []
-    for value in values:
-        text = str(value)
-        if isinstance(value, int):
-            here = list(dict.fromkeys(row[value] for row in rows if -len(row) <= value < len(row)))
-            text = here[0] + "…" * (len(here) > 1) if here else text
-        labels.append(text)
-    return tuple(labels)

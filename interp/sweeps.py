@@ -118,7 +118,7 @@ def sweep(
     todo = stream.remaining()
     reads, spans = _all_reads(bound)
     with model.suspended():
-        choice = choose(model, [worlds[i] for i in todo], executor)
+        choice = choose(model, [worlds[i] for i in todo], executor, reads)
     hidden = None if progress is None else not progress
     bar = tqdm(total=len(cells), initial=stream.complete(), disable=hidden, unit="cell", leave=False)
     with bar:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hooks import InputsError, Model, Site
+from hooks import Inputs, InputsError, Model, Site
 from interp import plots
 from interp.canvas import figure_of
 from interp.evaluation import evaluate
 from interp.metrics import accuracy, logit_diff
 from interp.models import english
 from interp.paths import Graph, Pair, edge_scores, path_patch
+from interp.training.measures import prefix_matching
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,8 @@ class TwoSteps:
         right: share of clean prompts that are answered rightly.
         sender: name of the head that writes what came before, as "a0.h1".
         to_previous: how much it attends to the token before, the mean over tokens.
-        receivers: the heads whose keys read it.
+        receivers: the heads whose keys read it; key/value heads where query heads share them.
+        shared: how many query heads share a key.
         lost: share of the clean-corrupt difference that is lost where these keys, and they alone, read of the sender
             what it writes on the corrupt prompt.
         others: the largest share, in size, that another head of the sender's layer gives in its place.
@@ -59,15 +61,21 @@ class TwoSteps:
     lost: float
     others: float
     edges: int
+    shared: int = 1
 
     def headline(self) -> str:
         """The finding in a sentence."""
-        keys = f"the keys of {_listed(self.receivers)}"
+        keys = f"the keys of {self._listed()}"
         return (
             f"On a repeated list, {_head(self.sender)} tells {keys} which word came before: cutting that "
             f"alone loses {self.lost:.0%} of the answer, and cutting any other head of its layer there at most "
             f"{self.others:.0%}."
         )
+
+    def _listed(self) -> str:
+        shown = [name.removeprefix("a").replace(".h", ".") for name in self.receivers]
+        kind = "head" if self.shared == 1 else "key/value head"
+        return f"{kind} {shown[0]}" if len(shown) == 1 else f"{kind}s {', '.join(shown[:-1])} and {shown[-1]}"
 
     def lines(self) -> list[str]:
         """The finding as a part of a report."""
@@ -76,7 +84,7 @@ class TwoSteps:
             f"  corrupt: {self.corrupt!r}",
             f"  {self.pairs} pairs of lists like these, {self.right:.0%} answered rightly. Of {self.edges:,} edges",
             f"  the strongest from a head into a key begin at {_head(self.sender)}, which gives {self.to_previous:.0%}",
-            f"  of its attention to the token before, and lead to {_listed(self.receivers)}.",
+            f"  of its attention to the token before, and lead to {self._listed()}.",
             f"  With what it writes on corrupt lists, in these keys alone: {-self.lost:+.0%} of the difference; with",
             f"  that of any other head of its layer: at most {self.others:.0%} in size.",
         ]
@@ -84,11 +92,6 @@ class TwoSteps:
 
 def _head(name: str) -> str:
     return "head " + name.removeprefix("a").replace(".h", ".")
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    shown = [name.removeprefix("a").replace(".h", ".") for name in names]
-    return f"head {shown[0]}" if len(shown) == 1 else f"heads {', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def word_for(model: Model, word: str) -> str | None:
@@ -166,13 +169,14 @@ def two_steps(model: Model, pairs: int = 16, seed: int = 0) -> TwoSteps:
         sender=sender, to_previous=float(before.mean()),
         receivers=tuple(dict.fromkeys(name.partition("<")[0] for name in keys)),
         lost=lost(sender), others=max((abs(lost(name)) for name in others), default=0.0), edges=len(graph),
+        shared=_shared(model, keys[0]),
     )  # fmt: skip
 
 
 def draw(model: Model, found: TwoSteps) -> Figure:
     """A figure of what the two heads attend to, on the list that `found` shows."""
     inputs = model.inputs([found.clean])
-    places = [_place(name) for name in (found.sender, found.receivers[0])]
+    places = [_place(found.sender), _looking(model, inputs, *_place(found.receivers[0]), found.shared)]
     sites = [Site("pattern", layer, head=head) for layer, head in places]
     tape = model.run(inputs, capture=sites).tape
     figure = figure_of(7.6, 4.0)
@@ -182,6 +186,18 @@ def draw(model: Model, found: TwoSteps) -> Figure:
         pattern = tape[place][0, 0].detach().float().cpu()
         plots.attention(pattern, inputs.labels(0), ax=ax, title=f"head {layer}.{head}: {what}")
     return figure
+
+
+def _shared(model: Model, reader: str) -> int:
+    """How many query heads share the key that a reader is."""
+    attention = model.architecture.blocks[_place(reader.partition("<")[0])[0]].attention
+    return attention.q.heads // attention.k.heads
+
+
+def _looking(model: Model, inputs: Inputs, layer: int, head: int, shared: int) -> tuple[int, int]:
+    """Of the query heads that share a key, the one that matches prefixes most."""
+    mine = prefix_matching(model, inputs)[layer, head * shared : (head + 1) * shared]
+    return layer, head * shared + int(mine.argmax())
 
 
 def _place(name: str) -> tuple[int, int]:

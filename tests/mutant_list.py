@@ -515,7 +515,7 @@ MUTANTS = [
     ),
     (
         "zeros hide what they are multiplied with",
-        "gate_of(module).suspended(), _noise_for_zeros(module):",
+        "gate_of(module).suspended(), noise_for_zeros(module):",
         "gate_of(module).suspended():",
         CERTIFICATE + "a_model_that_does_something_else_is_refused[zero_low_rank_branch]",
     ),
@@ -659,6 +659,18 @@ MUTANTS = [
         "        return gradient, gradient\n",
         "        return 0 * gradient, gradient\n",
         "tests/hooks/test_compile.py::test_gradients_by_taps_are_those_of_a_plain_run",
+    ),
+    (
+        "a stream that only attention reads",
+        '_from_positions(site("resid_pre", layer), source, residual)',
+        '_from_positions(site("attn_in", layer), source, residual)',
+        "tests/training/test_heads.py::test_a_residual_stream_that_the_first_layer_does_not_reach[small_attn_only]",
+    ),
+    (
+        "members that go on without their moments",
+        "{**self.params, **self.moments}.items():\n            value[list(mine)]",
+        "self.params.items():\n            value[list(mine)]",
+        "tests/training/test_ensemble.py::test_some_members_go_on_without_the_rest",
     ),
     (
         "graphs of before a plan was held",

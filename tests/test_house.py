@@ -237,11 +237,13 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "resolving", "lowering", "budget", "meter"},
+    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter"},
     {"backends"},
-    {"fed", "decoding", "holding", "hold", "certificate"},
+    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
-    {"compiling", "members"},
+    {"tail"},
+    {"running", "discovery"},
+    {"compiling", "compiled", "members"},
     {"model"},
 )
 

@@ -30,7 +30,7 @@ def widen_norms(model: nn.Module) -> None:
     """Give each of transformers' RMSNorms, in place, a subclass of its own class that does not narrow float64."""
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ == "Gemma2RMSNorm":
+        if kind.__name__.startswith("Gemma") and kind.__name__.endswith("RMSNorm"):
             module.__class__ = type(kind.__name__, (_WideGemmaNorm, kind), {})
         elif kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.__class__ = type(kind.__name__, (_WideNorm, kind), {})
@@ -55,6 +55,7 @@ def _wide_eager(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     groups = q.shape[1] // k.shape[1]
@@ -62,5 +63,9 @@ def _wide_eager(
     scores = (q @ k.mT) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    pattern = (scores + mask).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    scores, wide = scores + mask, torch.promote_types(q.dtype, torch.float32)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    pattern = scores.softmax(-1, dtype=wide).to(q.dtype)
+    pattern = pattern if s_aux is None else pattern[..., :-1]
     return (torch.nn.functional.dropout(pattern, dropout) @ v).transpose(1, 2), pattern

@@ -14,10 +14,11 @@ from torch import Tensor
 from ..errors import PlanError, SiteError
 from ..models.network import Network
 from ..plan.plan import World
-from ..plan.sites import Key, Site
+from ..plan.sites import KEY, KINDS, POS, ROW, Key, Site
 from ..program import Guard, Program, State, visit
 from . import frames
 from .exposing import swap_functions
+from .folding import Fold
 from .gate import Gate, gate_of
 from .placing import place_hooks
 
@@ -121,6 +122,7 @@ class Pass:
         self.checkpointed_by_hand = False
         self._again: Pass | None = None
         self._captured: dict[Key, list[tuple[int, int]]] = {}
+        self._folds: dict[tuple[str, bool], Fold] = {}
         for world, sites in enumerate(captures):
             for index, place in enumerate(sites):
                 self._captured.setdefault(place.key, []).append((world, index))
@@ -151,6 +153,27 @@ class Pass:
         """The key column of a layer's attention that is the first query's own, and how many there are to be."""
         layout = self.programs[0].layout
         return layout.first(layer), layout.windows.get(layer, (0, None))[1]
+
+    def fold(self, stack: str, embedded: bool = False) -> Fold | None:
+        """How a tower's values are rows of the batch; None where nobody knows which images it sees in this call."""
+        if not all(stack in program.layout.towers for program in self.programs):
+            return None
+        if (stack, embedded) not in self._folds:
+            towers = [(p.layout.of_stack(stack), p.window) for p in self.programs]
+            pictures = [tower.pictures.rows(window) for tower, window in towers if tower.pictures is not None]
+            width = max(tower.queries.width for tower, _ in towers)
+            self._folds[stack, embedded] = Fold.of(pictures, width, self.placement.network.device, embedded)
+        return self._folds[stack, embedded]
+
+    def visit_nothing(self, stack: str) -> None:
+        """Show it the values of a tower that no row of the batch has an image for, which are filler."""
+        network = self.placement.network
+        for key in sorted(self.placement.keys & {key for key in network.sizes if key[2] == stack}, key=str):
+            layout, size = self.programs[0].layout.of_stack(stack), network.sizes[key]
+            width = layout.queries.width
+            named = {ROW: self.rows, POS: width, KEY: width, **size}
+            shape = [named[axis] for axis in KINDS[key[0]].axes]
+            self.visit(key, torch.zeros(shape, dtype=network.dtype, device=network.device))
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
@@ -289,10 +312,18 @@ def touched(worlds: Iterable[World]) -> set[Key]:
     return keys
 
 
-def exposed_layers(worlds: Iterable[World], reads: Sequence[Site]) -> frozenset[int]:
-    """Layers whose attention shows its inside for some world, and so for all, because they are to share a kernel."""
+def exposed_layers(worlds: Iterable[World], reads: Sequence[Site]) -> frozenset[Any]:
+    """Layers whose attention shows its inside for some world, and so for all, because they are to share a kernel.
+
+    Those of the language model are numbers, those of another stack pairs of its name and a number.
+    """
     sites = [*reads]
     for world in worlds:
         for item in world.plan:
             sites += [item.site, *(read.site for read in item.reads if read.site is not None)]
-    return frozenset(s.layer for s in sites if s.name in ("scores", "pattern") and s.layer is not None)
+    return frozenset(layer_of(s) for s in sites if s.name in ("scores", "pattern") and s.layer is not None)
+
+
+def layer_of(where: Site) -> Any:
+    """The layer of a site in a block, as `exposed_layers` names it."""
+    return where.layer if where.key[2] is None else (where.key[2], where.layer)

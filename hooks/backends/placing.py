@@ -5,107 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.architecture import Architecture
 from ..models.blocks import Attention, Block, Sublayer
+from ..models.experts import Experts
 from ..models.hook import Hook
-from ..models.projections import linear_weight
-from ..plan.sites import Key
-from ..program import Guard
-from .caching import Entering, is_cache
-
-
-class Running(Protocol):
-    """The pass that a hook shows its value to."""
-
-    scratch: dict[Any, Any]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the whole batch."""
-        ...
-
-    def keys(self, layer: int) -> tuple[int, int | None]:
-        """The key column of a layer's attention that is the first query's own, and how many there are to be."""
-        ...
-
-    def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
-        """Edit and keep a value."""
-        ...
-
-
-Find = Callable[[], Running | None]
-"""The pass that this thread is in, or None where a value is nobody's."""
-Edit = Callable[[Running, Tensor], Tensor]
-
-
-class Hooks:
-    """Places hooks that show a module's input or output to the pass that is under way.
-
-    Args:
-        find: which pass that is.
-        within: whether this thread is in a call that is nobody's, within one that these hooks were placed for.
-        stack: where the removal of every hook is registered, at the moment at which it is placed.
-        kind: of the hooks.
-    """
-
-    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack, kind: type[Hook] = Hook) -> None:
-        self.find, self.within, self.stack, self.kind = find, within, stack, kind
-
-    def on_output(self, module: nn.Module, edit: Edit, within: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Edit what a module returns, or the first of several values.
-
-        Args:
-            within: what it is to a call that is nobody's, within one of ours, which shares what is swapped for it.
-        """
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            run = self.find()
-            if run is None:
-                return within(output) if within is not None and self.within() else None
-            if isinstance(output, tuple):
-                return (edit(run, output[0]), *output[1:])
-            return edit(run, output)
-
-        self.stack.callback(module.register_forward_hook(self.kind(hook)).remove)
-
-    def on_input(self, module: nn.Module, edit: Edit) -> None:
-        """Edit what a module is called with: its first argument, or its hidden states."""
-
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run = self.find()
-            if run is None:
-                return None
-            if args:
-                return (edit(run, args[0]), *args[1:]), kwargs
-            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            return args, {**kwargs, name: edit(run, kwargs[name])}
-
-        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
-
-    def on_keys(self, module: nn.Module, edit: Edit) -> None:
-        """Edit the keys [B, K, T, D] that an attention module writes into a cache, if it is called with one."""
-
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run = self.find()
-            if run is None:
-                return None
-            entering = lambda x: Entering(x, partial(edit, run)) if is_cache(x) else x  # noqa: E731
-            return tuple(map(entering, args)), {name: entering(value) for name, value in kwargs.items()}
-
-        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
-
-    def watch(self, module: nn.Module) -> None:
-        """Notice a call of a module by itself."""
-
-        def hook(_module: nn.Module, _args: Any) -> None:
-            self.find()
-
-        self.stack.callback(module.register_forward_pre_hook(self.kind(hook)).remove)
+from ..models.projections import Outputs, head_results
+from ..plan.sites import KINDS, Key
+from .boundaries import Edit, Find, Hooks, Running, scaled
 
 
 def place_hooks(
@@ -133,9 +44,16 @@ def place_hooks(
     def show(name: str) -> Edit:
         return lambda run, x: run.visit((name, -1, None), x)
 
+    for name, part in arch.stacks.items():
+        if name is not None:
+            _place_tower(Hooks(find, within, stack, kind, first=True), part, name, keys, watched)
+    keys = {key for key in keys if key[2] is None}
     names = {name for name, layer, _ in keys if layer == -1}
-    if "embed" in names:
-        hooks.on_output(arch.embed, show("embed"))
+    if "embed" in names and arch.tower is None:
+        hooks.on_output(arch.embed, scaled(show("embed"), arch.embed_scale))
+    elif "embed" in names:
+        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding.
+        hooks.on_input(arch.blocks[0].module, show("embed"))
     if "pos_embed" in names:
         assert arch.pos_embed is not None
         # Positions that all rows share come as one row, which an edit could not tell apart.
@@ -155,33 +73,86 @@ def place_hooks(
         # A classifier unembeds one position of each row, which its output has no axis for.
         one = show("logits")
         seen = one if arch.readout is None else (lambda run, x: one(run, x.unsqueeze(1)).squeeze(1))
-        hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
+        if arch.cap is None:
+            hooks.on_output(arch.unembed, scaled(seen, arch.logit_scale))
+        else:
+            hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
+
+
+def _place_tower(hooks: Hooks, tower: Any, stack: str, keys: Set[Key], watched: bool) -> None:
+    """Place the hooks of a stack that sees images, whose values the pass is shown as rows of the text."""
+    lead = 1 if tower.packed else 2
+
+    def show(name: str, embedded: bool = False) -> Edit:
+        return lambda run, x: visit_rows(run, (name, -1, stack), x, lead, embedded)
+
+    names = {name for name, layer, of in keys if layer == -1 and of == stack}
+    if "embed" in names:
+        hooks.on_output(tower.embed, show("embed", embedded=True))
+    for layer, block in enumerate(tower.blocks):
+        if watched:
+            hooks.watch(block.module)
+        inside = {name for name, at, of in keys if at == layer and of == stack}
+        if layer == 0 and "resid_pre" in inside:
+            first = ("resid_pre", 0, stack)
+            hooks.on_input(block.module, lambda run, x: visit_rows(run, first, x, lead))  # noqa: B023
+        if inside:
+            _BlockHooks(hooks, block, layer, inside, stack, lead).place()
+    if "ln_final" in names:
+        hooks.on_output(tower.norm, show("ln_final"))
+
+
+def visit_rows(run: Running, key: Key, x: Tensor, lead: int, embedded: bool = False) -> Tensor:
+    """Show a pass a tower's value, whose first `lead` axes are its tokens, as rows of the text."""
+    assert key[2] is not None
+    fold = run.fold(key[2], embedded)
+    if fold is None:
+        return x
+    laid = fold.lay(x.flatten(0, lead - 1))
+    edited = run.visit(key, laid)
+    return x if edited is laid else fold.back(edited).reshape(x.shape)
 
 
 class _BlockHooks:
-    """The hooks of one block. Values wait in the pass's scratch from one hook to the next."""
+    """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
 
-    def __init__(self, hooks: Hooks, block: Block, layer: int, names: set[str]) -> None:
+    Args:
+        stack: the tower that the block is of, whose values have their tokens along the first `lead` axes; None of a
+            language model.
+    """
+
+    def __init__(
+        self, hooks: Hooks, block: Block, layer: int, names: set[str], stack: str | None = None, lead: int = 2
+    ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
+        self.stack, self.lead = stack, lead
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
-        return run.visit((name, self.layer, None), x) if name in self.names else x
+        if name not in self.names:
+            return x
+        key = (name, self.layer, self.stack)
+        if self.stack is not None:
+            return visit_rows(run, key, x, self.lead)
+        if x.ndim < len(KINDS[name].axes):  # some layers go on with all tokens in one row
+            return run.visit(key, x.unflatten(0, (run.rows, -1))).flatten(0, 1)
+        return run.visit(key, x)
 
     def shown(self, name: str) -> Edit:
         return lambda run, x: self.visit(run, name, x)
 
     def wait(self, run: Running, name: str, x: Any) -> None:
-        run.scratch[self.layer, name] = x
+        run.scratch[self.stack, self.layer, name] = x
 
     def take(self, run: Running, name: str) -> Any:
-        return run.scratch.pop((self.layer, name), None)
+        return run.scratch.pop((self.stack, self.layer, name), None)
 
     def place(self) -> None:
+        # Some layers add what their last projection returns: heads are edited in that before it is attn_out.
+        self.heads()
         self.around_attention()
         self.projections()
         if "rot_k" in self.names:
             self.hooks.on_keys(self.block.attention.module, self.cached)
-        self.heads()
         if self.block.of_mlp is not None:
             self.around_mlp(self.block.of_mlp)
         if self.names & {"resid_post", "resid_mid"}:
@@ -189,10 +160,12 @@ class _BlockHooks:
 
     def ended(self, sublayer: Sublayer, edit: Edit) -> None:
         """Edit what a sublayer adds. One module may drop of several: the last norm called tells which."""
+        edit = scaled(edit, sublayer.scale)
         if self.drops_twice:
             mine = self.block.sublayers.index(sublayer)
             self.hooks.on_output(
-                sublayer.end, lambda run, x: edit(run, x) if run.scratch.get((self.layer, "entered")) == mine else x
+                sublayer.end,
+                lambda run, x: edit(run, x) if run.scratch.get((self.stack, self.layer, "entered")) == mine else x,
             )
         else:
             self.hooks.on_output(sublayer.end, edit)
@@ -202,18 +175,45 @@ class _BlockHooks:
         drops = [s.drop for s in self.block.sublayers if s.drop is not None]
         return len(drops) > len(set(drops))
 
+    def on_read(self, sublayer: Sublayer, edit: Edit) -> None:
+        """Edit the residual stream as one sublayer reads it."""
+        if sublayer.pre is None:
+            self.hooks.on_input(sublayer.fn.module, edit)
+        elif self.block.shares_norm:
+            self.hooks.on_input(sublayer.fn.module, partial(self.read_apart, sublayer, edit))
+        else:
+            self.hooks.on_input(sublayer.pre, edit)
+
+    def read_apart(self, sublayer: Sublayer, edit: Edit, run: Running, normed: Tensor) -> Tensor:
+        """What one of two sublayers reads of a norm that they share, where the stream is edited for that one alone."""
+        stream = run.scratch[self.stack, self.layer, "stream"]
+        edited = edit(run, stream)
+        assert sublayer.pre is not None
+        # forward() rather than a call, which would run the hooks of the norm once more.
+        return normed if edited is stream else sublayer.pre.forward(edited)
+
+    def keep_stream(self, run: Running, x: Tensor) -> Tensor:
+        self.wait(run, "stream", x)
+        return x
+
     def around_attention(self) -> None:
         sublayer, names = self.block.of_attention, self.names
         if self.drops_twice and names & {"attn_out", "mlp_out", "resid_mid"}:
             for number, each in enumerate(self.block.sublayers):
+                assert each.pre is not None
                 self.hooks.on_input(each.pre, partial(self.entered, number))
+        if self.block.shares_norm and names & {"attn_in", "q_input", "k_input", "v_input", "mlp_in"}:
+            assert sublayer.pre is not None
+            self.hooks.on_input(sublayer.pre, self.keep_stream)
         if names & {"attn_in", "q_input", "k_input", "v_input"}:
-            self.hooks.on_input(sublayer.pre, self.attn_in)
+            self.on_read(sublayer, self.attn_in)
         if "attn_out" in names:
             self.ended(sublayer, self.shown("attn_out"))
+        if sublayer.post_add is not None and "resid_mid" in names:
+            self.hooks.on_output(sublayer.post_add, self.shown("resid_mid"))
 
     def entered(self, number: int, run: Running, x: Tensor) -> Tensor:
-        run.scratch[self.layer, "entered"] = number
+        run.scratch[self.stack, self.layer, "entered"] = number
         return x
 
     def attn_in(self, run: Running, x: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class _BlockHooks:
         for name in ("q_input", "k_input", "v_input"):
             if name in self.names:
                 projection = getattr(self.block.attention, name[0])
-                copies = x.unsqueeze(2).expand(-1, -1, projection.heads, -1)
+                copies = x.unsqueeze(-2).expand(*x.shape[:-1], projection.heads, x.shape[-1])
                 edited = self.visit(run, name, copies)
                 if edited is not copies:
                     self.wait(run, name, edited)
@@ -242,7 +242,8 @@ class _BlockHooks:
             part, copies = projection.read(out), self.take(run, f"{name}_input")
             if copies is not None:
                 # forward() rather than a call, which would run the hooks of the norm once more.
-                part = projection.per_head(self.block.of_attention.pre.forward(copies))
+                norm = self.block.of_attention.pre
+                part = projection.per_head(copies if norm is None else norm.forward(copies))
             out = projection.write(out, self.visit(run, name, part))
         return out
 
@@ -272,37 +273,66 @@ class _BlockHooks:
     def around_mlp(self, sublayer: Sublayer) -> None:
         mlp, names = self.block.mlp, self.names
         assert mlp is not None
-        if names & {"resid_mid", "mlp_in"}:
-            self.hooks.on_input(sublayer.pre, self.mlp_in)
-        if "mlp_pre" in names:
-            self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
-        if "mlp_post" in names:
-            self.hooks.on_input(mlp.down, self.shown("mlp_post"))
+        if names & ({"mlp_in", "resid_mid"} if self.rebuilt else {"mlp_in"}):
+            self.on_read(sublayer, self.mlp_in)
+        if isinstance(mlp, Experts):
+            if "router" in names:
+                self.hooks.on_call(mlp.router, partial(self.routed, mlp))
+            if "expert_out" in names:
+                self.hooks.on_call(mlp.experts, partial(self.expert_out, mlp))
+        else:
+            if "mlp_pre" in names and isinstance(mlp.pre, Outputs):
+                self.hooks.on_output(mlp.pre.module, partial(self.columns, mlp.pre))
+            elif "mlp_pre" in names and not isinstance(mlp.pre, Outputs):
+                self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
+            if "mlp_post" in names:
+                self.hooks.on_input(mlp.down, self.shown("mlp_post"))
         if names & {"mlp_out", "resid_mid"}:
             self.ended(sublayer, self.mlp_out)
 
+    @property
+    def rebuilt(self) -> bool:
+        """Whether the residual between the sublayers is at no module's boundary where an edit of it reaches all."""
+        return self.block.of_attention.post_add is None and not self.block.parallel
+
+    def columns(self, pre: Outputs, run: Running, out: Tensor) -> Tensor:
+        return pre.write(out, self.visit(run, "mlp_pre", pre.read(out)))
+
+    def routed(self, mlp: Experts, run: Running, _args: tuple[Any, ...], out: Any) -> Any:
+        logits = out[0]
+        edited = self.visit(run, "router", logits)
+        return out if edited is logits else (edited, *mlp.route(edited), *out[3:])
+
+    def expert_out(self, mlp: Experts, run: Running, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        x, chosen, weights = args[:3]
+        parts = mlp.parts(x, weights, chosen)
+        edited = self.visit(run, "expert_out", parts)
+        return out if edited is parts else out + (edited - parts).sum(1)
+
     def mlp_in(self, run: Running, x: Tensor) -> Tensor:
-        x = self.visit(run, "resid_mid", x)
-        if "resid_mid" in self.names:
+        if self.rebuilt and "resid_mid" in self.names:
+            x = self.visit(run, "resid_mid", x)
             self.wait(run, "resid_mid", x)
         return self.visit(run, "mlp_in", x)
 
     def mlp_out(self, run: Running, x: Tensor) -> Tensor:
         x = self.visit(run, "mlp_out", x)
-        if "resid_mid" in self.names:
+        if self.rebuilt and "resid_mid" in self.names:
             self.wait(run, "mlp_out", x)
         return x
 
     def resid_post(self, run: Running, x: Tensor) -> Tensor:
         # The block keeps its own copy of the residual from before the norm, where no hook reaches it.
-        if "resid_mid" in self.names:
-            x = self.take(run, "resid_mid") + self.take(run, "mlp_out")
+        if "resid_mid" in self.names and self.rebuilt:
+            sublayer = self.block.of_mlp
+            assert sublayer is not None
+            stream = self.take(run, "resid_mid") + self.take(run, "mlp_out")
+            x = sublayer.summed(stream).view_as(x)
         return self.visit(run, "resid_post", x)
 
 
 def head_results_change(attention: Attention, z: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """The change of the attention output that an edit of the heads' results [..., H, M] makes."""
-    weight, _ = linear_weight(attention.out)
-    result = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (attention.q.heads, attention.q.width)))
+    result = head_results(attention.out, z)
     edited = edit(result)
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)

@@ -34,7 +34,7 @@ def exposed_attention(
         bias: added to the scores.
         dropout: probability with which pattern entries are dropped.
         cap: what the scaled scores are soft-capped to, before anything is added to them or forbidden.
-        sinks: [H], a score that each query of a head has besides those of its keys, and that mixes nothing in.
+        sinks: [H] or [B, H], a score that queries of a head have besides those of their keys, which mixes nothing in.
 
     Returns:
         z [B, T, H, D], and the pattern [B, H, T, S] as it was used. A query that may attend to nothing has a zero one.
@@ -45,7 +45,7 @@ def exposed_attention(
     scores = attention_scores(q, k, allowed, scaling, bias, cap)
     allowed = None if allowed is None else allowed.expand_as(scores)
     scores = visit("scores", scores, None if allowed is None else (allowed, -torch.inf))
-    pattern = attention_pattern(scores, sinks).to(q.dtype)
+    pattern = attention_pattern(scores, sinks).to(v.dtype)
     pattern = visit("pattern", pattern, None if allowed is None else (allowed, 0.0))
     if dropout:
         pattern = torch.nn.functional.dropout(pattern, dropout)
@@ -71,7 +71,7 @@ def attention_pattern(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = torch.where(dead, 0.0, scores)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        scores = torch.cat([scores, sinks.to(scores)[..., None, None].expand(*scores.shape[:3], 1)], -1)
     pattern = scores.softmax(-1, dtype=wide)
     if sinks is not None:
         pattern = pattern[..., :-1]

@@ -1,4 +1,8 @@
-"""Gemma 2: a Llama with norms also after its sublayers, windows in every other layer, and scores and logits capped."""
+"""Gemma 2: a Llama with norms also after its sublayers, windows in every other layer, and scores and logits capped.
+
+Gemma 1 has neither those norms nor caps; Gemma 3 norms queries and keys, and its windowed layers have angles of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -14,47 +18,28 @@ from ..errors import ModelError
 from ..models import llama
 from .architecture import Architecture
 from .attention import softcap
-from .blocks import Block, Sublayer
 
 
 def describe(model: Any) -> Architecture:
-    """Find the parts of a Gemma 2 with a language-model head.
+    """Find the parts of a Gemma with a language-model head.
 
     Raises:
         ModelError: the model attends to later tokens too, or scales its embeddings outside the embedding module.
     """
-    arch, config = llama.describe(model), model.config
-    if config.use_bidirectional_attention:
-        raise ModelError("this Gemma attends to later tokens too (use_bidirectional_attention); a decoder is causal")
+    arch = llama.describe(model)
     if not hasattr(arch.embed, "embed_scale"):
         raise ModelError(
             "this version of transformers scales Gemma's embeddings outside their module, where no site is; upgrade it"
         )
-    blocks = tuple(
-        Block(
-            layer,
-            (
-                Sublayer(
-                    layer.input_layernorm,
-                    replace(block.attention, softcap=layer.self_attn.attn_logit_softcapping),
-                    post=layer.post_attention_layernorm,
-                ),
-                Sublayer(
-                    layer.pre_feedforward_layernorm, llama.gated(layer.mlp), post=layer.post_feedforward_layernorm
-                ),
-            ),
-        )
-        for block, layer in zip(arch.blocks, model.model.layers, strict=True)
-    )
-    cap = config.final_logit_softcapping
-    if cap is None:
-        return replace(arch, blocks=blocks)
-    return replace(arch, blocks=blocks, cap=partial(softcap, cap=cap), lift_cap=partial(_lift_cap, model))
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is None or not hasattr(model, "lm_head"):  # a classifier's logits have none
+        return arch
+    return replace(arch, cap=partial(softcap, cap=cap), lift_cap=partial(lift_cap, model))
 
 
 @contextmanager
-def _lift_cap(model: Any) -> Iterator[None]:
-    """The cap is a line of the model's forward that its config switches off; the body keeps the config that it has.
+def lift_cap(model: Any) -> Iterator[None]:
+    """Switch the cap off, which is a line of the model's forward that its config decides; the body keeps its config.
 
     What the config holds stays the same, so that it is saved as it is, and other threads read the cap as before.
     """

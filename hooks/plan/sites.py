@@ -1,7 +1,7 @@
 """Where: named activations of a transformer, and the part of one that an intervention or a capture means.
 
 The legend of letters used in every shape of this package: B rows, T query positions, S key positions, H heads, K
-key/value heads, D head width, M model width, F MLP width, V vocabulary, L layers, W worlds.
+key/value heads, D head width, M model width, F MLP width, E experts, V vocabulary, L layers, W worlds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..errors import SiteError, nearest
 from .encoding import Put, Record
-from .spans import NEW, SPAN, New, Span
+from .spans import IMAGE, NEW, SPAN, Image, New, Span
 
 ROW, POS, KEY, HEAD, DIM = "row", "pos", "key_pos", "head", "dim"
+TEXT, VISION = "text", "vision"
+"""Stacks of layers in a model that has several: the language model, which is meant where none is named, and a tower."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ KINDS: dict[str, Kind] = {
         Kind("mlp_in", _RESID, "BTM", "hook_mlp_in"),
         Kind("mlp_pre", _RESID, "BTF", "mlp.hook_pre"),
         Kind("mlp_post", _RESID, "BTF", "mlp.hook_post"),
+        Kind("router", _RESID, "BTE", "mlp.hook_router"),
+        Kind("expert_out", _SPLIT, "BTEM", "mlp.hook_expert_out"),
         Kind("mlp_out", _RESID, "BTM", "hook_mlp_out"),
         Kind("resid_post", _RESID, "BTM", "hook_resid_post"),
         Kind("ln_final", _RESID, "BTM", "ln_final.hook_out", per_layer=False),
@@ -70,14 +74,16 @@ KINDS: dict[str, Kind] = {
 Key = tuple[str, int, str | None]
 """What identifies a whole activation: its name, its layer (-1 outside the blocks) and its stack."""
 
+_BEFORE = 1 << 20
+"""More layers than any tower has."""
 _ORDER = {name: index for index, name in enumerate(KINDS)}
 _BY_HOOK = {kind.hook: kind.name for kind in KINDS.values()} | {"hook_unembed": "logits"}
 
 
-_WORDS: dict[str, int | New | None] = {"last": -1, "all": None, "new": New()}
+_WORDS: dict[str, int | New | Image | None] = {"last": -1, "all": None, "new": New(), "image": Image()}
 """Positions that have a name."""
 
-Index = int | tuple[int, ...] | Span | New | Tensor | None
+Index = int | tuple[int, ...] | Span | New | Image | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +93,16 @@ class Site:
     Attributes:
         name: a kind that `Model.sites` lists (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
         layer: the block, from 0; None for the sites outside the blocks.
-        stack: which stack of layers, in a model that has several (encoder, decoder, vision); None in a model with one.
-        head: an int, ints, or None for all. Key/value heads where the site has those.
+        stack: which stack of layers, in a model that has several; None for the language model (``"text"`` is the
+            same), ``"vision"`` for the tower that sees its images.
+        head: an int, ints, or None for all. Key/value heads where the site has those; experts of ``expert_out``.
         pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
             or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
             positions count from the row's last real token. While a model generates, all of these are of the prompt,
             a `New` is of the tokens that follow it, and None is of both. Of an image, 0 is the class token, and the
-            patches follow row by row; the logits of a classifier have one position.
+            patches follow row by row; the logits of a classifier have one position. ``"image"`` and ``"image 0"`` are
+            the tokens of all images of a row, and of its first. In a tower, a row's positions are those of all its
+            images, one after another.
         key_pos: key positions of ``scores`` and ``pattern``, in the same forms.
         dim: entries of the last axis; for ``logits`` these are tokens, and may be ints [B, n], a list for each row.
     """
@@ -135,9 +144,10 @@ class Site:
     @property
     def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
+        stack = None if self.stack == TEXT else self.stack
         if self.name == "resid_pre" and self.layer:
-            return ("resid_post", self.layer - 1, self.stack)
-        return (self.name, -1 if self.layer is None else self.layer, self.stack)
+            return ("resid_post", self.layer - 1, stack)
+        return (self.name, -1 if self.layer is None else self.layer, stack)
 
     @property
     def hook(self) -> str:
@@ -156,6 +166,7 @@ class Site:
 
     def at(self, **restrictions: Any) -> Site:
         """Return this site restricted further, as ``site.at(pos=-1)``; what was restricted before is replaced."""
+        restrictions = _of_experts(self.name, restrictions)
         unknown = set(restrictions) - {HEAD, POS, KEY, DIM}
         if unknown:
             name = sorted(unknown)[0]
@@ -194,10 +205,12 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
     Args:
         name: a kind with its `layer` (``"z"``, 8), or TransformerLens's full name (``"blocks.8.attn.hook_z"``).
         layer: the block, from 0.
-        **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`. ``pos="last"`` is -1, a slice is a
+        **restrictions: `head`, `pos`, `key_pos`, `dim` and `stack`, as in `Site`; `expert`, of ``router`` and
+            ``expert_out``. ``pos="last"`` is -1, a slice is a
             `Span`. While the model generates, these mean tokens of the prompt, and ``pos=-1`` stays its last;
             ``pos="new"`` is what is generated (``pos=new(0, 5)`` its first five tokens), and no `pos`, or
-            ``pos="all"``, is every token, of the prompt and new. So it is for `key_pos`.
+            ``pos="all"``, is every token, of the prompt and new. So it is for `key_pos`. ``pos="image"`` and
+            ``"image 1"`` are the tokens of a row's images, or of its second, in a model that sees.
 
     Raises:
         SiteError: the name is unknown, the layer is missing or superfluous, or the site lacks a restricted axis.
@@ -213,11 +226,12 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
         return name.at(**restrictions) if restrictions else name
     if not isinstance(name, str):
         raise SiteError(f"a site is a name or a Site, not {type(name).__name__}")
+    parsed = _parse_hook(name)
+    restrictions = _of_experts(name if parsed is None else parsed[0], restrictions)
     unknown = set(restrictions) - {HEAD, POS, KEY, DIM, "stack"}
     if unknown:
         word = sorted(unknown)[0]
         raise SiteError(f"unknown restriction {word!r}{nearest(word, (HEAD, POS, KEY, DIM, 'stack', 'layer'))}")
-    parsed = _parse_hook(name)
     if parsed is not None:
         kind, named = parsed
         if layer is not None and named is not None and layer != named:
@@ -235,6 +249,20 @@ def sites_of(given: Site | str | Iterable[Site | str]) -> list[Site]:
     if not isinstance(given, (str, Site, Iterable)):
         raise SiteError(f"sites are names or Sites, one or several, not {type(given).__name__}")
     return [site(one) for one in ([given] if isinstance(given, (str, Site)) else given)]
+
+
+_EXPERTS = {"router": DIM, "expert_out": HEAD}
+"""The axis of experts, of the sites that have one."""
+
+
+def _of_experts(name: str, restrictions: dict[str, Any]) -> dict[str, Any]:
+    """Restrictions in which experts are named by the axis that a site has for them."""
+    if "expert" not in restrictions:
+        return restrictions
+    if name not in _EXPERTS:
+        raise SiteError(f"site {name!r} has no experts; {' and '.join(_EXPERTS)} have")
+    rest = {axis: value for axis, value in restrictions.items() if axis != "expert"}
+    return {**rest, _EXPERTS[name]: restrictions["expert"]}
 
 
 def _parse_hook(name: str) -> tuple[str, int | None] | None:
@@ -255,8 +283,11 @@ def _parse_hook(name: str) -> tuple[str, int | None] | None:
 
 
 def execution_order(key: Key, n_layers: int) -> tuple[int, int]:
-    """Sort key of a `Site.key` by when a forward pass computes it."""
-    name, layer, _ = key
+    """Sort key of a `Site.key` by when a forward pass computes it: towers come before the language model."""
+    name, layer, stack = key
+    if stack is not None:
+        layer, order = execution_order((name, layer, None), _BEFORE // 2)
+        return (layer - _BEFORE, order)
     if KINDS[name].per_layer:
         return (layer, _ORDER[name])
     return (-1 if name in ("embed", "pos_embed") else n_layers, _ORDER[name])
@@ -267,6 +298,9 @@ def _index(axis: str, value: Any) -> Index:
     if isinstance(value, str):
         if value in _WORDS and axis in (POS, KEY):
             return _WORDS[value]
+        image = Image.named(value) if axis in (POS, KEY) else None
+        if image is not None:
+            return image
         raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None{nearest(value, _WORDS)}")
     if hasattr(value, "__array__") and not isinstance(value, Tensor):
         value = torch.as_tensor(value)
@@ -283,7 +317,7 @@ def _index(axis: str, value: Any) -> Index:
         return _ints(axis, value)
     if isinstance(value, Tensor):
         return _tensor_index(axis, value)
-    if value is None or isinstance(value, (int, Span)) or (isinstance(value, New) and axis in (POS, KEY)):
+    if value is None or isinstance(value, (int, Span)) or (isinstance(value, (New, Image)) and axis in (POS, KEY)):
         return value
     raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None")
 
@@ -337,8 +371,8 @@ def describe_index(value: Index) -> str:
 SITE = Record(
     "site",
     {"name": (str,), "layer": (int, type(None)), "stack": (str, type(None))}
-    | {axis: (int, tuple, Span, New, Tensor, type(None)) for axis in (HEAD, POS, KEY, DIM)},
+    | {axis: (int, tuple, Span, New, Image, Tensor, type(None)) for axis in (HEAD, POS, KEY, DIM)},
     Site,
 )
-SITE_RECORDS = (SITE, SPAN, NEW)
+SITE_RECORDS = (SITE, SPAN, NEW, IMAGE)
 """How sites stand in a file."""

@@ -248,8 +248,8 @@ def test_once_for_what_a_model_is_made_of(monkeypatch):
     import hooks.certificate as certificate
 
     made: list[object] = []
-    compare = certificate._compare
-    monkeypatch.setattr(certificate, "_compare", lambda network, row: made.append(row) or compare(network, row))
+    compare = certificate.compare
+    monkeypatch.setattr(certificate, "compare", lambda network, row: made.append(row) or compare(network, row))
     model = fresh("llama")
     for layout in ("flat", "flat", "left", "left", "right", "flat"):
         assert trusted(model, layout) == ""

@@ -131,8 +131,8 @@ class Sharing:
 
     @property
     def looks(self) -> bool:
-        """Whether scores are computed as such: no fused kernel of torch's caps them."""
-        return self.exposed or self.attention.softcap is not None
+        """Whether scores are computed as such: no fused kernel of torch's caps them, or has sinks."""
+        return self.exposed or self.attention.softcap is not None or self.attention.sinks is not None
 
     def filled(
         self,

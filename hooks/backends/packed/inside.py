@@ -233,7 +233,7 @@ class Inside:
         given = [] if heads is None else [heads]
         scores = visits.trace.do(partial(_scores, attention, heads is not None), q, k, allowed, at=given)
         scores = self._visit(0, scores, allowed, stacks[0], worlds, members, captured, whole, needed)
-        pattern = visits.trace.do(lambda s, like: attention_pattern(s).to(like.dtype), scores, q)
+        pattern = visits.trace.do(partial(_pattern, attention), scores, q, at=given)
         pattern = self._visit(1, pattern, allowed, stacks[1], worlds, members, captured, whole, needed)
         tokens = changed[members].clone()
         if not stacks[0] and not stacks[1]:
@@ -302,6 +302,13 @@ def _scores(attention: Any, some: bool, q: Tensor, k: Tensor, allowed: Tensor, *
     if some:
         q = taken(q, ((2, heads[0]),))
     return attention_scores(q.transpose(1, 2), k, allowed, attention.scaling, cap=attention.softcap)
+
+
+def _pattern(attention: Any, scores: Tensor, like: Tensor, *heads: Tensor) -> Tensor:
+    sinks = attention.sink
+    if sinks is not None and heads:
+        sinks = sinks[heads[0]]
+    return attention_pattern(scores, sinks).to(like.dtype)
 
 
 def _base_heads(shape: tuple[int, int], base: Tensor, at: Tensor) -> Tensor:

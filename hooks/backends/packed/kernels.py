@@ -90,7 +90,8 @@ class Filled:
             allowed = allowed & ~Bans.mask(bans, slice(start, stop), last)
         if self.looks:
             scaling, cap = self.attention.scaling, self.attention.softcap
-            return exposed_attention(q, k, v, allowed, scaling, _unseen, cap=cap)[0]
+            sinks = self.attention.sink
+            return exposed_attention(q, k, v, allowed, scaling, _unseen, cap=cap, sinks=sinks)[0]
         mixed = _fused(self.attention, q, k, v, allowed)
         if not bans:
             return mixed
@@ -145,8 +146,7 @@ class Merged:
         if self.attention.softcap is not None:
             scores = softcap(scores, self.attention.softcap)
         scores = scores.masked_fill(~allowed, -torch.inf)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        pattern = scores.softmax(-1, dtype=wide).to(q.dtype)
+        pattern = self.softmax(scores).to(q.dtype)
         if bans:
             pattern = torch.where(allowed.any(-1, keepdim=True), pattern, 0)
         z = pattern[..., :width].flatten(2, 4) @ values
@@ -156,6 +156,14 @@ class Merged:
             z = z + inner.unflatten(3, (n, groups)).permute(0, 2, 1, 3, 4, 5)
         z = z.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(0, 2)
         return z if len(kept) == len(z) else take(z, kept)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Over the last axis of scores [r, K, w, n, G, S], and over the sinks, which count once."""
+        wide, sinks = torch.promote_types(scores.dtype, torch.float32), self.attention.sink
+        if sinks is None:
+            return scores.softmax(-1, dtype=wide)
+        each = sinks.to(scores).view(scores.shape[1], 1, 1, scores.shape[4], 1)
+        return torch.cat([scores, each.expand(*scores.shape[:-1], 1)], -1).softmax(-1, dtype=wide)[..., :-1]
 
 
 def _fused(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.architecture import Architecture
-from ...models.projections import linear_weight
+from ...models.projections import is_plain, linear_weight
 from ...plan.region import Region
 from ...plan.sites import DIM, HEAD, Key
 from .cells import Stack
@@ -152,6 +152,12 @@ def columns_of(arch: Architecture, region: Region, tile: int, final: Tensor, row
     if region.site.dim is None:
         return tiled(arch.logits, final, tile)
     index = next(i for axis, i in region.steps if region.site.axes[axis] == DIM)
+    if not is_plain(arch.unembed):  # quantised, or with an adapter: all columns are computed, and those taken
+        full = tiled(arch.logits, final, tile)
+        if index.ndim == 1 or len(index) == 1:
+            return full.index_select(1, index.flatten().to(final.device))
+        assert rows is not None
+        return full.gather(1, index.to(final.device)[rows])
     weight, bias = linear_weight(arch.unembed)
     if index.ndim == 1 or len(index) == 1:
         index = index.flatten().to(final.device)

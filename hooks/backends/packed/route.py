@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...models.blocks import Attention, Mlp, Sublayer
-from ...models.positions import rotate
-from ...models.projections import linear_weight
+from ...models.blocks import Attention, Map, Sublayer
+from ...models.experts import Experts
+from ...models.projections import head_results
 from ...plan.sites import Key, execution_order
 from .attention import Sharing, reach, seen_by
 from .inside import Inside
@@ -57,7 +57,7 @@ class Route(Visits):
                 x = self.block(layer, x)
         self.prune_what_is_above()
         if stop == depth:
-            x = self.visit(("ln_final", -1, None), self.flat_map(self.arch.norm, x), self.needed[-1])
+            x = self.visit(("ln_final", -1, None), self.flat_map(self.arch.final, x), self.needed[-1])
             Readout(self, self.tile).read(x)
 
     # -- the stream
@@ -83,7 +83,7 @@ class Route(Visits):
     def add_positions(self, x: Packed, needed: Tensor) -> Packed:
         """The learned embeddings of positions, and the residual stream with them."""
         positions = self.base.layout.queries.index.flatten()
-        module = self.arch.pos_embed
+        module = self.arch.pos_embed if self.arch.at_positions is None else self.arch.at_positions
         assert module is not None
         pos = Packed(x.tokens, self.trace.do(module, at=[positions[x.tokens.home]]))
         pos = self.visit(("pos_embed", -1, None), pos, needed)
@@ -112,32 +112,38 @@ class Route(Visits):
         added: dict[Key, Packed] = {("attn_out", layer, None): self.attend(layer, block.of_attention, x)}
         if block.of_mlp is not None:
             if not block.parallel:
-                before, x = ("resid_mid", layer, None), self.add(x, before, added)
+                before, x = ("resid_mid", layer, None), self.sum(block.of_attention, self.add(x, before, added))
                 x, added = self.visit(before, x, needed), {}
             added["mlp_out", layer, None] = self.feed(layer, block.of_mlp, x)
-        x = self.add(x, before, added)
+        x = self.sum(block.sublayers[-1], self.add(x, before, added))
         return self.visit(("resid_post", layer, None), x, needed)
+
+    def sum(self, sublayer: Sublayer, x: Packed) -> Packed:
+        """The residual stream after what a sublayer adds to it."""
+        return x if sublayer.post_add is None else self.flat_map(sublayer.post_add, x)
 
     def attend(self, layer: int, sublayer: Sublayer, x: Packed) -> Packed:
         """From the residual before a block to what attention adds."""
         attention, needed = sublayer.fn, self.needed[layer]
         assert isinstance(attention, Attention)
         read = self.visit(("attn_in", layer, None), x, self.entering(layer))
-        z = self.mix(layer, sublayer.pre, attention, read, needed)
+        z = self.mix(layer, sublayer, attention, read, needed)
         out = self.flat_map(lambda v: attention.out(v.flatten(1)), z)
         self.count(layer, "out", out)
         out = self.results(layer, attention, z, out, needed)
-        if sublayer.post is not None:
-            out = self.flat_map(sublayer.post, out)
+        if sublayer.post is not None or sublayer.scale != 1.0:
+            out = self.flat_map(sublayer.added, out)
         return self.visit(("attn_out", layer, None), out, needed)
 
     def feed(self, layer: int, sublayer: Sublayer, x: Packed) -> Packed:
         """From the residual that the MLP reads to what it adds; it is taken apart only where a world looks inside."""
-        mlp, norm, needed = sublayer.fn, sublayer.pre, self.needed[layer]
-        assert isinstance(mlp, Mlp)
+        mlp, norm, needed = sublayer.fn, sublayer.read, self.needed[layer]
+        assert not isinstance(mlp, Attention)
         x = self.visit(("mlp_in", layer, None), x, needed)
         pre_key, post_key = ("mlp_pre", layer, None), ("mlp_post", layer, None)
-        if self.involved(pre_key) or self.involved(post_key):
+        if isinstance(mlp, Experts):
+            out = self.mixture(layer, sublayer, mlp, x)
+        elif self.involved(pre_key) or self.involved(post_key):
             hidden = self.visit(pre_key, self.flat_map(lambda v: mlp.pre(norm(v)), x), needed)
             x = self.moves.to(x, hidden.tokens, self.plain(("mlp_in", layer, None)))
             make = self.trace.do(lambda h, v: mlp.hidden(h, norm(v)), hidden.value, x.value)
@@ -147,6 +153,20 @@ class Route(Visits):
             out = self.flat_map(lambda v: sublayer.added(mlp(norm(v))), x)
         self.count(layer, "mlp", out)
         return self.visit(("mlp_out", layer, None), out, needed)
+
+    def mixture(self, layer: int, sublayer: Sublayer, mlp: Experts, x: Packed) -> Packed:
+        """From the residual that experts read to what they add; taken apart only where a world looks inside."""
+        router, each, norm = ("router", layer, None), ("expert_out", layer, None), sublayer.read
+        needed, source = self.needed[layer], self.plain(("mlp_in", layer, None))
+        if not self.involved(router) and not self.involved(each):
+            return self.flat_map(lambda v: sublayer.added(mlp(norm(v))), x)
+        logits = self.visit(router, self.flat_map(lambda v: mlp.logits(norm(v)), x), needed)
+        x = self.moves.to(x, logits.tokens, source)
+        parts = self.trace.do(lambda v, said: mlp.parts(norm(v), *mlp.route(said)), x.value, logits.value)
+        added = self.visit(each, Packed(x.tokens, parts), needed)
+        x = self.moves.to(x, added.tokens, source)
+        joined = self.trace.do(lambda p, v: sublayer.added(mlp.joined(p, norm(v))), added.value, x.value)
+        return Packed(added.tokens, joined)
 
     def add(self, x: Packed, key: Key, added: dict[Key, Packed]) -> Packed:
         """The residual x, which is the base's site `key`, with what sublayers add to it.
@@ -178,8 +198,9 @@ class Route(Visits):
 
     # -- attention
 
-    def mix(self, layer: int, norm: nn.Module, attention: Attention, x: Packed, needed: Tensor) -> Packed:
+    def mix(self, layer: int, sublayer: Sublayer, attention: Attention, x: Packed, needed: Tensor) -> Packed:
         """From the residual that attention reads to z."""
+        norm = sublayer.read
         entering = self.entering(layer)
         asking = self.moves.to(x, x.tokens & needed, None)
         normed = self.flat_map(norm, x)
@@ -211,7 +232,7 @@ class Route(Visits):
         self,
         name: str,
         layer: int,
-        norm: nn.Module,
+        norm: Map,
         attention: Attention,
         x: Packed,
         part: Packed,
@@ -234,9 +255,7 @@ class Route(Visits):
         key = ("result", layer, None)
         if not self.involved_in_worlds(key):
             return attn
-        weight, _ = linear_weight(attention.out)
-        weight = weight.unflatten(1, (attention.q.heads, attention.q.width))
-        copies = self.copies(z, key, ("z", layer, None), lambda v: torch.einsum("nhd,mhd->nhm", v, weight))
+        copies = self.copies(z, key, ("z", layer, None), lambda v: head_results(attention.out, v))
         edited = self.visit(key, copies, needed)
         held = edited.tokens.become(edited.tokens.mask & self.edited_tokens(key))
         new, old = self.moves.to(edited, held, None), self.moves.to(copies, held, None)
@@ -266,7 +285,7 @@ class Route(Visits):
         at = tokens.place[new.tokens.flat]
         return Packed(tokens, self.trace.do(lambda a, b, i: a.index_copy(0, i, b), x.value, new.value, at=[at]))
 
-    def turn(self, x: Packed, norm: nn.Module | None, attention: Attention) -> Packed:
+    def turn(self, x: Packed, norm: Map | None, attention: Attention) -> Packed:
         """Queries or keys as attention uses them: after their norm and the rotary embedding."""
         value = x.value if norm is None else self.trace.do(norm, x.value)
         rotary, base = attention.rotary, self.base
@@ -275,7 +294,7 @@ class Route(Visits):
 
         def turned(v: Tensor, home: Tensor) -> Tensor:
             cos, sin = base.angles(rotary, v.dtype)
-            return rotate(v, take(cos, home), take(sin, home))
+            return rotary.turn(v, take(cos, home), take(sin, home))
 
         return Packed(x.tokens, self.trace.do(turned, value, at=[x.tokens.home]))
 

@@ -39,7 +39,6 @@ class Stacker:
         tapes: of the worlds that plans read, by `source_id`.
         seed: of random interventions.
         layout: of all rows; `window` are those that are run.
-        device: the model's.
         here: where a read of a world's own value of a site is made: from a stack, the read and its region to a value.
     """
 
@@ -50,7 +49,6 @@ class Stacker:
     seed: int
     layout: Layout
     window: slice
-    device: torch.device
     here: Callable[[Stack, Read, Region], Value]
     asked: dict[Key, list[list[Cell]]] = field(default_factory=dict)
     own: set[Key] = field(default_factory=set)
@@ -83,7 +81,7 @@ class Stacker:
             self._kept.append(inputs)
             layout = self.layout if Layout.of(inputs) is self.layout else Layout.of(inputs)
             self._resolvers[id(inputs)] = Resolver(
-                inputs, self.sizes, self.tapes, layout, self.device, self.window
+                inputs, self.sizes, self.tapes, layout, self.window
             )  # fmt: skip
         return self._resolvers[id(inputs)]
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...placed import place
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -78,16 +80,3 @@ class Trace:
             self._handles[id(index)] = len(self.indices)
             self.indices.append(index)
         return self._handles[id(index)]
-
-
-def place(indices: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The same tensors on a device, in one transfer for each dtype."""
-    if device.type == "cpu":
-        return list(indices)
-    placed: list[Tensor] = list(indices)
-    for dtype in {index.dtype for index in indices}:
-        mine = [number for number, index in enumerate(indices) if index.dtype == dtype]
-        whole = torch.cat([indices[number].flatten() for number in mine]).to(device)
-        for number, part in zip(mine, whole.split([indices[number].numel() for number in mine]), strict=True):
-            placed[number] = part.view(indices[number].shape)
-    return placed

@@ -54,7 +54,7 @@ class Visits:
         self.moves = Moves(self.trace)
         self.stacker = Stacker(
             trace=self.trace, worlds=worlds, sizes=base.sizes, tapes=tapes, seed=seed, layout=base.whole_layout,
-            window=base.window, device=base.device, here=self.read_here,
+            window=base.window, here=self.read_here,
         )  # fmt: skip
         self.effects = Effects(self.trace, len(worlds), self.rows)
         count = len(worlds)
