@@ -91,7 +91,8 @@ def run_demo(model: Model, task: Task, out: Path | None = None, *, progress: boo
         blocks=_top(blocks, 4),
         check=_confirm(model, clean, corrupt, metric, found) if found else None,
         noise_floor=float(heads.noise_floor),
-        lists=two_steps(model) if task.lists else None,
+        # Every edge is scored, and their number grows with the square of the layers.
+        lists=two_steps(model, 16 if model.n_layers <= 12 else 8) if task.lists else None,
     )
     if out is None:
         return report
