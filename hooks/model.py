@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from .compiling import Graphs, Options
 from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
 from .forking import Begin, Branch, Combine
-from .hold import fork, held, hold, holds_on
-from .holding import PlanOf
+from .hold import fork, held, hold, holds_on, listing
+from .holding import Holding, PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
 from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
@@ -31,7 +32,7 @@ from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
 from .plan.plan import Intervention, Plan, World, as_plan
-from .plan.prompts import decode_ids, encode_text, one_token, prepare
+from .plan.prompts import bos_of, decode_ids, encode_text, one_token, prepare
 from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
@@ -108,6 +109,7 @@ class Model(Network):
         images: Any = None,
         padding: str = "right",
         row_ids: Tensor | None = None,
+        bos: bool | None = None,
     ) -> Inputs:
         """Prepare prompts, or images for a model that takes those.
 
@@ -121,6 +123,8 @@ class Model(Network):
                 model was wrapped with its processor; texts hold the token that stands for an image.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
+            bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
+                one); by default what the tokenizer does, with a warning where that makes two.
 
         Raises:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
@@ -142,7 +146,10 @@ class Model(Network):
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
         decode = None if self.tokenizer is None else self.decode
-        made = prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        made = prepare(
+            prompts, mask, row_ids, padding, encode=partial(encode_text, self.tokenizer, bos=bos), decode=decode,
+            vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
+        )  # fmt: skip
         check_pictures(arch.tower, made)
         return made
 
@@ -344,6 +351,11 @@ class Model(Network):
     def holds(self) -> bool:
         """Whether `apply` holds a plan on the model at the moment."""
         return holds_on(self.module) is not None
+
+    @property
+    def held(self) -> tuple[Holding, ...]:
+        """What is held on the model now, the outermost first: each plan, where it was applied, and what it did."""
+        return listing(self.module)
 
     def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
         """The plan that `apply` holds on the model, for a run on these inputs now, and its record; empty outside."""

@@ -69,6 +69,7 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
 
 from interp import adapters, attention, kv, paths, plots, training
 from interp.activations import Activations, save_activations
+from interp.attention_view import AttentionView, attention_view
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.checks import Conformance
@@ -95,6 +96,7 @@ from interp.version import __version__
 
 __all__ = [
     "Activations",
+    "AttentionView",
     "Audit",
     "Axis",
     "Conformance",
@@ -131,6 +133,7 @@ __all__ = [
     "adapters",
     "align",
     "attention",
+    "attention_view",
     "attribution",
     "clamp",
     "conformance",
