@@ -6,6 +6,7 @@ It knows models and tensors, and no method; `interp` is the package that users i
 from .audit import PRUNED, Audit, Entry
 from .backends.job import Outcome, Outcomes
 from .budget import budget_of, rows_per_pass
+from .capturing import captured
 from .compiled import Compiled
 from .digest import digest_of, structure
 from .errors import (
@@ -137,6 +138,7 @@ __all__ = [
     "align",
     "as_plan",
     "budget_of",
+    "captured",
     "choice",
     "choose",
     "clamp",

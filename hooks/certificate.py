@@ -20,6 +20,7 @@ from .backends.gate import gate_of
 from .backends.packed.base import Base, record_keys
 from .backends.packed.shared import run_against, run_base
 from .backends.passes import run_pass
+from .errors import SiteError
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.operations.values import Steer
@@ -73,7 +74,10 @@ def compare(network: Network, row: Inputs) -> str:
     """What a model does on one row otherwise than its description says; empty where nothing."""
     module = network.module
     with gate_of(module).lock, gate_of(module).suspended(), noise_for_zeros(module):
-        streams, output = _native(network, World(row), [Site("resid_pre", at) for at in _layers(network)])
+        try:
+            streams, output = _native(network, World(row), [Site("resid_pre", at) for at in _layers(network)])
+        except SiteError as error:
+            return f"the model's description is of parts that it does not call: {error}"
         worlds = [World(row), *_edits(row, network, streams)]
         truth = [_native(network, world, [_LOGITS])[0][0] for world in worlds]
         if not _close(truth[0], output, row, network.dtype):

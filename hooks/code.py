@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import functools
 import sys
 import sysconfig
 import types
@@ -43,9 +42,13 @@ def installed(module: str | None) -> bool:
     return isinstance(file, str) and file.startswith(_folders())
 
 
-@functools.cache
+_FOLDERS: list[tuple[str, ...]] = []  # a plain list, so that functions can be sent to where a model runs
+
+
 def _folders() -> tuple[str, ...]:
-    return tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+    if not _FOLDERS:
+        _FOLDERS.append(tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}))
+    return _FOLDERS[0]
 
 
 def members(cls: type) -> dict[str, Any]:

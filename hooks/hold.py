@@ -28,7 +28,7 @@ from .decoding import Decodings
 from .errors import PlanError
 from .fed import Decoding, Fed
 from .forking import Begin, Branch, Combine, Fork
-from .holding import Hold
+from .holding import Hold, Holding, applied_at
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_plan
@@ -419,6 +419,15 @@ def holds_on(module: nn.Module) -> Holds | None:
     return holds if holds is not None and holds.in_force() else None
 
 
+def listing(module: nn.Module) -> tuple[Holding, ...]:
+    """What is held on a module, by whichever wrapper of it, the outermost first; see `Holding`."""
+    holds = _HOLDS.get(module)
+    if holds is None:
+        return ()
+    force = holds.in_force()
+    return tuple(Holding(one.plan, one.by, one.thread_name, one in force, one.audit) for one in holds.holds)
+
+
 def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
     """The plan that is held on a model for a run on these inputs that is made now, and its record.
 
@@ -441,6 +450,7 @@ def fork(
 ) -> Iterator[tuple[Audit, ...]]:
     """Hold several worlds on a model; see `Model.fork`."""
     mine = Fork(branches, combine, seed, gate_of(network.module).depth, begin)
+    mine.by = applied_at()
     found = _HOLDS.get(network.module)
     if found is not None and any(isinstance(one, Fork) for one in found.holds):
         raise PlanError("several worlds are held on this model already: give them all to one fork")
@@ -453,7 +463,7 @@ def fork(
 @contextmanager
 def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
-    mine = Hold(plan, seed, gate_of(network.module).depth)
+    mine = Hold(plan, seed, gate_of(network.module).depth, applied_at())
     with _holding(network, mine):
         yield mine.audit
 

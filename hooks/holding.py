@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from .audit import Audit, Entry
@@ -17,6 +19,47 @@ PlanOf = Callable[[Inputs], Any]
 """A plan (or an intervention, or several) that depends on what the model is called with."""
 
 
+@dataclass(frozen=True)
+class Holding:
+    """A plan that is held on a model.
+
+    Attributes:
+        plan: the plan, or the function that gives one for each call.
+        by: where it was applied, as "file:line in function", outside of this package.
+        thread: the name of the thread that applied it.
+        in_force: False where the thread that asks has suspended it.
+        audit: what it did so far.
+    """
+
+    plan: Plan | PlanOf
+    by: str
+    thread: str
+    in_force: bool
+    audit: Audit
+
+    def __str__(self) -> str:
+        what = (
+            str(self.plan) if isinstance(self.plan, Plan) else f"a plan of {getattr(self.plan, '__name__', 'a call')}"
+        )
+        return f"{what} (applied at {self.by}, thread {self.thread}{'' if self.in_force else ', suspended here'})"
+
+    __repr__ = __str__
+
+
+def applied_at() -> str:
+    """Where the caller's code is: the innermost frame outside of this package and of what it is called through."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("hooks", "contextlib"):
+        frame = frame.f_back
+    inner = frame
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("interp", "contextlib"):
+        frame = frame.f_back
+    name = inner.f_globals.get("__name__", "")
+    via = f", by {name}" if name.startswith("interp.") else ""
+    code = frame.f_code
+    return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}{via}"
+
+
 class Hold:
     """What one `apply` holds on a model.
 
@@ -25,12 +68,14 @@ class Hold:
         audit: its record, which grows by entries where the plan is a function.
         seed: of its random interventions.
         thread, depth: who applied it, and how often that thread had suspended then what was held.
+        by: where in the caller's code it was applied.
         read: other plans of the same text that were read, by how they were reached, and which of their interventions
             came to something.
     """
 
-    def __init__(self, plan: Any, seed: int, depth: int) -> None:
+    def __init__(self, plan: Any, seed: int, depth: int, by: str = "") -> None:
         self.seed, self.thread, self.depth = seed, threading.get_ident(), depth
+        self.by, self.thread_name = by, threading.current_thread().name
         self.plan: Plan | PlanOf
         if callable(plan) and not isinstance(plan, type):
             self.plan, self.audit = plan, Audit()

@@ -5,22 +5,26 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from .audit import Audit
+from .backends.bridge import Bridge, is_bridge
+from .backends.envoys import Traces, is_envoy
 from .backends.gate import gate_of
+from .capturing import captured
 from .compiled import Compiled
 from .compiling import Graphs, Options
 from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
 from .forking import Begin, Branch, Combine
-from .hold import fork, held, hold, holds_on
-from .holding import PlanOf
+from .hold import fork, held, hold, holds_on, listing
+from .holding import Holding, PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
-from .models.catalogue import SiteTable, site_table, why_missing
+from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
 from .models.checks import check_inputs, check_pictures, check_plan, check_site
 from .models.network import Network, without_wrapper
 from .models.sight import inputs_with_images
@@ -28,7 +32,7 @@ from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
 from .plan.plan import Intervention, Plan, World, as_plan
-from .plan.prompts import decode_ids, encode_text, one_token, prepare
+from .plan.prompts import bos_of, decode_ids, encode_text, one_token, prepare
 from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
@@ -105,6 +109,7 @@ class Model(Network):
         images: Any = None,
         padding: str = "right",
         row_ids: Tensor | None = None,
+        bos: bool | None = None,
     ) -> Inputs:
         """Prepare prompts, or images for a model that takes those.
 
@@ -118,6 +123,8 @@ class Model(Network):
                 model was wrapped with its processor; texts hold the token that stands for an image.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
+            bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
+                one); by default what the tokenizer does, with a warning where that makes two.
 
         Raises:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
@@ -139,7 +146,10 @@ class Model(Network):
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
         decode = None if self.tokenizer is None else self.decode
-        made = prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        made = prepare(
+            prompts, mask, row_ids, padding, encode=partial(encode_text, self.tokenizer, bos=bos), decode=decode,
+            vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
+        )  # fmt: skip
         check_pictures(arch.tower, made)
         return made
 
@@ -176,7 +186,7 @@ class Model(Network):
         inputs: Inputs | World,
         plan: Plan | Intervention | None = None,
         *,
-        capture: Sequence[Site | str] | Site | str = (),
+        capture: Sequence[Site | SiteInfo | str] | Site | SiteInfo | str = (),
         grad: bool = False,
         seed: int = 0,
     ) -> Run:
@@ -185,7 +195,8 @@ class Model(Network):
         Args:
             inputs: from `inputs()`, or a `World`, which brings its own plan.
             plan: what to do; None for a plain run.
-            capture: sites to keep, whole or in part, in either spelling.
+            capture: sites to keep, whole or in part, in either spelling; a name without a layer or an entry of
+                `sites()` means every layer, and ``"all"`` every site.
             grad: keep the autograd graph, also in what is captured.
             seed: seed of random interventions.
 
@@ -198,7 +209,7 @@ class Model(Network):
             inputs, plan = inputs.inputs, inputs.plan
         if not isinstance(inputs, Inputs):
             raise InputsError(f"run() takes Inputs (from model.inputs), not {type(inputs).__name__}")
-        sites = sites_of(capture)
+        sites = captured(self, capture)
         world = World(inputs, as_plan(plan))
         (outcome,) = record(
             self, [world], sites, executor="sequential", seed=seed, grad=grad, through_reads=grad, together=True
@@ -239,6 +250,8 @@ class Model(Network):
             PlanError: a call whose positions cannot be told, or that needs tokens which are not fed any more: those
                 of a cache that was filled before, positions that a function mixes, the model as its own assistant.
         """
+        if getattr(self.tool, "remote", False):
+            raise PlanError("a plan cannot be held on a model that runs elsewhere: run() and sweeps take it there")
         return hold(self, plan, seed)
 
     def fork(
@@ -315,6 +328,8 @@ class Model(Network):
         Raises:
             PlanError, SiteError: the plan or a site does not fit the model.
         """
+        if self.tool is not None:
+            raise ModelError(f"{self.tool.name} runs this model, and no compiler makes one graph of that: wrap a copy")
         self.refresh()
         if self.architecture.pooled:
             raise ModelError(
@@ -337,6 +352,11 @@ class Model(Network):
         """Whether `apply` holds a plan on the model at the moment."""
         return holds_on(self.module) is not None
 
+    @property
+    def held(self) -> tuple[Holding, ...]:
+        """What is held on the model now, the outermost first: each plan, where it was applied, and what it did."""
+        return listing(self.module)
+
     def held_on(self, inputs: Inputs) -> tuple[Plan, Audit]:
         """The plan that `apply` holds on the model, for a run on these inputs now, and its record; empty outside."""
         return held(self, inputs)
@@ -347,19 +367,24 @@ class Model(Network):
 
 
 def wrap(
-    model: nn.Module | Model, tokenizer: Any = None, *, adapter: Callable[[nn.Module], Architecture] | None = None
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    adapter: Callable[[nn.Module], Architecture] | None = None,
+    remote: bool | str = False,
 ) -> Model:
     """Wrap a model of the user's, which stays as it is.
 
     Args:
         model: of transformers, a language model of one of the families that are known or of one whose structure is
             (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
-            with an adapter.
+            with an adapter; or one of these in a `TransformerBridge` of TransformerLens or in a model of nnsight's.
         tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
             one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
             is wrapped already, tokenizer and adapter replace what it has. Of a model of peft's, `module` is the one
             that its layers were put into.
+        remote: of a model of nnsight's, where its traces run: as nnsight's `trace` takes it.
 
     Raises:
         ModelError: nobody knows the model's parts, two layers are one module, or the model was compiled.
@@ -368,8 +393,16 @@ def wrap(
         if tokenizer is None and adapter is None:
             return model
         known = (model.processor or model.tokenizer) if tokenizer is None else tokenizer
-        model, adapter = model.module, model.adapter if adapter is None else adapter
-        return Model(model, *_reading(known, adapter))
+        again = Model(model.module, *_reading(known, model.adapter if adapter is None else adapter))
+        again.tool = model.tool
+        return again
+    if is_bridge(model) or is_envoy(model):
+        tool: Any = Bridge(model) if is_bridge(model) else Traces(model, remote)
+        wrapped = Model(tool.module, tokenizer or getattr(model, "tokenizer", None), adapter or tool.describe)
+        wrapped.tool = tool
+        return wrapped
+    if remote:
+        raise ModelError(f"remote= is for a model of nnsight's, not for {type(model).__name__}")
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
     return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))

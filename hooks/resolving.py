@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ShapeError, SiteError
 from .layout import Layout
 from .placed import placed
 from .plan.columns import Columns
@@ -18,7 +18,7 @@ from .plan.inputs import Inputs
 from .plan.plan import Intervention, Origin, Plan, Read, World
 from .plan.region import Region, corresponding, listed
 from .plan.region import resolve as resolve_site
-from .plan.sites import KEY, POS, ROW, Key, Site
+from .plan.sites import KEY, POS, ROW, Index, Key, Site
 from .plan.tape import Tape
 from .program import Here, Program, Step, Whole
 
@@ -196,6 +196,15 @@ class Resolver:
             if found.shape.get(axis) != region.shape.get(axis):
                 raise ShapeError(f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}")
 
+    def pooled(self, item: Intervention, index: Index, inputs: Inputs) -> dict[str, Tensor]:
+        """The positions of a reference set that a mean over positions is over, where they are not those of the site."""
+        but_bos = getattr(item.op, "but_bos", False)
+        if but_bos and inputs.bos_id is None:
+            raise SiteError(f"{item}: nobody knows of a BOS in the reference set; leave but_bos out")
+        if but_bos and listed(index):
+            raise SiteError(f"{item}: but_bos is for a mean over all positions, and this site lists its own")
+        return {POS: inputs.but_bos} if but_bos else {}
+
     def reference(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
         """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
         place, tape = item.site if read.site is None else read.site, self.tape(read, item)
@@ -203,13 +212,16 @@ class Resolver:
         if whole is None:
             return tape[place], Reference(None, ())
         given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
-        loose = {axis: None for axis, index in given.items() if not listed(index)}
+        pools = item.op.pools_positions
+        loose: dict[str, Tensor | None] = {axis: None for axis, index in given.items() if not listed(index)}
+        if pools and POS in given:
+            loose |= self.pooled(item, given[POS], tape.inputs)
         along = tape.inputs.along(place.stack)
         there = resolve_site(place.at(**loose), along, self.sizes[place.key])
         queries, keys = self.layout.columns(item.site)
         wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
-            if axis == POS and item.op.pools_positions:
+            if axis == POS and pools:
                 continue
             columns, cols = wanted[axis]
             assert cols is not None

@@ -68,6 +68,8 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
     raise
 
 from interp import adapters, attention, kv, paths, plots, training
+from interp.activations import Activations, save_activations
+from interp.attention_view import AttentionView, attention_view
 from interp.attribution import attribution
 from interp.axes import Axis
 from interp.checks import Conformance
@@ -93,6 +95,8 @@ from interp.sweeps import sweep
 from interp.version import __version__
 
 __all__ = [
+    "Activations",
+    "AttentionView",
     "Audit",
     "Axis",
     "Conformance",
@@ -129,6 +133,7 @@ __all__ = [
     "adapters",
     "align",
     "attention",
+    "attention_view",
     "attribution",
     "clamp",
     "conformance",
@@ -162,6 +167,7 @@ __all__ = [
     "recompute",
     "resample",
     "run_worlds",
+    "save_activations",
     "scale",
     "site",
     "steer",

@@ -14,16 +14,8 @@ from interp.grids import Factory, Grid
 from interp.metrics import Metric, call
 from interp.provenance import describe_run
 from interp.results import Result
-from interp.sweeps import (
-    assemble,
-    check_model,
-    references,
-    require_finite,
-    require_grid,
-    source_metrics,
-    source_of,
-    stated,
-)
+from interp.sides import check_model, require_grid, source_of, stated
+from interp.sweeps import assemble, references, require_finite, source_metrics
 
 
 def attribution(
@@ -60,7 +52,7 @@ def attribution(
     require_grid(grid)
     direction = check_model(model, stated(model, direction, clean, corrupt, grid, intervention))
     check_metrics([metric])
-    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention)
+    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention, grid)
     model.check_inputs(base_inputs)
     axes, cells = grid.cells(model, base_inputs)
     plans = [cell.plan(factory) for cell in cells]
@@ -103,7 +95,8 @@ def attribution(
             status[c + 2, window] = 0 if any(entry.change for entry in audit) else 1
     measured_source = None if source is None else source_metrics(model, [metric], source, [reference], budget, seed)
     result = assemble(values, status, axes, cells, [metric], False, measured_source, base_inputs, model)
-    result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))
+    told = {"inputs": base_inputs, "source": source, "plans": plans}
+    result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed, **told))
     result.config["executor"] = "first order (attribution patching)"
     return result
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hooks import KINDS, InputsError, InterpError, Model, UnfiredError, nearest
+from interp.tasks import shipped_task, smollm2_task
 
 AXES = ("layer", "head", "pos", "key_pos")
 EXAMPLE = (
@@ -57,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="find the parts of a model that cause its answer, confirm them, draw them",
         description="Find which positions, attention heads and MLPs cause a model's answer, confirm it, and draw it.\n"
-        "Without options: the indirect-object task of the model that ships with the package.",
+        "Without options: the indirect-object task of the model that ships with the package, and lists that are\n"
+        "said twice. --model smollm2-135m does the same on a real pretrained model, dequantised from 4 bits.",
         epilog=EXAMPLE,
         formatter_class=raw,
     )
@@ -65,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _prompt_options(demo)
     demo.add_argument("--out", default="interp-demo", metavar="DIR", help="where figures go (default: %(default)s)")
     demo.add_argument(
-        "--pairs", type=int, default=48, metavar="N", help="pairs of the shipped task (default: %(default)s)"
+        "--pairs", type=int, metavar="N", help="pairs of the model's own task (default: 48; smollm2-135m: 12)"
     )
     demo.set_defaults(run=_demo)
 
@@ -99,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         help="denoising puts clean values into the corrupt run, noising the reverse (default: %(default)s)",
     )  # fmt: skip
     patch.add_argument("--zero", action="store_true", help="set the site to zero in the clean run, instead of patching")
-    patch.add_argument("--top", type=int, default=10, metavar="K", help="rows of the table (default: %(default)s)")
+    patch.add_argument(
+        "--top", type=_positive, default=10, metavar="K", help="rows of the table (default: %(default)s)"
+    )
     patch.add_argument("--json", action="store_true", help="print every cell as JSON instead of a table")
     patch.add_argument("--figure", metavar="FILE", help="draw a heatmap there (.png, .pdf, .svg)")
     patch.add_argument("--save", metavar="PATH", help="save the result there; an interrupted sweep goes on from it")
@@ -107,10 +112,56 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    """A number of things, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least one is needed")
+    return number
+
+
+def _require_writable(option: str, name: str | None, *, folder: bool = False) -> None:
+    """Check where something is to be written, before the work is done.
+
+    Raises:
+        InputsError: it cannot be written there.
+    """
+    if name is None:
+        return
+    path = Path(name)
+    if path.is_dir() and not folder:
+        raise InputsError(f"{option} {name}: that is a folder; name a file in it")
+    if path.exists() and not path.is_dir() and folder:
+        raise InputsError(f"{option} {name}: that is a file; name a folder")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        raise InputsError(f"{option} {name}: {there} cannot be written")
+    if there.is_file() and there != path:
+        raise InputsError(f"{option} {name}: {there} is a file, not a folder")
+
+
+def _require_figure(name: str | None) -> None:
+    """Check that a figure can be written in the type that its name says.
+
+    Raises:
+        InputsError: it cannot.
+    """
+    if name is None:
+        return
+    _require_writable("--figure", name)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    kind = Path(name).suffix.removeprefix(".").lower()
+    if kind not in known:
+        kinds = f"it is one of {', '.join(sorted(known))}"
+        raise InputsError(f"--figure {name}: {f'.{kind} is no type of figure' if kind else 'no type'}; {kinds}")
+
+
 def _model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="ioi-mini", metavar="NAME",
-        help="a model that ships (ioi-mini), a folder, or a name on the Hugging Face hub (default: %(default)s)",
+        help="a model that ships (ioi-mini), smollm2-135m, a folder, or a name on the hub (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where to run: cpu, cuda, cuda:1 (default: %(default)s)")
 
@@ -138,9 +189,14 @@ def _task(options: argparse.Namespace) -> Any:
 
     given = {name: getattr(options, name) or [] for name in ("clean", "corrupt", "answer", "foil")}
     if not any(given.values()):
+        from interp.pretrained import NAME
+
+        pairs = getattr(options, "pairs", None)
+        if options.model == NAME:
+            return smollm2_task(12 if pairs is None else pairs)
         if options.model != "ioi-mini":
             raise InputsError("another model needs prompts: give --clean, --corrupt, --answer and --foil")
-        return shipped_task(getattr(options, "pairs", 48))
+        return shipped_task(48 if pairs is None else pairs)
     missing = [name for name, value in given.items() if not value]
     if missing:
         raise InputsError(
@@ -157,26 +213,10 @@ def _task(options: argparse.Namespace) -> Any:
     return Task(clean, corrupt, answer, foil)
 
 
-def shipped_task(pairs: int) -> Any:
-    """The indirect-object task of ``ioi-mini``: pairs of one template, so that a position means the same in all."""
-    from interp.demo import Task
-    from interp.models import english
-
-    if pairs < 1:
-        raise InputsError(f"--pairs {pairs}: at least one is needed")
-    drawn = english.indirect_object(pairs, 0, "names", template=english.INDIRECT_OBJECT[0], order="ABBA")
-    return Task(
-        clean=tuple(e.clean for e in drawn),
-        corrupt=tuple(e.corrupt for e in drawn),
-        answer=tuple(e.answer for e in drawn),
-        foil=tuple(e.foil for e in drawn),
-        question="Two people are named, one of them gives something: which parts make the model say who receives it?",
-    )
-
-
 def _demo(options: argparse.Namespace) -> int:
     from interp.demo import run_demo
 
+    _require_writable("--out", options.out, folder=True)
     task = _task(options)
     print(run_demo(_load(options), task, Path(options.out)))
     return 0
@@ -207,22 +247,26 @@ def _patch(options: argparse.Namespace) -> int:
     from interp.metrics import logit_diff
     from interp.sweeps import sweep
 
+    _require_figure(options.figure)
+    _require_writable("--save", options.save)
     if options.site not in KINDS:
         raise InputsError(f"--site {options.site!r} is not a site{nearest(options.site, KINDS)}")
     axes = [axis.strip() for axis in options.axes.split(",") if axis.strip()]
+    cells = grid(options.site, **{axis: "all" for axis in axes})
     task, model = _task(options), _load(options)
     clean, corrupt = model.inputs(task.clean), None if options.zero else model.inputs(task.corrupt)
     result = sweep(
         model,
         clean,
         corrupt,
-        grid(options.site, **{axis: "all" for axis in axes}),
+        cells,
         metric=logit_diff(list(task.answer), list(task.foil)),
         intervention=zero if options.zero else None,
         direction=options.direction,
         path=options.save,
     )
     if options.figure:
+        Path(options.figure).absolute().parent.mkdir(parents=True, exist_ok=True)
         result.figure().savefig(options.figure, dpi=200)
     print(_as_json(result) if options.json else _as_table(result, options.top))
     return 0

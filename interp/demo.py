@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from interp import plots
 from interp.evaluation import evaluate
 from interp.grids import grid
 from interp.metrics import Metric, logit_diff, prob
+from interp.report import FEW, Check, Report
 from interp.results import Result
 from interp.sweeps import sweep
+from interp.two_steps import draw as draw_two_steps
+from interp.two_steps import two_steps
 
 SHARE = 0.05
 """Heads whose patch moves the answer by less than this share of the whole difference are not reported."""
-FEW = 6
-"""With fewer pairs than this no test can call an effect significant: 2^-5 is the smallest p of a sign flip with five.
-"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Task:
         clean, corrupt: prompts, pair by pair of the same length in tokens.
         answer, foil: the token that clean and corrupt prompts call for, one for all or one for each pair.
         question: what is asked, in a sentence.
+        about: what else is to be known of the model.
+        lists: whether the model is asked to go on with repeated lists, too; see `interp.two_steps`.
     """
 
     clean: tuple[str, ...]
@@ -46,118 +48,8 @@ class Task:
     answer: tuple[str, ...]
     foil: tuple[str, ...]
     question: str = "Which parts of the model cause its answer?"
-
-
-@dataclass(frozen=True)
-class Check:
-    """What the heads found do together, as shares of the clean-corrupt difference, and what random heads do.
-
-    Attributes:
-        put_back: the share that patching them into the corrupt run recovers.
-        knocked_out: the share that is lost when the clean run gets the corrupt run's values there.
-        random_put_back, random_knocked_out: the same for as many heads drawn at random from the others, mean of the
-            draws.
-        draws: how many draws.
-    """
-
-    put_back: float
-    knocked_out: float
-    random_put_back: float
-    random_knocked_out: float
-    draws: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `run_demo` found; `str()` is the text for people."""
-
-    question: str
-    model: str
-    pairs: int
-    example: dict[str, str]
-    clean_metric: float
-    corrupt_metric: float
-    clean_probability: float
-    accuracy: float
-    heads: list[dict[str, Any]]
-    positions: list[dict[str, Any]]
-    blocks: list[dict[str, Any]]
-    check: Check | None
-    noise_floor: float
-    figures: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "\n".join([*self._asked(), "", *self._found(), "", *self._sure(), "", *self._next()])
-
-    def _asked(self) -> list[str]:
-        e = self.example
-        return [
-            "WHAT WAS ASKED",
-            f"  {self.question}",
-            f"  model:   {self.model}",
-            f"  clean:   {e['clean']!r} -> {e['answer']!r}",
-            f"  corrupt: {e['corrupt']!r} -> {e['foil']!r}",
-            f"  {_count(self.pairs, 'pair')} of prompts like these. The measure is how much higher the model scores",
-            f"  the clean answer than the other: {self.clean_metric:+.2f} on clean prompts (right in",
-            f"  {self.accuracy:.0%}), {self.corrupt_metric:+.2f} on corrupt ones.",
-            "  A part is given the value that it has on the clean prompt, while the rest runs on the corrupt one.",
-            "  What that recovers of the difference is its effect: 0% is nothing, 100% is all of it.",
-        ]
-
-    def _found(self) -> list[str]:
-        lines = ["WHAT WAS FOUND"]
-        if self.heads:
-            lines.append("  Attention heads that matter, by layer and head:")
-            for head in self.heads:
-                lines.append(f"    head {head['layer']}.{head['head']}  {_share(head)}")
-        else:
-            lines.append("  No single attention head carries a measurable part of the difference.")
-        lines.append(
-            "  Where the difference is, from the first layer to the last (the strongest position of each layer):"
-        )
-        for place in self.positions:
-            where = f"position {place['pos']} ({place['token'].strip()})"
-            lines.append(f"    before layer {place['layer']}: {where}  {_share(place)}")
-        lines.append("  Whole layers of attention and MLP, strongest first:")
-        for block in self.blocks:
-            lines.append(f"    {block['site']} of layer {block['layer']}  {_share(block)}")
-        return lines
-
-    def _sure(self) -> list[str]:
-        lines = ["HOW SURE"]
-        if self.check is not None:
-            c, n = self.check, len(self.heads)
-            them = "that head" if n == 1 else f"those {n} heads"
-            lines += [
-                f"  Putting {them} back into the corrupt run recovers {c.put_back:.0%} of the difference;",
-                f"  knocking {'it' if n == 1 else 'them'} out of the clean run loses {c.knocked_out:.0%}.",
-                f"  As many other heads at random (mean of {c.draws} draws): {c.random_put_back:.0%} and "
-                f"{c.random_knocked_out:.0%}.",
-            ]
-        if self.pairs < FEW:
-            lines.append(f"  With {_count(self.pairs, 'pair')} there is no interval and no test: add pairs for those.")
-        else:
-            lines.append(
-                f"  Brackets are 95% bootstrap intervals over {self.pairs} pairs; heads are reported when significant"
-            )
-            lines.append("  at a false-discovery rate of 5% (sign-flip permutation, Benjamini-Hochberg).")
-        lines.append(f"  Rounding alone moves the measure by at most {self.noise_floor:.1g}.")
-        return lines
-
-    def _next(self) -> list[str]:
-        lines = ["WHAT TO DO NEXT"]
-        if self.figures:
-            lines.append("  Look at the figures:")
-            lines += [f"    {path}  ({what})" for what, path in self.figures.items()]
-        if self.heads:
-            first = self.heads[0]
-            lines.append(f"  See where head {first['layer']}.{first['head']} acts:")
-            lines.append(
-                f'    ip.sweep(model, clean, corrupt, ip.grid("z", layer={first["layer"]}, head={first["head"]}, '
-                'pos="all"), metric=metric)'
-            )
-        lines.append("  Do the same to a model of your own: python -m interp demo --help")
-        return lines
+    about: str = ""
+    lists: bool = False
 
 
 def run_demo(model: Model, task: Task, out: Path | None = None, *, progress: bool | None = None) -> Report:
@@ -186,23 +78,31 @@ def run_demo(model: Model, task: Task, out: Path | None = None, *, progress: boo
     found = _heads(heads)
     report = Report(
         question=task.question,
-        model=repr(model),
+        model=f"{model!r}{', ' * bool(task.about)}{task.about}",
         pairs=len(clean),
         example={"clean": task.clean[0], "corrupt": task.corrupt[0], "answer": task.answer[0], "foil": task.foil[0]},
         clean_metric=float(np.mean(heads.source)),  # type: ignore[arg-type]
         corrupt_metric=float(np.mean(heads.base)),
         clean_probability=float(evaluate(model, clean, prob([[a] for a in task.answer])).mean()),
         accuracy=float((heads.source > 0).mean()),  # type: ignore[operator]
+        all_heads=int(heads.status.size),
         heads=found,
         positions=_positions(residual),
         blocks=_top(blocks, 4),
         check=_confirm(model, clean, corrupt, metric, found) if found else None,
         noise_floor=float(heads.noise_floor),
+        # Every edge is scored, and their number grows with the square of the layers.
+        lists=two_steps(model, 16 if model.n_layers <= 12 else 8) if task.lists else None,
     )
     if out is None:
         return report
     out.mkdir(parents=True, exist_ok=True)
     figures = _draw(model, clean, residual, heads, blocks, found, out)
+    if report.lists is not None:
+        draw_two_steps(model, report.lists).savefig(out / "two_steps.png", dpi=200)
+        figures["repeated lists: a head that says what came before, and one that looks it up"] = str(
+            out / "two_steps.png"
+        )
     report = Report(**{**report.__dict__, "figures": figures})
     for name, result in (("residual", residual), ("heads", heads), ("blocks", blocks)):
         result.save(out / name)
@@ -321,12 +221,3 @@ def _draw(
         figure.savefig(out / "attention.png", dpi=200)
         paths["what the heads found attend to, on the first clean prompt"] = str(out / "attention.png")
     return paths
-
-
-def _share(cell: dict[str, Any]) -> str:
-    interval = "" if np.isnan(cell["low"]) else f"  [{cell['low']:+.0%}, {cell['high']:+.0%}]"
-    return f"{cell['share']:+.0%}{interval}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" + ("" if n == 1 else "s")

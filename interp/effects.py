@@ -31,7 +31,8 @@ class Effects:
         status: int8 [*axes], an index into `STATUS`: 0 fired, 1 inert, 2 pruned.
         noise_floor: [metric?], the largest |effect| of a world recomputed but not edited.
         rows: label of each row.
-        config: JSON data: model, inputs, plan, seed, versions, direction, executor, cost.
+        config: JSON data, as far as it applies: model, path (where it was loaded from), inputs, plan, grid,
+            intervention, direction, seed, dtype, device, versions (and commit), executor, cost.
 
     Raises:
         ResultError: the arrays' shapes do not agree with the axes, metrics and rows.

@@ -31,6 +31,7 @@ from hooks import (
     nearest,
 )
 from interp.axes import Axis
+from interp.positions import BUT_BOS, positions_but_bos, row_positions, token_labels
 
 Factory = Callable[[Site], Intervention]
 """From a site to what is done there: ``ip.zero``, or ``lambda site: ip.steer(site, v)``."""
@@ -81,6 +82,19 @@ class Grid:
         where = f" in the {self.stack} stack" if self.stack is not None else ""
         return f"Grid({' + '.join(self.names)}{where} over {over})"
 
+    @property
+    def from_the_end(self) -> bool:
+        """Whether its positions are named and counted from the end, so that they correspond in rows of any length."""
+        given = dict(self.axes)
+        if POS not in given or any(KEY in KINDS[name].axes for name in self.names):
+            return False
+        value = given[POS]
+        if isinstance(value, Span):
+            return (value.start or 0) < 0 and (value.stop is None or value.stop < 0)
+        listed = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
+        each = [place for entry in listed for place in (entry if isinstance(entry, tuple) else (entry,))]
+        return all(isinstance(place, int) and place < 0 for place in each)
+
     def cells(self, model: Model, inputs: Inputs) -> tuple[tuple[Axis, ...], list[Cell]]:
         """The axes with their values on a model and inputs, and every cell, the last axis fastest.
 
@@ -106,6 +120,8 @@ class Grid:
     def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> tuple[Axis, tuple]:
         """An axis, and what each of its entries means."""
         sizes = {self._size(name, kind, model, inputs) for kind in self.names}
+        if isinstance(value, str) and value == BUT_BOS:
+            value = positions_but_bos(inputs, max(sizes))
         if isinstance(value, str):
             if len(sizes) > 1:
                 raise SiteError(f"{', '.join(self.names)} have different numbers of {name}s {sorted(sizes)}: list them")
@@ -123,7 +139,7 @@ class Grid:
         if not values:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
-            labels = _token_labels(values, inputs if self._in_text else None)
+            labels = token_labels(values, inputs if self._in_text else None)
         # Positions that differ between rows are known by their name.
         shown = (
             label if isinstance(v, (Tensor, Image)) else v for v, label in zip(values, labels or values, strict=True)
@@ -202,6 +218,8 @@ def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -
             makes no axis. What is not named is edited whole:
             all positions, all heads, all layers.
 
+    ``pos="but_bos"`` is all positions but that of BOS, at which one patches the same token into itself.
+
     Positions that differ between rows mean what they mean as a site's `pos`: a tensor or array, int [B] (one a row) or
     [B, n], or a mask bool [B, T]; in a dict, where it has a name, also a list with a list of ints for each row. As the
     one value of `pos` or `key_pos`, int [B, n] or a mask restricts every cell; an array [n] is n values of an axis, and
@@ -224,7 +242,8 @@ def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -
     for axis, value in axes.items():
         if axis not in AXES:
             raise SiteError(f"a grid has axes {', '.join(AXES)}, not {axis!r}{nearest(axis, AXES)}")
-        if isinstance(value, str) and value != "all" and not (axis in (POS, KEY) and Image.named(value)):
+        known = isinstance(value, str) and (value in ("all", BUT_BOS) or Image.named(value) is not None)
+        if isinstance(value, str) and not (value == "all" or (axis in (POS, KEY) and known)):
             raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value{nearest(value, ['all'])}")
         lacking = [n for n in listed if (not KINDS[n].per_layer if axis == "layer" else axis not in KINDS[n].axes)]
         if lacking:
@@ -306,56 +325,3 @@ def _span(axis: str, value: slice | Span) -> Span:
     if isinstance(value, slice) and value.step not in (None, 1):
         raise SiteError(f"{axis}={value!r}: a step other than 1 is not understood; list the entries")
     return value if isinstance(value, Span) else Span(value.start, value.stop)
-
-
-def row_positions(value: Any, inputs: Inputs, stack: str | None = None) -> tuple[Any, Tensor | None]:
-    """A position, group or mask as a site of a stack takes it, and which rows have it (None: all).
-
-    Raises:
-        SiteError: no row has it.
-    """
-    tokens = inputs.along(stack)
-    if isinstance(value, Image):
-        if tokens.image is None:
-            raise SiteError(f"{str(value)!r} is of none of these inputs, which have no images")
-        return value, _rows_with(value.holds(tokens.image), str(value))
-    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == tokens.real.shape:
-        return value, _rows_with(value.cpu() & tokens.real, "the mask")
-    if not isinstance(value, (int, tuple)):
-        return value, None
-    reach = [p + 1 if p >= 0 else -p for p in (value if isinstance(value, tuple) else (value,))]
-    if max(reach) <= int(tokens.lengths.min()):
-        return value, None
-    listed = torch.tensor(value if isinstance(value, tuple) else (value,))
-    lengths = tokens.lengths[:, None]
-    has = ((listed < lengths) & (listed >= -lengths)).all(1)
-    if bool(has.all()):
-        return value, None
-    if not bool(has.any()):
-        raise SiteError(f"no row has position {value}: the longest has {int(lengths.max())} tokens")
-    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, tokens.width - 1)
-    cols = torch.argsort((~tokens.real).byte(), dim=1, stable=True).gather(1, at)
-    return torch.zeros_like(tokens.real).scatter(1, cols, True) & has[:, None], has
-
-
-def _rows_with(chosen: Tensor, what: str) -> Tensor | None:
-    """Which rows have some of the tokens bool [B, T] (None: all)."""
-    some = chosen.any(1)
-    if not bool(some.any()):
-        raise SiteError(f"{what} selects no token of any row")
-    return None if bool(some.all()) else some
-
-
-def _token_labels(values: tuple, inputs: Inputs | None) -> tuple[str, ...]:
-    """The token at each position; with an ellipsis where it is only that of the first row which has the position."""
-    rows = (
-        [inputs.labels(row) for row in range(len(inputs))] if inputs is not None and inputs.tokens is not None else []
-    )
-    labels = []
-    for value in values:
-        text = str(value)
-        if isinstance(value, int):
-            here = list(dict.fromkeys(row[value] for row in rows if -len(row) <= value < len(row)))
-            text = here[0] + "…" * (len(here) > 1) if here else text
-        labels.append(text)
-    return tuple(labels)

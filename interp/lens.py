@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import Inputs, InputsError, MetricError, Model, ModelError, Plan, PlanError, Site, linear_weight
+from hooks import Inputs, InputsError, MetricError, Model, ModelError, Plan, PlanError, Site, linear_weight, nearest
 from interp.answers import Tokens, token_ids
 from interp.axes import Axis
 from interp.evaluation import require_eval
+from interp.lens_picture import MOST_POSITIONS, drawn, lens_figure
 from interp.metrics import Metric, call
 from interp.parts import bias_output, frozen_norm, head_outputs, post_norm
 from interp.provenance import describe_run
 from interp.results import Result
 from interp.sweeps import assemble
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 READOUT = ("ln_final", "logits")
 
@@ -30,11 +36,29 @@ class LogitLens:
         logits: [P, B, T, V], one entry for each point, on the CPU.
         points: what was read out: ``"embed"`` (the residual before the first block), then the number of each block.
         inputs: the prompts.
+        name: from a token id to its text (or a class to its label).
     """
 
     logits: Tensor
     points: tuple[str, ...]
     inputs: Inputs
+    name: Callable[[int], str] = str
+
+    def __repr__(self) -> str:
+        return f"LogitLens({len(self.points)} points, {self.inputs!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the likeliest token at each point and position of the first row, for notebooks."""
+        return drawn(self)
+
+    def figure(self, row: int = 0, last: int = MOST_POSITIONS) -> Figure:
+        """Return a figure of the likeliest token at each point and position of a row.
+
+        Args:
+            row: which.
+            last: how many positions, up to the end.
+        """
+        return lens_figure(self, row, last)
 
     def top(self, model: Model, k: int = 3, row: int = 0, pos: int | None = None) -> list[list[tuple[str, float]]]:
         """The k likeliest next tokens (or classes) at each point, with their probabilities, for one row and position.
@@ -85,7 +109,8 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
     if metric is None:
         with torch.no_grad(), model.suspended():
             logits = torch.stack([arch.logits(arch.norm(run.tape[place])).cpu() for place in sites])
-        return LogitLens(logits, points, inputs)
+        named = model.tokenizer is not None or arch.readout is not None
+        return LogitLens(logits, points, inputs, (lambda i: model.decode([i])) if named else str)
     bound = metric.bind(model, inputs)
     if metric.reference is not None or any(r.name != "logits" for r in bound.reads):
         raise MetricError(f"the logit lens measures metrics of the logits alone, and {metric.name!r} reads more")
@@ -101,7 +126,14 @@ def logit_lens(model: Model, inputs: Inputs, metric: Metric | None = None) -> Lo
 
 
 def direct_logit_attribution(
-    model: Model, inputs: Inputs, answer: Tokens, foil: Tokens | None = None, *, pos: int = -1, heads: bool = True
+    model: Model,
+    inputs: Inputs,
+    answer: Tokens,
+    foil: Tokens | None = None,
+    *,
+    pos: int = -1,
+    heads: bool = True,
+    by: str = "component",
 ) -> Result:
     """Split the logit of the answer (minus the foil's) into what each component writes to the residual stream.
 
@@ -115,16 +147,21 @@ def direct_logit_attribution(
         answer, foil: as in `logit_diff`; without a foil, the logit of the answer.
         pos: the position read; a classifier's logits have one, 0 and -1.
         heads: split attention into its heads (and its output bias); else one part a layer.
+        by: "component", or "head" for the heads alone, layer by layer.
 
     Returns:
         A `Result` with one axis ``component`` ("embed", "0.h3", "0.attn_bias", "0.mlp", ..., "norm_bias", and
-        "unembed_bias" where there is one), in nats.
+        "unembed_bias" where there is one), or with axes ``layer`` and ``head``, in nats.
 
     Raises:
         ModelError: the parts do not add up, so the model is not what this describes; or it is in training mode.
         MetricError: a part is nan.
         PlanError: a plan that is held on the model edits what is read out.
     """
+    if by not in ("component", "head") or (by == "head" and not heads):
+        raise MetricError(
+            f"by is 'component' or, with heads=True, 'head', not {by!r}{nearest(by, ['component', 'head'])}"
+        )
     under = check_readout(model, inputs)
     if not isinstance(pos, int):
         raise MetricError(f"direct logit attribution reads one position, not pos={pos!r}")
@@ -190,7 +227,20 @@ def direct_logit_attribution(
     values = np.zeros((1, len(names) + 2, len(inputs)))
     values[0, 2:] = stacked.to("cpu", torch.float64).numpy()
     name = "logit" if foil is None else "logit_diff"
-    return _as_result(values, Axis("component", tuple(names)), name, inputs, model, "direct logit attribution")
+    result = _as_result(values, Axis("component", tuple(names)), name, inputs, model, "direct logit attribution")
+    return _by_head(result) if by == "head" else result
+
+
+def _by_head(result: Result) -> Result:
+    """The heads among the components, by layer and head; where layers have fewer heads, no row has the rest."""
+    (axis,) = result.axes
+    places = [(i, *map(int, name.split(".h"))) for i, name in enumerate(axis.values) if ".h" in name]
+    layers, count = 1 + max(layer for _, layer, _ in places), 1 + max(head for _, _, head in places)
+    effect, status = np.full((layers, count, len(result.rows)), np.nan), np.full((layers, count), 2, np.int8)
+    for i, layer, head in places:
+        effect[layer, head], status[layer, head] = result.effect[i], result.status[i]
+    axes = (Axis("layer", tuple(range(layers))), Axis("head", tuple(range(count))))
+    return replace(result, effect=effect, axes=axes, status=status)
 
 
 def check_readout(model: Model, inputs: Inputs) -> Plan:
@@ -220,5 +270,5 @@ def _as_result(values: np.ndarray, axis: Axis, name: str, inputs: Inputs, model:
     measured = Metric(name, lambda model, inputs: None)  # type: ignore[arg-type, return-value]
     status = np.zeros(values.shape[1:], np.int8)
     result = assemble(values, status, (axis,), [None] * len(axis), [measured], False, None, inputs, model)
-    result.config.update(describe_run(model, what, None, None, "", 0))
+    result.config.update(describe_run(model, what, None, None, "", 0, inputs=inputs))
     return result

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+import socket
+import urllib.parse
+import urllib.request
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -46,9 +51,39 @@ def load(name: str | PathLike[str], *, device: torch.device | str = "cpu", dtype
     elif Path(name).exists():
         raise ModelError(f"{text} has no config.json: it is not a saved model")
     else:
+        _require_hub_name(text)
         model = _load_hub(text, local=False)
     module = model.module.to(device=device, dtype=dtype).eval()
     return wrap(module, model.processor or model.tokenizer)
+
+
+def _require_hub_name(name: str) -> None:
+    """Raise ModelError where no hub has to be asked: for a path, and for what is nearly a name that is known here.
+
+    A name of the hub's without an owner is one of a few old ones (gpt2), which none of ours is close to.
+    """
+    have = (*shipped(), pretrained.NAME)
+    close = difflib.get_close_matches(name, have, n=1, cutoff=0.75)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not close:
+        return
+    raise ModelError(
+        f"{name!r} is not a model that is known here ({', '.join(have)}{nearest(name, have)}), no folder with a saved "
+        "model, and no name on the hub"
+    )
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all, found out at once: its own client tries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return not constants.HF_HUB_OFFLINE
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
 
 
 def _load_folder(folder: Path) -> Model:
@@ -77,23 +112,34 @@ def _load_small(folder: Path) -> Model:
 
 
 def _load_hub(name: str, local: bool) -> Model:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
+    folder, local = local, local or not _hub_answers()
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         if config.model_type in IMAGE_CLASSIFIERS:
             return wrap(AutoModelForImageClassification.from_pretrained(name, local_files_only=local))
-        if _sees(config):
-            return _load_seeing(name, local)
-        module = AutoModelForCausalLM.from_pretrained(name, local_files_only=local)
+        seeing = _sees(config)
+        kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+        module = kind.from_pretrained(name, local_files_only=local)
+        processor = _processor(name, local) if seeing else None
+        if processor is not None:
+            return wrap(module, processor)
         tokenizer = None
-        if not local or any((Path(name) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if not folder or any((Path(name) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
-        have = ", ".join(shipped()) or "none yet"
+        have = (*shipped(), pretrained.NAME)
+        asked = "could not be had from the hub" if folder or not local else "the hub cannot be reached from here"
         raise ModelError(
-            f"{name!r} is not a model that ships with the package ({have}{nearest(name, shipped())}), not a folder "
-            f"with a saved model, and could not be had from the hub: {str(error).splitlines()[0]}"
+            f"{name!r} is not a model that is known here ({', '.join(have)}{nearest(name, have)}), not a folder "
+            f"with a saved model, and {asked}: {str(error).splitlines()[0]}"
         ) from error
     return wrap(module, tokenizer)
 
@@ -105,10 +151,14 @@ def _sees(config: Any) -> bool:
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
 
 
-def _load_seeing(name: str, local: bool) -> Model:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def _processor(name: str, local: bool) -> Any:
+    """What makes inputs of texts and images; None where it is not there, or needs a package that is not."""
+    from transformers import AutoProcessor
 
-    module = AutoModelForImageTextToText.from_pretrained(name, local_files_only=local)
-    if local and not any((Path(name) / f).exists() for f in ("processor_config.json", "preprocessor_config.json")):
-        return wrap(module)
-    return wrap(module, AutoProcessor.from_pretrained(name, local_files_only=local))
+    files = ("processor_config.json", "preprocessor_config.json")
+    if local and not any((Path(name) / file).exists() for file in files):
+        return None
+    try:
+        return AutoProcessor.from_pretrained(name, local_files_only=local)
+    except ImportError:  # those that know videos want torchvision
+        return None

@@ -5,27 +5,25 @@ matplotlib is imported on use, pyplot never: a figure made here belongs to whoev
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hooks import ResultError, nearest
+from interp.attention_plot import attention
 from interp.axes import Axis
+from interp.canvas import figure_of
+from interp.doing import done, edits, meaning
 from interp.effects import Effects
 from interp.selection import select
 from interp.typesetting import (
-    LONGEST,
-    SMALLEST,
     entitle,
     printed,
     room_of,
     say,
-    set_ticks,
     shortened,
     tick_x,
     tick_y,
@@ -35,25 +33,56 @@ from interp.typesetting import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+__all__ = ["attention", "heatmap", "ranked"]
 
 # Red-white-blue keeps its two ends apart in every common form of colour blindness.
 _COLOURS = "RdBu_r"
+MOST_BARS, SHOWN_BARS = 80, 30
+"""How long an axis may be that is drawn whole, and how much of a longer one is drawn."""
 _TITLES = {"pos": "position", "key_pos": "key position"}
 
 
-def heatmap(result: Effects, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
+@dataclass(frozen=True)
+class Look:
+    """What a user says of a picture; None and nothing where that is left to us.
+
+    Attributes:
+        title: what stands above.
+        cmap: the colours, a name or a colour map of matplotlib's.
+        labels: what axes are called, by name; and "value", what the numbers are.
+    """
+
+    title: str | None = None
+    cmap: Any = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def heatmap(
+    result: Effects,
+    ax: Any = None,
+    metric: str | None = None,
+    value: str | None = None,
+    *,
+    title: str | None = None,
+    cmap: Any = None,
+    labels: Mapping[str, str] | None = None,
+) -> Axes | list[Axes]:
     """Draw the mean effects of a result with one, two or three axes.
 
     Two axes make a heatmap: layers upwards, positions or heads to the right; zero is white, more is red, less is blue,
     a cell that no row has is grey. One axis makes bars with 95 % bootstrap intervals. Three make a heatmap for each
-    site (or each value of the first axis, where none is called "site"), on one colour scale.
+    site (or each value of the first axis, where none is called "site"), on one colour scale. One axis of very many
+    values (edges, say) is drawn as its largest effects.
 
     Args:
         result: what to draw.
         ax: matplotlib axes to draw into, for three axes a list with one a panel; by default a figure of their own.
         metric: which, where there are several; the first by default.
         value: "normalized" or "effect"; by default normalized where the result can be.
+        title: what stands above; by default what was done, and what was selected.
+        cmap: a colour map of matplotlib's, or its name, whose middle is 0.
+        labels: what axes are called, by their names, as ``{"pos": "word"}``; under "value", what the numbers are.
 
     Returns:
         The matplotlib axes; for three axes the list of them.
@@ -68,20 +97,51 @@ def heatmap(result: Effects, ax: Any = None, metric: str | None = None, value: s
             f"a plot shows one to three axes, this result has {len(one.axes)} ({names}): see sel() and top()"
         )
     values, normalized = _values(one, value)
+    look = _look(one, title, cmap, labels)
+    if len(one.axes) == 1 and len(one.axes[0]) > MOST_BARS:
+        told = [_selected(one), f"the {SHOWN_BARS} largest of {len(one.axes[0]):,}"]
+        many = "; ".join(filter(None, told)) if title is None else title
+        return ranked(one, SHOWN_BARS, ax, value, title=many, cmap=cmap, labels=labels)
     given = None if ax is None else list(ax) if isinstance(ax, (list, tuple, np.ndarray)) else [ax]
     if len(one.axes) == 1:
-        return _bars(one, values, normalized, given)
+        return _bars(one, values, normalized, given, look)
     if len(one.axes) == 2:
-        return _maps(one, values[None], normalized, one.axes, [""], given)[0]
+        return _maps(one, values[None], normalized, one.axes, [""], given, look)[0]
     names = [axis.name for axis in one.axes]
     dim = names.index("site") if "site" in names else 0
     panel, rest = one.axes[dim], one.axes[:dim] + one.axes[dim + 1 :]
-    before = "" if panel.name == "site" else f"{_title(panel)} "
+    before = "" if panel.name == "site" else f"{_title(panel, look)} "
     titles = [before + label for label in panel.labels]
-    return _maps(one, np.moveaxis(values, dim, 0), normalized, rest, titles, given)
+    return _maps(one, np.moveaxis(values, dim, 0), normalized, rest, titles, given, look)
 
 
-def ranked(result: Effects, k: int = 12, ax: Any = None, value: str | None = None) -> Axes:
+def _look(result: Effects, title: str | None, cmap: Any, labels: Mapping[str, str] | None) -> Look:
+    """Check what a user says of a picture.
+
+    Raises:
+        ResultError: a label of an axis that there is not, or a colour map that matplotlib does not know.
+    """
+    from matplotlib import colormaps
+
+    known = [*(axis.name for axis in result.axes), "value"]
+    for name in labels or {}:
+        if name not in known:
+            raise ResultError(f"labels: no axis {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    if isinstance(cmap, str) and cmap not in colormaps:
+        raise ResultError(f"matplotlib has no colour map {cmap!r}{nearest(cmap, colormaps)}")
+    return Look(title, cmap, labels or {})
+
+
+def ranked(
+    result: Effects,
+    k: int = 12,
+    ax: Any = None,
+    value: str | None = None,
+    *,
+    title: str | None = None,
+    cmap: Any = None,
+    labels: Mapping[str, str] | None = None,
+) -> Axes:
     """Draw the k cells of the largest effect as bars, largest first, with 95 % bootstrap intervals.
 
     Args:
@@ -89,6 +149,7 @@ def ranked(result: Effects, k: int = 12, ax: Any = None, value: str | None = Non
         k: how many.
         ax: matplotlib axes to draw into; by default a figure of their own.
         value: "normalized" or "effect"; by default normalized where the result can be.
+        title, cmap, labels: as in `heatmap`.
 
     Returns:
         The matplotlib axes.
@@ -96,8 +157,6 @@ def ranked(result: Effects, k: int = 12, ax: Any = None, value: str | None = Non
     Raises:
         ResultError: the result has several metrics.
     """
-    from interp.axes import Axis
-
     if result.several:
         raise ResultError(
             f"cells are ranked by one metric, and there are {', '.join(result.metrics)}: see sel(metric=)"
@@ -109,51 +168,17 @@ def ranked(result: Effects, k: int = 12, ax: Any = None, value: str | None = Non
         ".".join(str(axis.values[i]) for axis, i in zip(result.axes, cell, strict=True))
         for cell in zip(*index, strict=True)
     )
-    title = ".".join(axis.name for axis in result.axes)
+    named = ".".join(axis.name for axis in result.axes)
     flat = replace(
         result,
         effect=result.effect[index],
-        axes=(Axis(title, names),),
+        axes=(Axis(named, names),),
         several=False,
         status=result.status[index],
     )
-    drawn = heatmap(flat, ax=ax, value=value)
+    drawn = heatmap(flat, ax=ax, value=value, title=title, cmap=cmap, labels=labels)
     assert not isinstance(drawn, list)
     return drawn
-
-
-def attention(pattern: Any, tokens: Sequence[str], ax: Any = None, title: str = "") -> Axes:
-    """Draw an attention pattern: queries down, keys to the right, dark is much.
-
-    Args:
-        pattern: [T, S], weights from 0 to 1, a tensor or an array.
-        tokens: text of the T = S tokens.
-        ax: matplotlib axes to draw into; by default a figure of their own.
-        title: what stands above.
-
-    Returns:
-        The matplotlib axes.
-    """
-    weights = np.asarray(pattern, dtype=float)
-    if weights.ndim != 2 or weights.shape != (len(tokens), len(tokens)):
-        raise ResultError(f"a pattern of {len(tokens)} tokens has shape {[len(tokens)] * 2}, got {list(weights.shape)}")
-    if ax is None:
-        size = 1.6 + 0.2 * len(tokens)
-        ax = _figure(size, size).subplots()
-    # Causal attention leaves the future empty; what does look there is drawn.
-    future = np.triu(np.ones(weights.shape, bool), 1)
-    hidden = future & (not weights[future].any())
-    ax.imshow(np.where(hidden, np.nan, weights), cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
-    labels = [printed(visible(token), LONGEST) for token in tokens]
-    size = min(9.0, max(SMALLEST, 150.0 / len(tokens)))
-    set_ticks(ax.xaxis, labels, 1, True, size, 90)
-    set_ticks(ax.yaxis, labels, 1, True, size, 0)
-    ax.set_xlabel("key", fontsize=9)
-    ax.set_ylabel("query", fontsize=9)
-    entitle(ax, title)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    return ax
 
 
 def _values(result: Effects, value: str | None) -> tuple[np.ndarray, bool]:
@@ -177,6 +202,7 @@ def _maps(
     axes: Sequence[Axis],
     titles: Sequence[str],
     given: list[Axes] | None,
+    look: Look,
 ) -> list[Axes]:
     """Draw one heatmap a panel; `grids` is [panel, *axes]."""
     y, x = axes
@@ -187,7 +213,7 @@ def _maps(
         down = math.ceil(len(titles) / across)
         width = min(_inches(x, 0.22, 1.8, 6.0), 6.0 / across) * across + 1.4 + room_of(y)
         height = (_inches(y, 0.19, 2.0, 5.5) + 0.3 * (titles != [""])) * down + 0.5 + room_of(x)
-        figure = _figure(width, height)
+        figure = figure_of(width, height)
         every = figure.subplots(down, across, squeeze=False).ravel().tolist()
         for ax in every[len(titles) :]:
             ax.remove()
@@ -199,71 +225,84 @@ def _maps(
 
     finite = np.abs(grids[np.isfinite(grids)])
     limit = float(finite.max(initial=0.0)) or 1.0
-    look = {"cmap": _COLOURS, "vmin": -limit, "vmax": limit, "aspect": "auto", "interpolation": "nearest"}
+    colours = {"cmap": look.cmap or _COLOURS, "vmin": -limit, "vmax": limit}
+    cells = {"aspect": "auto", "interpolation": "nearest"}
+    above = _selected(result) if look.title is None else look.title
     for ax, grid, title in zip(panels, grids, titles, strict=True):
         ax.set_facecolor("0.82")  # nan is transparent and shows it
-        image = ax.imshow(np.clip(grid, -limit, limit), origin="lower" if y.name == "layer" else "upper", **look)
-        entitle(ax, title or _selected(result))
+        image = ax.imshow(
+            np.clip(grid, -limit, limit), origin="lower" if y.name == "layer" else "upper", **colours, **cells
+        )
+        entitle(ax, title or above)
     bar = panels[0].figure.colorbar(image, ax=panels if len(panels) > 1 else panels[0], pad=0.02, aspect=25)
     absent = " (grey: in no row)" if np.isnan(grids).any() else ""
     for ax in bottom:
-        ax.set_xlabel(printed(_title(x)) + absent, usetex=False)
+        ax.set_xlabel(printed(_title(x, look)) + absent, usetex=False)
     for ax in left:
-        ax.set_ylabel(printed(_title(y)), usetex=False)
-    if figure is not None and titles != [""] and _selected(result):
-        figure.suptitle(printed(_selected(result), 60), usetex=False)
+        ax.set_ylabel(printed(_title(y, look)), usetex=False)
+    if figure is not None and titles != [""] and above:
+        figure.suptitle(printed(above, 60), usetex=False)
 
     def set_type() -> None:
         for ax in panels:
             tick_x(ax, x, shown=ax in bottom)
             tick_y(ax, y, shown=ax in left)
-        say(bar.ax, _meaning(result, normalized))
+        say(bar.ax, [look.labels["value"]] if "value" in look.labels else _meaning(result, normalized))
 
     typeset(panels[0], set_type)
     return panels
 
 
-def _bars(result: Effects, values: np.ndarray, normalized: bool, given: list[Axes] | None) -> Axes:
+def _bars(result: Effects, values: np.ndarray, normalized: bool, given: list[Axes] | None, look: Look) -> Axes:
     from matplotlib import colormaps
 
     (axis,) = result.axes
-    figure = None if given else _figure(_inches(axis, 0.24, 2.4, 6.4) + 0.9, 2.3 + room_of(axis))
+    figure = None if given else figure_of(_inches(axis, 0.24, 2.4, 6.4) + 0.9, 2.3 + room_of(axis))
     (ax,) = _as_many(given, 1) if figure is None else [figure.subplots()]
     low, high = result.ci(normalized=normalized)
     at = np.arange(len(axis))
-    blue, red = colormaps[_COLOURS]([0.12, 0.88])
+    colours = look.cmap or _COLOURS
+    blue, red = (colormaps[colours] if isinstance(colours, str) else colours)([0.12, 0.88])
     finite = np.where(np.isfinite(values), values, np.nan)  # an infinite bar has no end to draw
     ax.bar(at, finite, width=0.72, color=[red if v > 0 else blue for v in values])
     ax.vlines(at, low, high, color="black", linewidth=1.0)
     ax.axhline(0.0, color="black", linewidth=0.6)
     ax.set_xlim(-0.6, len(axis) - 0.4)
-    ax.set_xlabel(printed(_title(axis)), usetex=False)
-    entitle(ax, _selected(result))
-    meaning = [*_meaning(result, normalized), *(["95% intervals"] if np.isfinite(low).any() else [])]
+    ax.set_xlabel(printed(_title(axis, look)), usetex=False)
+    entitle(ax, _selected(result) if look.title is None else look.title)
+    said = [*_meaning(result, normalized), *(["95% intervals"] if np.isfinite(low).any() else [])]
+    said = [look.labels["value"]] if "value" in look.labels else said
 
     def set_type() -> None:
         tick_x(ax, axis, shown=True)
-        say(ax, meaning)
+        say(ax, said)
 
     typeset(ax, set_type)
     return ax
 
 
-def _title(axis: Axis) -> str:
-    return _TITLES.get(axis.name, axis.name)
+def _title(axis: Axis, look: Look) -> str:
+    return look.labels.get(axis.name, _TITLES.get(axis.name, axis.name))
 
 
 def _meaning(result: Effects, normalized: bool) -> list[str]:
     """Return what the numbers are, in pieces."""
-    over = f"mean of {len(result.rows)} row{'s' * (len(result.rows) != 1)}"
-    what, scale = ("normalized effect", "0 = base, 1 = source") if normalized else ("effect", "edited − base")
-    return [f"{what} on {shortened(visible(result.metrics[0]), 40)}", scale, over]
+    have = result.counts()
+    few = f"{int(have[have > 0].min(initial=len(result.rows)))} to " if (have < len(result.rows)).any() else ""
+    over = f"mean of {few}{len(result.rows)} row{'s' * (len(result.rows) != 1)}"
+    named = shortened(visible(result.metrics[0]), 40)
+    if not edits(result):
+        return [f"{meaning(result)}: {named}", over]
+    what = f"normalized {meaning(result)}" if normalized else meaning(result)
+    return [f"{what} on {named}", "0 = base, 1 = source" if normalized else "edited − base", over]
 
 
 def _selected(result: Effects) -> str:
-    """Return what `sel` picked."""
+    """Return what was done, and what `sel` picked."""
     picked = result.config.get("selected")
-    return ", ".join(f"{name} {value}" for name, value in picked.items()) if isinstance(picked, dict) else ""
+    chosen = ", ".join(f"{name} {value}" for name, value in picked.items()) if isinstance(picked, dict) else ""
+    told = done(result) if "grid" in result.config else ""
+    return f"{told}; {chosen}" if told and chosen else told or chosen
 
 
 def _rank(axis: Axis) -> int:
@@ -281,19 +320,3 @@ def _as_many(given: list[Axes] | None, panels: int) -> list[Axes]:
             f"this plot has {panels} panel{'s' * (panels != 1)} and needs as many axes, got {len(given or [])}"
         )
     return given
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Return a figure of its own, in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    # A notebook shows figures without being told only after pyplot has been imported; this one shows always.
-    figure._repr_png_ = partial(_png, figure)  # pyright: ignore[reportAttributeAccessIssue]
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

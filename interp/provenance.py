@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hooks import Inputs, Model, Plan, World, digest_of, fingerprint, structure
+from hooks import Inputs, Model, Plan, World, digest_of, fingerprint, joined, structure
 from interp.axes import Axis
 from interp.grids import Factory
 from interp.metrics import Bound, Metric
@@ -21,11 +21,35 @@ from interp.version import __version__
 
 
 def describe_run(
-    model: Model, grid: Any, intervention: Factory | None, corrupt: Inputs | None, direction: str, seed: int
+    model: Model,
+    grid: Any,
+    intervention: Factory | None,
+    corrupt: Inputs | None,
+    direction: str,
+    seed: int,
+    *,
+    inputs: Inputs | None = None,
+    source: World | None = None,
+    plans: Sequence[Plan] = (),
 ) -> dict[str, Any]:
-    """What a result says of how it was made."""
+    """What a result says of how it was made.
+
+    Args:
+        model, grid, intervention, corrupt, direction, seed: of the call.
+        inputs: the run that is edited, and `source` the one that values are taken from.
+        plans: what was done in each cell.
+    """
+    told: dict[str, Any] = {}
+    if inputs is not None:
+        told["inputs"] = {"base": told_of(inputs)} | ({} if source is None else {"source": told_of(source.inputs)})
+    if plans:
+        # The first as it prints, and what tells all of them from those of another sweep.
+        told["plan"] = {"first": str(plans[0]), "cells": len(plans)}
+    path = getattr(getattr(model.module, "config", None), "_name_or_path", "")
     return {
         "model": repr(model),
+        **({"path": str(path)} if path else {}),
+        **told,
         "grid": str(grid),
         "intervention": "patch" if intervention is None else name_of(intervention),
         "direction": direction if corrupt is not None else "ablation",
@@ -33,6 +57,17 @@ def describe_run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "versions": versions(),
+    }
+
+
+def told_of(inputs: Inputs) -> dict[str, Any]:
+    """What a result says of prompts: how many, how long, the first of them, and a digest of all."""
+    lengths = inputs.lengths
+    return {
+        "rows": len(inputs),
+        "tokens": [int(lengths.min()), int(lengths.max())],
+        "first": joined(inputs.labels(0)) if inputs.pixels is None else repr(inputs),
+        "digest": fingerprint(inputs),
     }
 
 

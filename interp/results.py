@@ -124,13 +124,17 @@ class Result(Effects):
         """
         return concat(results, along)
 
-    def plot(self, ax: Any = None, metric: str | None = None, value: str | None = None) -> Axes | list[Axes]:
-        """Draw the result; see `interp.plots.heatmap`. In a notebook, `figure()` is what shows."""
-        return plots.heatmap(self, ax=ax, metric=metric, value=value)
+    def plot(
+        self, ax: Any = None, metric: str | None = None, value: str | None = None, **look: Any
+    ) -> Axes | list[Axes]:
+        """Draw the result, with a `title`, `cmap` and `labels` of yours; see `interp.plots.heatmap`. In a notebook,
+        `figure()` is what shows.
+        """
+        return plots.heatmap(self, ax=ax, metric=metric, value=value, **look)
 
-    def figure(self, metric: str | None = None, value: str | None = None) -> Figure:
-        """Return a figure of the result: the last line of a notebook cell shows it, and it has `savefig`."""
-        axes = self.plot(metric=metric, value=value)
+    def figure(self, metric: str | None = None, value: str | None = None, **look: Any) -> Figure:
+        """Return a figure of the result, as `plot` draws it: a notebook shows it, and it has `savefig`."""
+        axes = self.plot(metric=metric, value=value, **look)
         return cast("Figure", (axes[0] if isinstance(axes, list) else axes).figure)
 
     def __repr__(self) -> str:

@@ -148,6 +148,10 @@ class Stream:
         """The cells of which some row is missing."""
         return np.flatnonzero(~self.done.all(1)).tolist()
 
+    def complete(self) -> int:
+        """How many cells are known in all rows, but for the two that a sweep begins with."""
+        return int(self.done[2:].all(1).sum())
+
     def close(self) -> None:
         """Remove the folder, once the result itself is saved."""
         if self.folder is None:

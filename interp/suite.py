@@ -15,6 +15,7 @@ from hooks import (
     HEAD,
     KINDS,
     Inputs,
+    InputsError,
     InterpError,
     Intervention,
     Model,
@@ -297,7 +298,10 @@ class _Suite:
 
         def beside(side: str) -> Check:
             padded = self.model.inputs(rows, padding=side)
-            logits = self.model.run(padded).logits
+            try:
+                logits = self.model.run(padded).logits
+            except InputsError as error:
+                return Check("identities", f"{side} padding", None, str(error))
             mine = torch.cat([logits[r][padded.mask[r].to(logits.device)] for r in range(len(rows))])
             return self.compared("identities", f"{side} padding", mine, torch.cat(alone))
 

@@ -5,9 +5,9 @@ metric.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,33 +18,27 @@ from hooks import (
     POS,
     PRUNED,
     Inputs,
-    InputsError,
     MetricError,
     Model,
     Outcomes,
     Plan,
-    PlanError,
     Site,
     UnfiredError,
     World,
-    align,
     choose,
     joined,
-    nearest,
-    patch,
     recompute,
 )
 from hooks import run_chunks as run_worlds
 from interp.axes import Axis
-from interp.evaluation import check_metrics, read_reference, require_eval
+from interp.evaluation import check_metrics, read_reference
 from interp.grids import Cell, Factory, Grid
 from interp.metrics import Bound, Metric, call_each
 from interp.progress import tqdm
-from interp.provenance import describe_run, name_of, sweep_identity
+from interp.provenance import describe_run, sweep_identity
 from interp.results import STATUS, Result
+from interp.sides import check_model, require_grid, source_of, stated
 from interp.streaming import Stream, finished
-
-DIRECTIONS = ("denoising", "noising")
 
 
 def sweep(
@@ -67,8 +61,9 @@ def sweep(
     Args:
         model: a wrapped model, in evaluation mode.
         clean: the prompts (or images) that show the behaviour.
-        corrupt: the prompts that do not, row by row of the same lengths; None where `intervention` needs no other
-            prompts, which then is applied to `clean`.
+        corrupt: the prompts that do not, row by row of the same lengths (of any where the grid counts its positions
+            from the end, ``pos=[-1, -2]``); None where `intervention` needs no other prompts, which then is applied to
+            `clean`.
         grid: the cells; see `interp.grid`.
         metric: what is measured; a sequence adds a first axis to the result.
         intervention: from a site to what is done there, in place of patching from the other prompts: ``ip.zero``,
@@ -95,12 +90,13 @@ def sweep(
         ResultError: there is a result of another sweep at `path`.
         UnfiredError: no cell changed anything (clean equals corrupt, say).
     """
+    started = time.perf_counter()
     require_grid(grid)
     direction = check_model(model, stated(model, direction, clean, corrupt, grid, intervention))
     several = isinstance(metric, (list, tuple))
     metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
     check_metrics(metrics)
-    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention)
+    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention, grid)
     model.check_inputs(base_inputs)
     axes, cells = grid.cells(model, base_inputs)
     worlds = _cell_worlds(cells, factory, base_inputs)
@@ -123,7 +119,8 @@ def sweep(
     reads, spans = _all_reads(bound)
     with model.suspended():
         choice = choose(model, [worlds[i] for i in todo], executor, reads)
-    bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
+    hidden = None if progress is None else not progress
+    bar = tqdm(total=len(cells), initial=stream.complete(), disable=hidden, unit="cell", leave=False)
     with bar:
         bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
         for chunk in run_worlds(
@@ -143,93 +140,20 @@ def sweep(
                 if 0 in places:
                     require_finite(numbers[:, places.index(0)], [m.name for m in metrics], part.rows)
                 stream.write(numbers, places, part.rows, [STATUS.index(status) for status in part.statuses])
-                bar.update(len(places) * (part.rows.stop - part.rows.start))
+                bar.update(stream.complete() - bar.n)
 
     source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed, executor)
     values, status = np.array(stream.values), np.array(stream.status)
     result = assemble(values, status, axes, cells, metrics, several, source_values, base_inputs, model)
-    result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed))
-    result.config.update(executor=choice.executor, executor_reason=choice.reason, identity=identity)
+    told = {"inputs": base_inputs, "source": source, "plans": [world.plan for world in worlds[2:]]}
+    result.config.update(describe_run(model, grid, intervention, corrupt, direction, seed, **told))
+    cost = {"cells": len(cells), "worlds_run": len(todo), "seconds": round(time.perf_counter() - started, 3)}
+    result.config.update(executor=choice.executor, executor_reason=choice.reason, identity=identity, cost=cost)
     _require_effect(result, cells)
     if path is not None:
         result.save(path)
         stream.close()
     return result
-
-
-def require_grid(grid: Any) -> None:
-    """Raise InputsError unless this is a grid."""
-    if not isinstance(grid, Grid):
-        raise InputsError(f"a sweep goes through a grid: ip.grid({grid!r}, layer='all'), not {type(grid).__name__}")
-
-
-def stated(
-    model: Model,
-    direction: str | None,
-    clean: Inputs,
-    corrupt: Inputs | None,
-    grid: Grid,
-    intervention: Factory | None,
-) -> str:
-    """The direction that is asked for: as said, or as follows from what is taken from which run.
-
-    Raises:
-        InputsError: nothing is taken from either, so it has to be said which is edited.
-    """
-    if direction is not None:
-        return direction
-    if not isinstance(clean, Inputs) or not isinstance(corrupt, Inputs) or not callable(intervention):
-        return "denoising"
-    require_eval(model, "a sweep")
-    _, cells = grid.cells(model, clean)
-    sources = [read.source for item in cells[0].plan(intervention) for read in item.reads]
-    taken = [source.inputs for source in sources if isinstance(source, World)]
-    if any(inputs is clean for inputs in taken) != any(inputs is corrupt for inputs in taken):
-        return "denoising" if any(inputs is clean for inputs in taken) else "noising"
-    raise InputsError(
-        f"{name_of(intervention)} takes nothing from either run, so it does not follow which of the two it edits: say "
-        "direction='noising' for the clean run, direction='denoising' for the corrupt one, or give corrupt=None"
-    )
-
-
-def check_model(model: Model, direction: str) -> str:
-    """Check that a model can be measured, and that a direction is one, which is returned.
-
-    Raises:
-        ModelError: it is not wrapped, or in training mode.
-        InputsError: an unknown direction.
-    """
-    require_eval(model, "a sweep")
-    if direction not in DIRECTIONS:
-        raise InputsError(
-            f"direction is {' or '.join(map(repr, DIRECTIONS))}, not {direction!r}{nearest(direction, DIRECTIONS)}"
-        )
-    return direction
-
-
-def source_of(
-    model: Model, clean: Inputs, corrupt: Inputs | None, direction: str, intervention: Factory | None
-) -> tuple[Inputs, World | None, Factory]:
-    """The inputs that are edited, the world that values are taken from, and what is done at a site.
-
-    A plan that is held on the model is in that world too: of a pair of runs, both are under it.
-
-    Raises:
-        InputsError: prompts that are not Inputs, are missing, or do not correspond.
-    """
-    if intervention is not None and not callable(intervention):
-        raise PlanError(f"intervention is a function of a site, such as ip.zero, not {intervention!r}")
-    for name, inputs in (("clean", clean), ("corrupt", corrupt)):
-        if not isinstance(inputs, Inputs) and (inputs is not None or name == "clean"):
-            raise InputsError(f"{name} is {type(inputs).__name__}: prepare prompts with model.inputs(...)")
-    if corrupt is None:
-        if intervention is None:
-            raise InputsError("patching takes values from another run: give corrupt prompts, or an intervention=")
-        return clean, None, intervention
-    align(clean, corrupt)
-    base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
-    source = World(other, model.held_on(other)[0])
-    return base, source, intervention or partial(patch, source=source)
 
 
 def _cell_worlds(cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:

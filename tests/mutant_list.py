@@ -709,4 +709,23 @@ MUTANTS = [
         "z < z.amax(-1, keepdim=True) + math.log(eps)",
         "tests/attention/test_decoding.py::test_the_formula",
     ),
+    # The cache
+    (
+        "a removal that leaves the rest its weights",
+        "weight / left.clamp_min(1e-2) * (old - value)",
+        "weight * (old - value)",
+        "tests/kv/test_effects.py::test_every_unit_equals_a_loop_that_deletes_it[llama]",
+    ),
+    (
+        "a difference of nearly equal numbers",
+        "sharp = (left < 1e-2)",
+        "sharp = (left < 0)",
+        "tests/kv/test_effects.py::test_attention_all_on_one_key",
+    ),
+    (
+        "tokens counted by what is kept of them",
+        "before = first.tokens[:, None] if first.is_initialized else 0",
+        "before = first.width",
+        "tests/kv/test_eviction.py::test_eviction_equals_masking[llama]",
+    ),
 ]

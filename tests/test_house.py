@@ -237,7 +237,7 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter"},
+    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
     {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and their cells show what they promise."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,13 @@ def test_circuits_in_ten_minutes():
 
 def test_every_notebook_is_tested():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {"patching_in_ten_minutes", "circuits_in_ten_minutes"}
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_shipped_with_what_their_cells_show(path):
+    """`python -m experiments.notebooks.run` writes it; who reads a notebook without running it sees the pictures."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = [kind for cell in cells for out in cell["outputs"] for kind in out.get("data", {})]
+    assert sum(bool(cell["outputs"]) for cell in cells) >= len(cells) - 1
+    assert "text/html" in shown and not any(out["output_type"] == "error" for c in cells for out in c["outputs"])
+    assert path.stat().st_size < 1_000_000

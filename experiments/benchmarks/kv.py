@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def loop(model: ip.Model, ids: list[int], units: list[tuple[int, int, int]]) -> 
 
 
 @torch.no_grad()
-def exact(model: ip.Model, suffix: int, layers: list[int] | None) -> dict[str, Any]:
+def exact(model: ip.Model, suffix: int, layers: list[int] | None, repetitions: int = 3) -> dict[str, Any]:
     """Every unit of some layers (all where None) by worlds, against the loop on a sample of the same units."""
     ids = ids_for(model, CONTEXT + suffix)
     chosen = list(range(model.n_layers)) if layers is None else layers
@@ -110,8 +111,10 @@ def exact(model: ip.Model, suffix: int, layers: list[int] | None) -> dict[str, A
                 effect[layer, h.numpy(), k.numpy()] = measure(logits)[0].double().sum(1).numpy() - base
         return effect
 
-    ours()
-    seconds, found = interleaved({"ours": ours, "loop": lambda: loop(model, ids, sample)}, 3, "cpu")
+    if repetitions > 1:
+        ours()
+    runs = {"ours": ours, "loop": lambda: loop(model, ids, sample)}
+    seconds, found = interleaved(runs, repetitions, "cpu")
     count = len(chosen) * heads * CONTEXT
     whole = [s * count / SAMPLE for s in seconds["loop"]]
     mine = np.array([found["ours"][unit] for unit in sample])
@@ -190,34 +193,50 @@ def decoding(model: ip.Model, context: int, budget: int, tokens: int = 32) -> di
     }  # fmt: skip
 
 
+def _of_small(model: ip.Model) -> Iterator[dict[str, Any]]:
+    """What is measured of the small Llama, one row of JSON data after another."""
+    yield exact(model, 4, None)
+    yield exact(model, 4, [0])
+    yield exact(model, 8, None)
+    yield exact(model, 16, None)
+    yield gradients(model, 4096)
+    yield decoding(model, 16384, 512)
+    yield from eviction(model, 4096, 512, 256)
+
+
 def main() -> None:
     """Measure and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip-smollm2", action="store_true")
+    parser.add_argument("--suffixes", type=int, nargs="+", default=[4, 8, 16], help="of SmolLM2, in tokens")
+    parser.add_argument("--whole", action="store_true", help="every layer of SmolLM2, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     started, model = time.time(), small()
-    rows = [{"model": "small Llama", **exact(model, 4, layers)} for layers in ([0], None)]
-    rows += [{"model": "small Llama", **exact(model, n, None)} for n in (8, 16)]
-    rows.append({"model": "small Llama", **gradients(model, 4096)})
-    rows += [{"model": "small Llama", **row} for row in eviction(model, 4096, 512, 256)]
-    rows.append({"model": "small Llama", **decoding(model, 16384, 512)})
+    rows: list[dict[str, Any]] = []
+    for row in _of_small(model):
+        rows.append({"model": "small Llama", **row})
+        _write(given.out, rows, started)
     if not given.skip_smollm2:
         real = ip.load("smollm2-135m")
-        middle = real.n_layers // 2
-        rows.append({"model": "SmolLM2-135M", **exact(real, 4, [middle])})
-        # Layers all the way up, every fifth: a mean over them is one over all.
-        spread = list(range(2, real.n_layers, 5))
-        rows += [{"model": "SmolLM2-135M", **exact(real, n, spread)} for n in (4, 8, 16)]
-        rows.append({"model": "SmolLM2-135M", **gradients(real, 1024)})
+        middle = [real.n_layers // 2]
+        for suffix in given.suffixes:
+            rows.append({"model": "SmolLM2-135M", **exact(real, suffix, middle, 1)})
+            _write(given.out, rows, started)
+        if given.whole:  # tens of minutes
+            rows.append({"model": "SmolLM2-135M", **exact(real, 4, None, 1)})
+            _write(given.out, rows, started)
+    print(given.out)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], started: float) -> None:
     found = {
         "rows": rows, "seconds": round(time.time() - started, 1), "machine": machine.describe("cpu"),
         "versions": machine.versions(), "commit": machine.commit(),
     }  # fmt: skip
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(given.out)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

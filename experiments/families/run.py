@@ -1,6 +1,6 @@
 """Try every family with the conformance suite, and write down what it offers: in JSON, and as the README's table.
 
-python -m experiments.families.run --out experiments/families/results.json --readme README.md
+python -m experiments.families.run --out experiments/families/families.json --readme README.md
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 
 import interp as ip
 from experiments.families.models import FAMILIES, Family
+from experiments.tables import written
 from interp.checks import Check, Conformance
 
 COLUMNS = {"reads, edits": "sites", "`shared`": "shared", "decodes": "generation", "paths": "paths"}
 """What the table says of a family, and what of the report that is."""
-START, END = "<!-- families: made by experiments/families -->", "<!-- end of families -->"
 
 
 def tried(family: Family, name: str) -> dict[str, Any]:
@@ -75,19 +75,11 @@ def _short(reason: str) -> str:
     return re.sub(r" \(it differs by [^)]*\)", "", reason).rstrip(".")
 
 
-def put_into(readme: Path, table: str) -> None:
-    """Replace what stands between the two marks in a README."""
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where the results go")
-    parser.add_argument("--readme", type=Path, help="a README whose table is made anew")
+    parser.add_argument("--readme", type=Path, help="a README whose table is made anew, of what --out holds")
     parser.add_argument("--only", nargs="*", choices=list(FAMILIES), help="these families alone")
     given = parser.parse_args(arguments)
     rows = []
@@ -98,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(row["failed"]), end="\n" if row["failed"] else "", flush=True)
     if given.out is not None:
         given.out.write_text(json.dumps({"families": rows}, indent=1) + "\n", encoding="utf-8")
-    if given.readme is not None:
-        put_into(given.readme, markdown(rows))
+    if given.readme is not None and given.out is not None:
+        written(given.out, given.readme, lambda record: markdown(record["families"]))
 
 
 if __name__ == "__main__":

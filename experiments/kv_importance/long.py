@@ -1,7 +1,8 @@
 """Memory and speed of prefill at a fixed budget: ``python -m experiments.kv_importance.long``.
 
-On a CPU a small random Llama reads up to 32k tokens; with ``--device cuda`` one of the shape of Llama-3.1-8B (random, bfloat16)
-reads up to 128k at the published settings. Every length runs in a process of its own, whose peak memory is its own.
+On a CPU a small random Llama reads up to 32k tokens; with ``--device cuda`` one of the shape of Llama-3.1-8B (random,
+bfloat16) reads up to 128k at the published settings. Every length runs in a process of its own, whose peak memory is
+its own.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def one(device: str, length: int, evicting: bool, threads: int) -> dict[str, Any
     return {
         "tokens": length, "evicting": evicting, "kept": cache.layers[0].width - count,
         "peak_megabytes": (_peak(device) - before) / 1e6, "cache_megabytes": cache.bytes / 1e6,
-        "prefill_tokens_a_second": length / prefill, "decoding_milliseconds": 1000 * (time.perf_counter() - start) / count,
+        "prefill_tokens_a_second": length / prefill,
+        "decoding_milliseconds": 1000 * (time.perf_counter() - start) / count,
     }  # fmt: skip
 
 
@@ -117,7 +119,8 @@ def main() -> None:
                 rows.append(pool.submit(one, given.device, length, evicting, given.threads).result())
             print(rows[-1], flush=True)
     found = {
-        "rows": rows, "machine": machine.describe(given.device), "versions": machine.versions(), "commit": machine.commit()
+        "rows": rows, "machine": machine.describe(given.device), "versions": machine.versions(),
+        "commit": machine.commit(),
     }  # fmt: skip
     path = RESULTS / f"long_{given.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def train(seed: int, folder: Path = FOLDER, steps: int = 6000, rows: int = 32, g
     stages, right = list(STAGES), 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 50)
+            group["lr"] = RATE * min(1, (step + 1) / 50) * (0.4 if len(stages) == 1 else 1)
         length, number = stages[0], seed * 1_000_003 + step
         if length:
             task = draw(rows, number, length=length)

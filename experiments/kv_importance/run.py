@@ -22,7 +22,7 @@ from interp.kv import policies
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
-CHUNK, STABILIZERS, STREAM_BUDGETS = 12, 1, (5, 10, 24)
+CHUNK, STABILIZERS, STREAM_BUDGETS, STREAM_ROWS = 12, 1, (5, 10, 24), 64
 
 
 def heads_of(model: ip.Model, seed: int, rows: int, steps: int) -> dict[str, ip.kv.Policy]:
@@ -95,7 +95,7 @@ def study(seeds: list[int], rows: int, label_rows: int, steps: int, folder: Path
             "misjudged": {name: [list(u) for u in parts[0].misjudged[name]] for name in parts[0].policies},
         }
         for seed in seeds:
-            task = draw(200, 120_000 + seed, arm)
+            task = draw(STREAM_ROWS, 120_000 + seed, arm)
             for policy in [*heads[seed].values(), *static(), policies.random(seed)]:
                 for budget in STREAM_BUDGETS:
                     right = streamed(models[seed], policy, budget, task)
@@ -118,14 +118,16 @@ def main() -> None:
     parser.add_argument("--label-rows", type=int, default=200, help="contexts that heads are trained on")
     parser.add_argument("--steps", type=int, default=400, help="of the training of heads")
     parser.add_argument("--models", type=Path, default=FOLDER)
-    parser.add_argument("--out", type=Path, default=RESULTS / "marked_recall.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder, which gets one file a seed")
     given = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    found = study(given.seeds, given.rows, given.label_rows, given.steps, given.models)
-    found |= {"machine": machine.describe("cpu"), "versions": machine.versions(), "commit": machine.commit()}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(given.out)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for seed in given.seeds:
+        found = study([seed], given.rows, given.label_rows, given.steps, given.models)
+        found |= {"machine": machine.describe("cpu"), "versions": machine.versions(), "commit": machine.commit()}
+        path = given.out / f"marked_recall_{seed}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,12 @@ class Hooks:
 
         self.stack.callback(module.register_forward_hook(self.kind(hook), with_kwargs=True).remove)
 
-    def on_input(self, module: nn.Module, edit: Edit) -> None:
-        """Edit what a module is called with: its first argument, or its hidden states."""
+    def on_input(self, module: nn.Module, edit: Edit, first: bool = False) -> None:
+        """Edit what a module is called with: its first argument, or its hidden states.
+
+        Args:
+            first: before other hooks.
+        """
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             run = self.find()
@@ -104,7 +108,8 @@ class Hooks:
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             return args, {**kwargs, name: edit(run, kwargs[name])}
 
-        self.stack.callback(module.register_forward_pre_hook(self.kind(hook), with_kwargs=True).remove)
+        handle = module.register_forward_pre_hook(self.kind(hook), with_kwargs=True, prepend=first)
+        self.stack.callback(handle.remove)
 
     def on_keys(self, module: nn.Module, edit: Edit) -> None:
         """Edit the keys [B, K, T, D] that an attention module writes into a cache, if it is called with one."""

@@ -55,13 +55,13 @@ def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], f
             attention = part.blocks[layer].attention
             names = {name for name, at, there in keys if at == layer and there == of}
             if of is None:
-                function = _exposed(attention, layer, names, find)
+                function = exposed(attention, layer, names, find)
             else:
                 function = _exposed_tower(attention, layer, names, of, find)
             stack.enter_context(part.swap_attention(attention.module, function))
 
 
-def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
+def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
     """An attention function that shows its inside, in the form that models call theirs."""
 
     def attend(
@@ -72,6 +72,7 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
         attention_mask: Any = None,  # by this name, as some models give it
         *,
         own: Callable[..., Any],
+        kernel: str = "",
         **given: Any,
     ) -> tuple[Tensor, Tensor | None]:
         run = find()
@@ -99,7 +100,8 @@ def _exposed(layer_attention: Attention, layer: int, names: set[str], find: Find
         allowed, bias = read_mask(
             attention_mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first
         )
-        scaling, cap, kernel = given.get("scaling"), given.get("softcap"), getattr(own, "__name__", "")
+        scaling, cap = given.get("scaling"), given.get("softcap")
+        kernel = kernel or getattr(own, "__name__", "")
         cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
         z, pattern = exposed_attention(
             q,

@@ -43,7 +43,8 @@ class Placement:
     def place(self) -> None:
         """Place the hooks."""
         with ExitStack() as stack:
-            place_hooks(self.network.architecture, self.keys, self.running, self.around, stack, self.held)
+            place = getattr(self.network.tool, "place_hooks", place_hooks)
+            place(self.network.architecture, self.keys, self.running, self.around, stack, self.held)
             self._stack = stack.pop_all()
 
     def remove(self) -> None:
@@ -59,7 +60,8 @@ class Placement:
 
     def swap(self, stack: ExitStack) -> None:
         """Put in place what is there only while the model is called: attention functions, the cap of the logits."""
-        swap_functions(self.network.architecture, self.keys, self.expose, self.running, stack)
+        swap = getattr(self.network.tool, "swap_functions", swap_functions)
+        swap(self.network.architecture, self.keys, self.expose, self.running, stack)
 
     def running(self) -> Pass | None:
         """The pass that this thread is in, if the hooks were placed for it.

@@ -15,6 +15,7 @@ from torch import nn
 from ..backends.gate import gate_of
 from ..certificate import noise_for_zeros
 from ..errors import ModelError
+from ..models import unknown
 from ..models.architecture import Architecture
 from .confirming import differing
 from .outside import outside
@@ -27,14 +28,13 @@ def discover(module: nn.Module) -> Architecture:
     Raises:
         ModelError: its structure is not understood, or what is understood of it is not what it computes.
     """
-    name = type(module).__name__
     try:
         return _discovered(module)
     except Exception as error:  # a structure may be other than anything that was thought of
         told = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
         raise ModelError(
-            f"nobody has described a {name}, and its structure is not one that is understood: {told}. Say where it "
-            "keeps its parts: wrap(model, adapter=function), as the README shows"
+            f"nobody has described a {type(module).__name__}, and its structure is not one that is understood: {told}. "
+            f"Say where it keeps its parts: wrap(model, adapter=function), as the README shows. It is {unknown(module)}"
         ) from error
 
 
@@ -42,6 +42,11 @@ def discover(module: nn.Module) -> Architecture:
 def _discovered(module: nn.Module) -> Architecture:
     if any(p.device.type == "meta" for p in module.parameters()):
         raise ModelError("its weights are not there (they are on the meta device), so it cannot be run")
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            "it is an encoder and a decoder, each a stack of its own with attention between them, and one stack alone "
+            "is understood"
+        )
     gate = gate_of(module)
     with gate.lock, gate.suspended(), in_eval_mode(module):
         with noise_for_zeros(module):
@@ -64,5 +69,8 @@ def vocabulary_of(module: Any) -> int:
         embedding = next((part for part in module.modules() if isinstance(part, nn.Embedding)), None)
     size = getattr(embedding, "num_embeddings", None)
     if not isinstance(size, int):
-        raise ModelError("it has no embedding of tokens")
+        raise ModelError(
+            "it has no embedding of tokens (towers that look at images are known within models that see, and as a ViT "
+            "with a classifier)"
+        )
     return size

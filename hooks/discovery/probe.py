@@ -133,9 +133,12 @@ def probe(module: nn.Module, vocabulary: int) -> Probe:
                     continue
         try:
             cached = {"use_cache": False} if hasattr(config, "use_cache") else {}
-            seen.logits = logits_of(module(input_ids=seen.ids, **cached))
+            returned = module(input_ids=seen.ids, **cached)
         except Exception as error:
             raise ModelError(f"it does not run on token ids alone: {type(error).__name__}: {error}") from error
+    if not isinstance(returned, (Tensor, tuple)) and not isinstance(getattr(returned, "logits", None), Tensor):
+        raise ModelError("it returns no logits: load it with a head, with AutoModelForCausalLM or ...ForMaskedLM")
+    seen.logits = logits_of(returned)
     return seen
 
 

@@ -90,10 +90,15 @@ def describe(module: nn.Module) -> Architecture:
     adapter = adapter_of(module)
     if adapter is not None:
         return adapter(module)
+    raise ModelError(
+        f"no adapter knows {unknown(module)}. Add one with hooks.models.register(name, function), or pass adapter= to "
+        "wrap()."
+    )
+
+
+def unknown(module: nn.Module) -> str:
+    """What a model calls itself that no adapter knows, and which families there are."""
     given = getattr(getattr(module, "config", None), "model_type", None) or (
         f"{type(module).__module__}.{type(module).__qualname__}"
     )
-    raise ModelError(
-        f"no adapter knows {given!r}{nearest(given, _ADAPTERS)}; there are {', '.join(_ADAPTERS)}. "
-        "Add one with hooks.models.register(name, function), or pass adapter= to wrap()."
-    )
+    return f"{given!r}{nearest(given, _ADAPTERS)}; there are {', '.join(_ADAPTERS)}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
 from .huggingface import headed, swap_attention
-from .projections import Projection
+from .projections import Projection, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
@@ -41,7 +41,7 @@ def _block(block: Any) -> Block:
         out=attention.c_proj,
         scaling=attention.scaling,
     )
-    feed = Mlp(mlp, mlp.c_fc, mlp.c_proj, mlp.act, width=mlp.c_fc.nf, whole=_fused(mlp))
+    feed = Mlp(mlp, mlp.c_fc, mlp.c_proj, mlp.act, width=linear_outputs(mlp.c_fc), whole=_fused(mlp))
     return Block(block, (Sublayer(block.ln_1, attend), Sublayer(block.ln_2, feed)))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from ..errors import ModelError
+from ..errors import InputsError, ModelError
 from ..plan.pictures import Pictures
 from ..plan.sites import Key
 from .architecture import Architecture
@@ -29,12 +29,14 @@ class Network:
     Attributes:
         module: the user's model.
         adapter: from the model to its description.
+        tool: what else runs the model and places what is visited (TransformerLens, nnsight); None where our hooks do.
         trusted: what certificates said of the description, by regime: why it cannot be believed, or nothing; forgotten
             when the model's parts change.
     """
 
     def __init__(self, module: nn.Module, adapter: Adapter) -> None:
         self.module, self.adapter = module, adapter
+        self.tool: Any = None
         self.trusted: dict[Any, str] = {}
         self._fingerprint: Fingerprint | None = None
         self._described: Architecture | None = None
@@ -72,7 +74,9 @@ class Network:
     @property
     def device(self) -> torch.device:
         """Where the embedding is, and with it everything else (models spread over devices are not supported)."""
-        return next(self.architecture.embed.parameters()).device
+        device = next(self.architecture.embed.parameters()).device
+        # Of a model that runs elsewhere there are only the shapes here.
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +134,8 @@ class Network:
         if pixels is not None:
             # In the model's dtype, as it would bring them into by itself.
             return {"pixel_values": pixels.to(self.device, self.dtype)}
+        if self.tool is not None:
+            self.tool.require(ids, mask)
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
             positions = positions + self.architecture.first_position
@@ -142,8 +148,19 @@ class Network:
         known = inspect.signature(self.module.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             # Some count positions by the mask themselves, and encoders have no cache.
+            self._require_mask(mask, known)
             arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
+
+    def _require_mask(self, mask: Tensor, known: Mapping[str, Any]) -> None:
+        """Raise InputsError for padding that a model is not told of and would attend to."""
+        causal = all(block.attention.causal for block in self.architecture.blocks)
+        ahead = bool((mask[:, 1:] & ~mask[:, :-1]).any())  # a real token that has padding before it
+        if "attention_mask" not in known and not bool(mask.all()) and (ahead or not causal):
+            raise InputsError(
+                f"{type(self.module).__name__} takes no attention_mask, so it would attend to padding: give rows of "
+                "one length, or pad them on the right if it is causal"
+            )
 
     def features(self, ids: Tensor, mask: Tensor, pictures: Pictures) -> Tensor:
         """What the tower makes of images, [places, M], for the places that they take in rows of a text."""
@@ -161,6 +178,8 @@ class Network:
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
+        if self.tool is not None:
+            return f"the model is run by {self.tool.name}"
         if any(module.training for module in self.module.modules()):
             return "the model is in training mode"
         if _users(torch_modules._global_forward_hooks) or _users(torch_modules._global_forward_pre_hooks):

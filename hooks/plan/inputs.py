@@ -33,6 +33,7 @@ class Inputs:
         pixels: [B, C, height, width], floating point, or None where the rows are prompts.
         patch: height and width of a patch in pixels, with images.
         pictures: the images of prompts that have some; None where no row has.
+        bos_id: the token that texts begin with, where there is one.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class Inputs:
     pixels: Tensor | None = None
     patch: tuple[int, int] | None = None
     pictures: Pictures | None = None
+    bos_id: int | None = None
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
@@ -170,6 +172,16 @@ class Inputs:
     def padded(self) -> bool:
         """Whether any column of any row is padding."""
         return not bool(self.mask.all())
+
+    @cached_property
+    def but_bos(self) -> Tensor:
+        """bool [B, T]: the real tokens without BOS at the beginning of a row, as positions of a site take them.
+
+        What stands at BOS is unlike all else, and in a mean over positions it outweighs the rest.
+        """
+        if self.bos_id is None:
+            return self.mask
+        return self.mask & ~((self.ids == self.bos_id) & (self.positions == 0))
 
     def rows(self, index: slice) -> Inputs:
         """The batch restricted to a range of rows, which keep their ids."""

@@ -50,19 +50,27 @@ def zero(where: Site | str) -> Intervention:
     return Intervention(site(where), Zero())
 
 
-def mean(where: Site | str, source: Source | None = None, *, pooled: bool = False) -> Intervention:
+def mean(
+    where: Site | str, source: Source | None = None, *, pooled: bool = False, but_bos: bool = False
+) -> Intervention:
     """Set the value at a site to its mean over a reference set.
 
     Args:
         where: the site.
         source: the reference set: a `World`, a `Tape`, or a tensor of the whole activation [R, T, ...], with any number
             of rows.
-        pooled: average over the positions too, instead of each position by itself.
+        pooled: average over the positions too (those that `where` lists, or all of a reference set of any lengths),
+            instead of each position by itself.
+        but_bos: leave BOS, which would outweigh all else, out of a mean over all positions.
 
     Raises:
-        PlanError: no reference set is given.
+        PlanError: no reference set is given, or BOS is to be left out where each position is averaged by itself.
     """
-    return Intervention(site(where), Mean(pooled), (_read("mean", source, aligned=False),))
+    if but_bos and not pooled:
+        raise PlanError(
+            "but_bos leaves BOS out of a mean over positions: give pooled=True; else it has a mean of its own"
+        )
+    return Intervention(site(where), Mean(pooled, but_bos), (_read("mean", source, aligned=False),))
 
 
 def resample(where: Site | str, source: Source | None = None, *, seed: int = 0) -> Intervention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -25,6 +26,7 @@ def prepare(
     encode: Callable[[str], Sequence[int]],
     vocabulary: int,
     decode: Callable[[Sequence[int]], str] | None = None,
+    bos_id: int | None = None,
 ) -> Inputs:
     """Make inputs of prompts; see `Model.inputs`.
 
@@ -36,6 +38,7 @@ def prepare(
         encode: from a text to token ids.
         vocabulary: V.
         decode: from token ids to their text; None where nobody knows it.
+        bos_id: the token that texts begin with.
 
     Raises:
         InputsError: no prompt or an empty one, or ids outside the vocabulary.
@@ -54,7 +57,7 @@ def prepare(
         prompts, mask = pad_rows(rows, padding)
     made = Inputs.of(prompts, mask, row_ids)
     # What stands at padding does not matter, but the embedding has to know it.
-    made = replace(made, ids=made.ids.masked_fill(~made.mask, 0))
+    made = replace(made, ids=made.ids.masked_fill(~made.mask, 0), bos_id=bos_id)
     require_vocabulary(made, vocabulary)
     return made if decode is None else labelled(made, decode)
 
@@ -105,15 +108,44 @@ def pad_rows(rows: Sequence[Sequence[int]], padding: str) -> tuple[Tensor, Tenso
     return ids, mask
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
     """Token ids of a text, with the special tokens that the tokenizer adds by itself.
 
+    Args:
+        tokenizer: what encodes it.
+        text: the text, which may begin with the text of BOS, as that of a chat template does.
+        bos: True for exactly one BOS at the beginning, False for none but those that the text has; None for what the
+            tokenizer does, with a warning where that makes two of one.
+
     Raises:
-        InputsError: there is no tokenizer.
+        InputsError: there is no tokenizer, or it has no BOS.
     """
     if tokenizer is None:
         raise InputsError("a text needs a tokenizer: wrap(model, tokenizer), or give token ids")
-    return list(tokenizer(text)["input_ids"])
+    known = bos_of(tokenizer)
+    if bos is False:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text)["input_ids"])
+    if bos and known is None:
+        raise InputsError("bos=True, and this tokenizer has no BOS token")
+    while bos and ids[:2] == [known, known]:
+        ids = ids[1:]
+    if bos and ids[:1] != [known]:
+        ids = [known, *ids]
+    if bos is None and known is not None and ids[:2] == [known, known]:
+        name = getattr(tokenizer, "bos_token", "BOS")
+        warnings.warn(
+            f"a text begins with {name!r}, and the tokenizer puts another one in front, so the model sees two: give "
+            "inputs(..., bos=True) for one, bos=False for what the text has",
+            stacklevel=5,
+        )
+    return ids
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The id of the token that texts begin with, or None where there is none."""
+    found = getattr(tokenizer, "bos_token_id", None)
+    return found if isinstance(found, int) else None
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:

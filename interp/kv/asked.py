@@ -83,6 +83,8 @@ def asked(model: Model, context: Text, suffix: Text, answer: int | None = None) 
 
 def _rows(model: Model, given: Text, special: bool) -> list[list[int]]:
     """Lists of token ids."""
+    if isinstance(given, Inputs) and given.pixels is not None:
+        raise InputsError("contexts and suffixes are text here, and these inputs have images")
     if isinstance(given, Inputs):
         return [row[mask].tolist() for row, mask in zip(given.ids, given.mask, strict=True)]
     if isinstance(given, Tensor):

@@ -18,7 +18,7 @@ from interp.kv.eviction import Eviction
 from interp.kv.exact import as_bias, worlds_at_once
 from interp.kv.judged_plots import lines
 from interp.kv.policies import Policy, random
-from interp.kv.prefill import feed
+from interp.kv.prefill import feed, require_fit
 from interp.kv.seam import attending
 from interp.kv.sets import Cached, greedy
 from interp.progress import tqdm
@@ -171,7 +171,10 @@ def scores_of(model: Model, inputs: Inputs, policy: Policy, chunk: int | None = 
         inputs: one row.
         chunk: tokens fed at a time; None for all.
     """
+    if len(inputs) != 1:
+        raise InputsError(f"scores are of one context at a time, got {len(inputs)}: call it for each")
     cache = new_cache(model, Eviction(None, chunk=chunk or inputs.width))
+    require_fit(model, inputs, "absolute")
     with torch.no_grad(), attending(cache, policy) as state:
         state.prefilling = True
         for start in range(0, inputs.width, cache.eviction.chunk):

@@ -204,7 +204,7 @@ def press(one: Any, name: str | None = None) -> Policy:
             `attentions` are None, as they are with SDPA.
         name: what tables call it; the class's name by default.
     """
-    call: Any = getattr(one, "score", one)
+    call: Callable[..., Any] = getattr(one, "score", one)
     if not callable(call):
         raise ShapeError(
             f"a press has a method score(module, hidden_states, keys, values, attentions, kwargs), not {one!r}"
@@ -233,10 +233,12 @@ def value_gradient(model: Model, inputs: Inputs, window: int = 64) -> Policy:
     total = inputs.width
     count = min(window, total - 1)
     places = [Site("z", layer) for layer in range(model.n_layers)]
-    run = model.run(inputs, capture=places, grad=True)
-    targets = inputs.ids[0, total - count :].to(run.logits.device)
-    loss = torch.nn.functional.cross_entropy(run.logits[0, total - count - 1 : -1].float(), targets, reduction="sum")
-    sizes = [g[0].float().norm(dim=-1).T.detach() for g in run.gradient(loss, *places)]  # [H, T] each
+    with torch.enable_grad():
+        run = model.run(inputs, capture=places, grad=True)
+        targets = inputs.ids[0, total - count :].to(run.logits.device)
+        said = run.logits[0, total - count - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(said, targets, reduction="sum")
+        sizes = [g[0].float().norm(dim=-1).T.detach() for g in run.gradient(loss, *places)]  # [H, T] each
 
     def score(view: View) -> Tensor:
         asking = sizes[view.layer].to(view.keys.device)[:, total - count - 1 : -1]

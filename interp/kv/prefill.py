@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Inputs, InputsError, Model
+from hooks import Inputs, InputsError, Model, ModelError
 from interp.evaluation import require_eval
 from interp.kv.cache import new_cache
 from interp.kv.eviction import Eviction
@@ -59,6 +59,7 @@ def prefill(
         eviction = Eviction(eviction, **settings)
     elif settings:
         eviction = eviction.but(**settings)
+    require_fit(model, inputs, eviction.positions)
     cache = new_cache(model, eviction)
     if cache.budgets is not None and not isinstance(policy, Policy):
         raise InputsError(f"a budget needs a policy that says what is kept, not {policy!r}: ip.kv.snapkv(), say")
@@ -84,10 +85,52 @@ def prefill(
             state.stabilizers = 0 if last else eviction.stabilizers
             cache.logits = feed(model, cache, inputs, slice(start, min(start + eviction.chunk, before)))
             bar.update(min(start + eviction.chunk, before) - start)
-        state.prefilling = False
         if eviction.local:
+            state.policy = None  # these are kept, whatever they would score
             cache.logits = feed(model, cache, inputs, slice(before, inputs.width))
     return cache
+
+
+@torch.no_grad()
+def require_fit(model: Model, inputs: Inputs, positions: str) -> None:
+    """Check that a model can be attended to by the keys that it keeps; the first time, it is compared with itself.
+
+    Raises:
+        ModelError: it attends to later tokens, has no rotary positions to move, or its attention is something else.
+    """
+    if not hasattr(model.module, "prepare_inputs_for_generation"):
+        raise ModelError(f"a cache is one of transformers, and {model!r} is not a decoder of theirs")
+    attentions = [block.attention for block in model.architecture.blocks]
+    if not all(attention.causal for attention in attentions):
+        raise ModelError(f"{model!r} attends to later tokens, too: there is no cache of keys to let go")
+    if any(attention.opaque or not hasattr(attention.module, "config") for attention in attentions):
+        raise ModelError(
+            f"{model!r} does not attend through the attention interface of transformers, by which keys that heads keep "
+            "are attended to"
+        )
+    if positions == "slot" and any(attention.rotary is None for attention in attentions):
+        raise ModelError("keys move to slots by their rotary angles, and this model has none: use positions='absolute'")
+    if inputs.pixels is not None:
+        raise InputsError("a context is text here, and these inputs have images")
+    known = model.trusted
+    if ("kv", positions) not in known:
+        ids = inputs.ids[:1, inputs.mask[0]][:, :12]
+        ids = ids if ids.shape[1] > 2 else ids.repeat(1, 3)
+        whole = model.module(input_ids=ids.to(model.device), use_cache=False).logits[0, -1]
+        cache = new_cache(model, Eviction(None, positions=positions))
+        with attending(cache):
+            for some in (ids[:, :2], ids[:, 2:]):
+                out = model.module(input_ids=some.to(model.device), past_key_values=cache, use_cache=True).logits[0, -1]
+        wide = torch.promote_types(out.dtype, torch.float32)
+        apart = (out.to(wide) - whole.to(wide)).abs().max() / whole.to(wide).abs().max().clamp_min(1)
+        limit = {torch.float64: 1e-5, torch.float32: 1e-3}.get(out.dtype, 0.1)
+        known["kv", positions] = "" if float(apart) <= limit else f"{float(apart):.1e}"
+    if known["kv", positions]:
+        raise ModelError(
+            f"with every key kept in place, {model!r} is {known['kv', positions]} away from its own forward: "
+            f"its attention "
+            "does something (a bias by distance, say) that keys which are kept are not attended with"
+        )
 
 
 def feed(model: Model, cache: Any, inputs: Inputs, columns: slice) -> Tensor:

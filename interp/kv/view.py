@@ -95,7 +95,7 @@ class View:
     def attention(self, last: int | None = None) -> Tensor:
         """[B, H, w, N]: the attention of the last w queries (all by default), zero for those of padding.
 
-        Quadratic in memory: of a window, not of a chunk of a long text; see `tiles`.
+        Quadratic in memory: of a window, not of a chunk of a long text; see `received`.
         """
         count = self.new if last is None else min(last, self.new)
         return torch.cat(list(self._tiles(self.new - count)), 2)

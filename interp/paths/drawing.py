@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 POSITIVE, NEGATIVE, UNSIGNED = "#b2182b", "#2166ac", "#666666"
 MOST_EDGES = 400
+DONE = {
+    "denoising": "with its clean value in\nthe corrupt run, an edge",
+    "noising": "with its corrupt value in\nthe clean run, an edge",
+    "ablation": "ablated, an edge",
+}
+"""What was done to an edge whose colour says what that did to the metric, by the direction."""
 Place = tuple[str, str | None]
 
 
@@ -96,7 +102,7 @@ def draw(circuit: Members, ax: Axes | None = None, *, title: str | None = None, 
     xs, ys = zip(*places.values(), strict=True) if places else ((0.0,), (0.0,))
     ax.set_xlim(min(xs) - 0.8, max(xs) + 0.8)
     ax.set_ylim(min(ys) - 0.6, max(ys) + 0.5)
-    _key(ax, scores, largest)
+    _key(ax, scores, largest, circuit)
     ax.set_title(f"{len(circuit)} of {len(circuit.graph)} edges" if title is None else title, fontsize=10)
     return ax
 
@@ -128,7 +134,7 @@ def _nodes(ax: Axes, places: dict[Place, tuple[float, float]], circuit: Members)
         ax.text(sum(xs) / len(xs), low - 0.5, span, ha="center", va="top", fontsize=9, style="italic")
 
 
-def _key(ax: Axes, scores: np.ndarray, largest: float) -> None:
+def _key(ax: Axes, scores: np.ndarray, largest: float, circuit: Members) -> None:
     from matplotlib.lines import Line2D
 
     if np.isnan(scores).all():
@@ -139,7 +145,11 @@ def _key(ax: Axes, scores: np.ndarray, largest: float) -> None:
     if (scores < 0).any():
         lines.append(Line2D([], [], color=NEGATIVE, linewidth=3, label="lowers it"))
     lines.append(Line2D([], [], color="none", label=f"widest: {largest:.3g}"))
-    ax.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    done = DONE.get(str(circuit.config.get("direction")))
+    ax.legend(
+        handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False,
+        title=done, title_fontsize=8, alignment="left",
+    )  # fmt: skip
 
 
 def figure(circuit: Members, **options: Any) -> Figure:

@@ -83,7 +83,8 @@ def edge_sweep(
             return known
     stream = Stream(path, (1, len(chosen) + 2, rows), identity)
     todo = set(stream.remaining())
-    with tqdm(total=len(todo), disable=None if progress is None else not progress, unit="edge", leave=False) as bar:
+    hidden, known = None if progress is None else not progress, stream.complete()
+    with tqdm(total=len(chosen), initial=known, disable=hidden, unit="edge", leave=False) as bar:
         bar.set_description(f"{len(chosen)} edges x {rows} rows")
         for numbers, worlds in _batches(graph, chosen, todo, norms, measure):
             names = [f"the edge {chosen[i - 2].name}" if i > 1 else "the unedited run" for i in numbers]
@@ -92,7 +93,7 @@ def edge_sweep(
                 if 0 in places:
                     require_finite(measured[None, places.index(0)], [metric.name], window)
                 stream.write(measured[None], places, window, status)
-                bar.update(len(places) * (window.stop - window.start) / rows)
+                bar.update(stream.complete() - bar.n)
     found, status = np.array(stream.values[0]), np.array(stream.status)
     result = measure.result(graph, found, status, chosen, norms=norms)
     result.config["identity"] = identity

@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from hooks import Index, Inputs, Model, ModelError, PathError, SiteError, nearest
-from interp.grids import row_positions
 from interp.paths.nodes import QKV, Edge, Reader, Writer
 from interp.paths.spans import spans_of
+from interp.positions import row_positions
 
 GRANULARITIES = ("heads", "blocks")
 

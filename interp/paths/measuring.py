@@ -146,7 +146,9 @@ class Measure:
         axes = () if edges is None else (Axis("edge", tuple(edge.name for edge in edges)),)
         cells = [None] if edges is None else _cells(graph, edges, self.inputs)
         result = assemble(values[None], status, axes, cells, [self.metric], False, source, self.inputs, self.model)
-        told = describe_run(self.model, graph, None, None, self.pair.role, self.seed)
+        told = describe_run(
+            self.model, graph, None, None, self.pair.role, self.seed, inputs=self.inputs, source=self.pair.other
+        )
         del told["intervention"]
         result.config.update(told)
         result.config.update(

@@ -17,7 +17,7 @@ from interp.paths.nodes import Writer
 from interp.paths.sources import VALUES, Means, Source, check_reference, donors, laid_like
 from interp.paths.state import state_of
 from interp.paths.streams import Streams, additive
-from interp.sweeps import check_model
+from interp.sides import check_model
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from interp.paths.pair import Pair
 from interp.paths.rewire import check_heads, rewire
 from interp.paths.sources import Means, Source, check_reference
 from interp.paths.streams import additive, check_additive
-from interp.sweeps import check_model
+from interp.sides import check_model
 
 CONSTANTS = ("mean", "zero")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hooks import Inputs, Model, PathError, Plan, Site, World, linear_weight, run_worlds
 from interp.parts import Linear, bias_output, head_outputs, post_norm
 from interp.paths.nodes import QKV, Writer
-from interp.sweeps import check_model
+from interp.sides import check_model
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,8 +37,9 @@ class Monitor:
     Args:
         model: the wrapped model that is trained.
         callbacks: in the order in which they act; clamps that come later see what earlier ones did.
-        log: a JSON-lines file, in which a line is written wherever there is something to log. A run that starts at step
-            0 writes it anew; one that is resumed drops the lines after the step at which it resumes.
+        log: a JSON-lines file, in which a line is written wherever there is something to log: what callbacks found, and
+            under "loss" the loss of each step that `loss` is told (unless a callback has that name). A run that starts
+            at step 0 writes it anew; one that is resumed drops the lines after the step at which it resumes.
         logger: a function of the numbers by name and the step, as trainers' loggers are.
 
     Raises:
@@ -71,7 +72,7 @@ class Monitor:
         self.model, self.callbacks, self.logger = model, tuple(callbacks), logger
         self.file = None if log is None else JsonLines(log)
         self.steps, self.lines = 0, None
-        self.started, self.seen = False, -1
+        self.started, self.seen, self.own_loss = False, -1, "loss" in named
         self.open: ExitStack | None = None
         self.losses: list[Tensor | float] = []
 
@@ -148,7 +149,9 @@ class Monitor:
             stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
     def observe(self, step: int, loss: float) -> None:
-        """Tell the callbacks the loss of the model after `step` updates."""
+        """Log the loss of the model after `step` updates, and tell the callbacks."""
+        if self.file is not None and not self.own_loss:
+            self.file.write(step, {"loss": loss})
         for callback in self.callbacks:
             self.write(step, callback.loss(self.model, step, loss))
 

@@ -472,21 +472,20 @@ class Headless(nn.Module):
 
 
 def test_what_cannot_be_wrapped():
-    from transformers import BertConfig, BertForMaskedLM, GPT2ForSequenceClassification, GPT2Model, LlamaModel
+    from transformers import BertConfig, BertForNextSentencePrediction, GPT2Model, LlamaModel
 
     for given in ("gpt2", None, 3, zoo.make, {"model": 1}):
         with says(ModelError, "torch module", type(given).__name__):
             hk.wrap(given)
     with says(ModelError, "Headless", "gpt2", "adapter"):
         hk.wrap(Headless())
-    bert = BertForMaskedLM(
+    bert = BertForNextSentencePrediction(
         BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     )
-    with says(ModelError, "'bert'", "llama"):
+    with says(ModelError, "NextSentence", "AutoModelForMaskedLM"):
         hk.wrap(bert)
     gpt2, llama = zoo.make("gpt2").config, zoo.make("llama").config
-    gpt2.num_labels = 2
-    for kind, config in ((GPT2Model, gpt2), (LlamaModel, llama), (GPT2ForSequenceClassification, gpt2)):
+    for kind, config in ((GPT2Model, gpt2), (LlamaModel, llama)):
         with says(ModelError, kind.__name__, "head"):
             hk.wrap(kind(config))
     model = wrapped("gpt2")
@@ -496,6 +495,9 @@ def test_what_cannot_be_wrapped():
 def test_a_family_that_is_nearly_known():
     module = zoo.make("gpt2")
     module.config.model_type = "gpt22"
+    assert hk.wrap(module).architecture.family == "gpt22"  # found out by its structure
+    module.transformer.ln_f = torch.nn.Sequential(module.transformer.ln_f, torch.nn.Tanh())
+    module.transformer.h[0].attn.c_proj = torch.nn.Sequential(module.transformer.h[0].attn.c_proj, torch.nn.Tanh())
     with says(ModelError, "gpt22", "did you mean 'gpt2'"):
         hk.wrap(module)
 

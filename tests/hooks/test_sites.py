@@ -37,13 +37,18 @@ TRANSFORMER_LENS = {
     "mlp_in": "blocks.3.hook_mlp_in",
     "mlp_pre": "blocks.3.mlp.hook_pre",
     "mlp_post": "blocks.3.mlp.hook_post",
+    "router": "blocks.3.mlp.hook_router",
+    "expert_out": "blocks.3.mlp.hook_expert_out",
     "mlp_out": "blocks.3.hook_mlp_out",
     "resid_post": "blocks.3.hook_resid_post",
     "ln_final": "ln_final.hook_out",
     "logits": "unembed.hook_out",
 }
 OUTSIDE = {"embed", "pos_embed", "ln_final", "logits"}
-AXES = {"head": "q_input k_input v_input q k v rot_q rot_k scores pattern z result", "key_pos": "scores pattern"}
+AXES = {
+    "head": "q_input k_input v_input q k v rot_q rot_k scores pattern z result expert_out",
+    "key_pos": "scores pattern",
+}
 
 
 def plain(name: str, **restrictions) -> Site:
@@ -263,7 +268,7 @@ def test_nearest():
 def test_a_model_offers_what_it_has(family):
     module = zoo.make(family)
     model = hooks.wrap(module)
-    absent = set()
+    absent = {"router", "expert_out"}  # of mixtures of experts
     if family not in ("gpt2", "small_ln_learned", "small_qk_norm"):
         absent.add("pos_embed")
     else:

@@ -529,3 +529,38 @@ def test_members_are_refused() -> None:
     model = wrapped("llava")
     with pytest.raises(PlanError, match="sees"):
         hk.Members(model, [zero(site("z", 0))], model.inputs([[1, 5, 6]]))
+
+
+@first_family
+def test_paths_begin_where_images_have_entered_the_text(family: str) -> None:
+    """Every edge from the input, with the values of other images, is the run on those images."""
+    model = wrapped(family)
+    x, y = (model.inputs(seeing.batch(family, [1, 2], seed=seed)) for seed in (0, 1))
+    readers = [f"a{layer}.h{head}" for layer in range(2) for head in range(4)] + ["m0", "m1", "logits"]
+    metric = ip.logit_diff(5, 7)
+    found = ip.paths.path_patch(model, x, y, ("input", readers), semantics="set", metric=metric, direction="noising")
+    differences = []
+    for inputs in (x, y):
+        last = model.run(inputs).logits[torch.arange(2), x.lengths - 1]
+        differences.append(last[:, 5] - last[:, 7])
+    want = differences[1] - differences[0]
+    torch.testing.assert_close(torch.as_tensor(numpy.asarray(found.effect)).double(), want, atol=1e-8, rtol=0)
+    assert float(want.abs().min()) > 1e-3
+
+
+def test_a_stack_has_its_names() -> None:
+    model = wrapped("llava")
+    assert site("z", 0, stack="text") == site("z", 0) != site("z", 0, stack="vision")
+    assert str(site("blocks.1.attn.hook_z", stack="vision", pos="image 1")) == "vision:z.1[pos=image 1]"
+    x = model.inputs(seeing.batch("llava", [1]))
+    run = model.run(x, capture=[site("z", 0, stack="text"), site("z", 0, stack="vision")])
+    assert run.tape["blocks.0.attn.hook_z"].shape[1] == x.width
+    assert run.tape[site("z", 0, stack="vision", pos=0)].shape == (1, 1, 4, 8)
+    assert "vision:pattern" in str(model.sites()) and "text:logits" in str(model.sites())
+    result = ip.sweep(model, x, None, ip.grid("z", layer="all"), metric=_seen_by_the_tower(), intervention=ip.zero)
+    assert result.config["executor"] == "batched"
+
+
+def _seen_by_the_tower() -> Any:
+    place = site("resid_post", 1, stack="vision", pos="image 0")
+    return ip.metric(lambda logits, seen: logits[:, -1, 5] + seen.mean((1, 2)), reads=[site("logits"), place])

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import hooks as hk
+import interp as ip
 from hooks import Model, World, patch, site, zero
 from hooks.errors import InputsError, PlanError
 from tests import seeing, zoo
@@ -175,3 +176,16 @@ def test_plans_with_images_are_saved_and_read(tmp_path: Any) -> None:
     other = hk.as_plan(patch(site("resid_post", 0, stack="vision", pos="image 0"), World(x)))
     assert other != plan
     assert hk.fingerprint(other) != hk.fingerprint(plan)
+
+
+def test_a_saved_model_that_sees_is_loaded_with_its_processor(tmp_path: Any) -> None:
+    model = wrapped("llava")
+    model.module.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    again = ip.load(tmp_path, dtype=torch.float32)
+    x = again.inputs(texts("llava"), images=[picture(0), [picture(1), picture(2)], None])
+    assert len(x.pictures) == 3 and again.tokenizer is again.processor.tokenizer
+    assert torch.equal(
+        x.contents(), model.inputs(texts("llava"), images=[picture(0), [picture(1), picture(2)], None]).contents()
+    )
+    assert bool(again.run(x, capture=site("pattern", 0, stack="vision")).logits.isfinite().all())

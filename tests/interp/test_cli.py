@@ -122,7 +122,7 @@ def test_demo_writes_a_report_and_its_figures(capsys, tmp_path):
     assert code == 0
     assert all(heading in out for heading in ("WHAT WAS ASKED", "WHAT WAS FOUND", "HOW SURE", "WHAT TO DO NEXT"))
     figures = sorted(path.name for path in (tmp_path / "demo").glob("*.png"))
-    assert figures == ["attention.png", "blocks.png", "heads.png", "heads_ranked.png", "residual.png"]
+    assert figures == ["attention.png", "blocks.png", "heads.png", "heads_ranked.png", "residual.png", "two_steps.png"]
     assert all(str(tmp_path / "demo" / name) in out for name in figures)
 
 
@@ -141,6 +141,15 @@ WRONG = {
     "an answer of two tokens": (["patch", *changed("--answer", "Mary John")], "Mary John"),
     "the same prompt twice": (["patch", *changed("--corrupt", PAIR[1])], "none of the 45 cells"),
     "an empty prompt": (["patch", *changed("--clean", "")], ""),
+    "a negative number of rows": (["patch", *PAIR, "--top", "-3"], "-3"),
+    "no type of figure": (["patch", *PAIR, "--figure", "{folder}/x.pmg"], "png"),
+    "a figure without a type": (["patch", *PAIR, "--figure", "{folder}/x"], "no type"),
+    "a figure that is a folder": (["patch", *PAIR, "--figure", "{folder}"], "that is a folder"),
+    "a result that is a folder": (["patch", *PAIR, "--save", "{folder}"], "that is a folder"),
+    "output below a file": (["patch", *PAIR, "--save", "{file}/x"], "not a folder"),
+    "a demo into a file": (["demo", "--out", "{file}"], "that is a file"),
+    "a file that is not there": (["sites", "--model", "{folder}/nothing.bin"], "nothing.bin"),
+    "a path that is not there": (["sites", "--model", "./not/here"], "./not/here"),
     "no pairs": (["demo", "--pairs", "0"], "--pairs 0"),
     "not a number": (["demo", "--pairs", "many"], "many"),
     "prompts missing for another model": (["patch", "--model", "{folder}"], "--clean"),
@@ -151,10 +160,20 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_is_refused_with_a_reason(capsys, tmp_path, name):
     arguments, hint = WRONG[name]
-    code, out, err = run(capsys, *(a.format(folder=tmp_path) for a in arguments))
+    file = tmp_path.parent / f"{tmp_path.name}.txt"
+    file.write_text("x")
+    code, out, err = run(capsys, *(a.format(folder=tmp_path, file=file) for a in arguments))
     assert code in (1, 2) and out == ""
     assert hint in err and "Traceback" not in err and len(err) < 1500
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["{folder}/x.pmg", "{file}/x.png"])
+def test_where_nothing_can_be_written_nothing_is_run(capsys, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("interp.loading.load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    code, _, err = run(capsys, "patch", *PAIR, "--figure", name.format(folder=tmp_path, file=tmp_path / "file"))
+    assert code == 2 and "--figure" in err
 
 
 def test_an_interrupt_is_not_a_failure_of_the_program(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The main job: its numbers are those of the sweeps that it stands for."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,15 +71,24 @@ def test_the_check_puts_back_and_knocks_out_together(model, task, report):
 
 
 def test_the_report_reads_as_text_and_saves_as_json(model, task, tmp_path):
-    report = run_demo(model, task, tmp_path, progress=False)
+    report = run_demo(model, replace(task, lists=False), tmp_path, progress=False)
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["heads"][0]["head"] == report.heads[0]["head"]
     assert f"head {report.heads[0]['layer']}.{report.heads[0]['head']}" in str(report)
     assert ip.Result.load(tmp_path / "heads").normalized().shape == (3, 4)
 
 
+def test_the_first_sentence_says_what_came_out(report):
+    first, second = str(report).split("WHAT WAS ASKED")[0].split("On a repeated list,")
+    assert first.startswith(f"Head{'s' * (len(report.heads) > 1)} {report.heads[0]['layer']}.{report.heads[0]['head']}")
+    assert f"of {report.all_heads}" in first.replace("\n", " ") and f"{report.check.put_back:.0%}" in first
+    assert f"{report.check.knocked_out:.0%}" in first and report.all_heads == 12
+    assert "which word came before" in second.replace("\n", " ") and f"{report.lists.lost:.0%}" in second
+
+
 def test_few_pairs_give_no_interval_and_say_so(model):
-    report = run_demo(model, shipped_task(2), progress=False)
+    report = run_demo(model, replace(shipped_task(2), lists=False), progress=False)
+    assert "On a repeated list" not in str(report) and report.lists is None
     assert "no interval" in str(report)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import hooks.errors
 import interp as ip
 
-ELSEWHERE = {"Trainer.log", "dynamic"}
-"""Names of transformers and torch."""
+ELSEWHERE = {"EvictedCache", "Trainer.log", "dynamic"}
+"""Names of transformers and torch, and of a class that is made on use."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,11 +36,13 @@ def documented(thing: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any
 def reachable(dotted: str, owner: str) -> bool:
     """Whether a name is an attribute of the package, of what documents it, or of a module by its path."""
     parts = dotted.split(".")
-    scopes: list[Any] = [ip, ip.paths, ip.training]
+    scopes: list[Any] = [ip, ip.adapters, ip.attention, ip.kv, ip.paths, ip.training]
     thing: Any = ip
     for part in owner.split(".")[1:]:
         thing = getattr(thing, part)
         scopes.append(thing)
+    where = getattr(thing, "__module__", "")
+    scopes += [importlib.import_module(where)] if where.startswith("interp.") else []
     if parts[0] == "ip":
         parts = parts[1:]
     for length in range(len(parts), 0, -1):
@@ -66,7 +68,7 @@ def reachable(dotted: str, owner: str) -> bool:
 def test_help_points_to_names_that_one_can_reach():
     missing, looked = [], 0
     for name, _, text in documented(ip, "ip", set()):
-        named = re.findall(r"`((?:hooks|interp|ip)\.[\w.]+|[A-Z]\w*(?:\.\w+)*)`", text)
+        named = re.findall(r"(?<!`)`((?:hooks|interp|ip)\.[\w.]+|[A-Z]\w*(?:\.\w+)*)`(?!`)", text)
         named += re.findall(r"[Ss]ee `([\w.]+)`", text)
         for pointed in named:
             looked += 1

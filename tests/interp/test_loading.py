@@ -101,6 +101,31 @@ def test_names_that_nobody_knows(name):
         assert "did you mean 'ioi-mini'" in str(caught.value)
 
 
+def test_what_cannot_be_on_the_hub_is_not_asked_for(monkeypatch):
+    """A path, and a mistyped name of ours, are errors at once; another name is not tried for half a minute."""
+    monkeypatch.setattr(loading, "_load_hub", lambda *_, **__: pytest.fail("the hub was asked"))
+    for name in ("./not/here", "/not/here", "a b", "ioi-mni", "smollm2-135", "~/model", "one/two/three", "x.y/"):
+        with pytest.raises(ModelError, match="no name on the hub"):
+            ip.load(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_found_out_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    tried = []
+
+    def refuse(address, timeout):
+        tried.append((address, timeout))
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading.urllib.request, "getproxies", lambda: {})
+    monkeypatch.setattr(loading.socket, "create_connection", refuse)
+    with pytest.raises(ModelError, match="the hub cannot be reached from here"):
+        ip.load("nobody/has-this-model")
+    assert tried == [(("huggingface.co", 443), 3)]
+
+
 def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")

@@ -853,7 +853,7 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
     pair = Pair("gpt2")
     pair.sweep(ip.grid("z", layer="all", head="all"), progress=True)
     shown = capsys.readouterr().err
-    assert "8 cells x 3 rows (shared)" in shown
+    assert "8 cells x 3 rows (shared)" in shown and "/8" in shown and "/10" not in shown
     pair.sweep(ip.grid("z", layer="all", head="all"), progress=False)
     assert capsys.readouterr().err == ""
 

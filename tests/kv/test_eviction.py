@@ -302,6 +302,11 @@ def test_wrong_uses_are_refused():
         ip.kv.generate(model, cache, inputs, max_new_tokens=1)
     with pytest.raises(ip.ModelError, match="rows"):
         ip.kv.follow(model, cache, tokens[:, 15:].expand(2, -1))
+    small = zoo.wrapped("small_rms_rotary_gqa")
+    with pytest.raises(ip.ModelError, match="not a decoder of theirs"):
+        ip.kv.prefill(small, small.inputs(tokens), policies.key_norm(), 6)
+    with pytest.raises(ip.ModelError, match="rotary"):
+        ip.kv.prefill(zoo.wrapped("gpt2"), inputs, policies.key_norm(), 6, positions="slot")
     with model.apply(ip.zero(ip.site("mlp_out", layer=0))):
         with pytest.raises(ip.ModelError, match="held"):
             ip.kv.prefill(model, inputs, policies.key_norm(), 6)
@@ -344,3 +349,29 @@ def test_more_families(make, positions):
     slow = ip.kv.kv_effects(model, context, suffix, executor="batched")
     assert fast.config["executor"] == "shared" and abs(slow.effect).max() > 1e-2
     assert abs(fast.effect - slow.effect).max() < 1e-10
+
+
+def test_attention_that_is_something_else_is_refused():
+    """BLOOM's scores have a bias by distance, which comes in its mask."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=zoo.VOCAB, hidden_size=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    module = BloomForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+    model = ip.wrap(module)
+    with pytest.raises(ip.InterpError, match=r"away from its own forward|attention interface"):
+        ip.kv.prefill(model, model.inputs(ids()), policies.key_norm(), 6)
+
+
+def test_other_dtypes():
+    model, tokens = ip.wrap(zoo.make("llama", dtype=torch.bfloat16)), ids(2)
+    cache = ip.kv.prefill(model, model.inputs(tokens[:, :15]), policies.snapkv(4), 15, chunk=4, positions="slot")
+    expected = logits_of(model, tokens)[:, 15:]
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+    found = ip.kv.follow(model, cache, tokens[:, 15:])
+    assert (found - expected).abs().max() < 0.15 * expected.abs().max()

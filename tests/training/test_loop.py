@@ -316,7 +316,25 @@ def test_a_step_is_an_update_whatever_the_accumulation(parts, tmp_path):
     for name, w in found[0].items():
         torch.testing.assert_close(w, found[1][name], rtol=0.0, atol=1e-4)
     one, many = (list(tr.JsonLines(tmp_path / f"{n}.jsonl").read()) for n in (1, parts))
+    losses = [[r["loss"] for r in records if "loss" in r] for records in (one, many)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+    one, many = ([r for r in records if "loss" not in r] for records in (one, many))
     assert one == many and [r["step"] for r in one] == [0, 1, 1, 3]
+
+
+def test_the_loss_of_each_step_is_logged(tmp_path):
+    monitor, told = tr.Monitor(fresh(), [], log=tmp_path / "log.jsonl"), []
+    for number in range(3):
+        with monitor.step() as step:
+            told.append((torch.tensor(1.5 + number), 2.5 + number))
+            for loss in told[-1]:
+                step.loss(loss)
+    records = list(tr.JsonLines(tmp_path / "log.jsonl").read())
+    assert records == [{"step": n, "loss": 2.0 + n} for n in range(3)]
+    own = tr.Monitor(fresh(), [tr.Probe(lambda model: 7.0, name="loss")], log=tmp_path / "own.jsonl")
+    with own.step() as step:
+        step.loss(1.0)
+    assert list(tr.JsonLines(tmp_path / "own.jsonl").read()) == [{"step": n, "loss": 7.0} for n in range(2)]
 
 
 def test_checkpointing_and_autocast_in_a_loop():

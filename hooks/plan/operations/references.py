@@ -15,9 +15,12 @@ from ..operation import Op
 
 @dataclass(frozen=True, eq=False)
 class Mean(Op):
-    """Mean ablation: the mean over the rows of a reference set, for each position, or pooled over positions too."""
+    """Mean ablation: the mean over the rows of a reference set, for each position, or pooled over positions too, with
+    or without that of BOS.
+    """
 
     pooled: bool = False
+    but_bos: bool = False
     name: ClassVar[str] = "mean"
     stacks: ClassVar[bool] = True
 

@@ -1,0 +1,1 @@
+"""What users of other tools know, and what they write here."""
