@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import PlanError, SiteError
 from ..models.network import Network
+from ..plan.operations.attention import Knockout
 from ..plan.plan import World
 from ..plan.sites import Key, Site
 from ..program import Guard, Program, State, visit
-from . import frames
+from . import frames, tiles
 from .exposing import swap_functions
 from .gate import Gate, gate_of
 from .placing import place_hooks
@@ -153,6 +154,50 @@ class Pass:
         """The key column of a layer's attention that is the first query's own, and how many there are to be."""
         layout = self.programs[0].layout
         return layout.first(layer), layout.windows.get(layer, (0, None))[1]
+
+    def in_tiles(
+        self,
+        layer: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        causal: bool,
+        window: int | None,
+        scaling: float,
+        cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor | None:
+        """z [B, T, H, D] of a layer of a long text in which edges are forbidden; None where it is short, or more is
+        looked at.
+        """
+        q, k, v = qkv
+        if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= tiles.LONG:
+            return None
+        bans = self._bans(layer, q, k.shape[2])
+        if bans is None:
+            return None
+        first = self.keys(layer)[0]
+        edges = tiles.Edges(mask, causal, window, first, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+        z, met = tiles.attend_in_tiles(q, k, v, edges, bans, scaling, cap, sinks)
+        for (w, number), some in met.items():
+            changes = {**self.states[w].changes, number: torch.where(some, torch.inf, 0.0)}
+            self.states[w] = State(self.states[w].here, changes)
+        return z
+
+    def _bans(self, layer: int, q: Tensor, keys: int) -> list[tiles.Ban] | None:
+        scores, pattern = ("scores", layer, None), ("pattern", layer, None)
+        found, height = [], q.shape[0] // len(self.programs)
+        for w, program in enumerate(self.programs):
+            steps = program.steps.get(scores, ())
+            looked_at = (
+                pattern in program.touched or scores in program.held_back or {scores, pattern} & set(self._captured)
+            )
+            if looked_at or not all(isinstance(step.item.op, Knockout) for step in steps):
+                return None
+            if steps and self.tracking:
+                self._require_known(scores)
+            rows = slice(w * height, (w + 1) * height)
+            found += [tiles.Ban.of(w, step.number, rows, step.region, q, keys) for step in steps]
+        return found
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
