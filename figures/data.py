@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from interp.results import Result
 
@@ -28,15 +29,18 @@ def read(*parts: str) -> dict[str, Any]:
     return json.loads(EXPERIMENTS.joinpath(*parts).read_text())
 
 
-def induction() -> dict[str, Any]:
-    """The study of induction heads: the full setting where it was run, else the reduced one that is nearest to it."""
-    names = ("full.json", "short.json", "quick.json")
-    folder = EXPERIMENTS / "induction_formation" / "results"
-    return json.loads(next(folder / name for name in names if (folder / name).exists()).read_text())
+def sequences_above(ax: Axes) -> None:
+    """Say above an axis of updates how many sequences they are, which is what the induction paper counts."""
+    above = ax.secondary_xaxis("top", functions=(_sequences, _updates))
+    above.xaxis.set_major_locator(MaxNLocator(4))
+    above.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x else "0")
+    above.set_xlabel("sequences", fontsize=8)
+    above.tick_params(labelsize=7)
 
 
-def mark_reduced(figure: Figure, record: dict[str, Any]) -> None:
-    """Say under a figure that its numbers are from a reduced setting, where they are."""
-    setting = record["setting"]
-    if setting["reduced"]:
-        figure.supxlabel(f"reduced setting: learning rate {setting['rate']:g}, {setting['steps']} steps", fontsize=8)
+def _sequences(updates: Any) -> Any:
+    return 32 * updates
+
+
+def _updates(sequences: Any) -> Any:
+    return sequences / 32

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.data import induction, mark_reduced
+from experiments.induction_formation.records import committed, find, lengths
+from figures.data import sequences_above
 
 
 def draw() -> Figure:
     """Accuracy of a head alone, and without it, by its strength; losses of networks that train with one head."""
-    record = induction()
-    figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+    records = committed()
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    end = record["end"]
+    end = records["free"]["end"]
     strength = np.ravel(end["strengths"])
     for key, label, colour in (("only", "only this head", "#2166ac"), ("without", "without this head", "#b2182b")):
         left.scatter(strength, np.ravel(end[key]), s=16, color=colour, alpha=0.75, linewidths=0, label=label)
@@ -22,13 +23,15 @@ def draw() -> Figure:
     left.set_ylabel("accuracy of the trained network")
     left.set_title("a: every head of every seed", fontsize=10)
     left.legend(frameon=False, fontsize=8, loc="lower right")
-    for head, each in enumerate(record["alone"]):
-        right.plot(record["steps_at"], each["loss"][0], linewidth=1.2, label=f"{head}")
-    right.set_xlabel("step")
+    for found in find(records, "3 and 4"):
+        if found.name.startswith("head "):
+            right.plot(found.at, found.loss[0], linewidth=1.2, label=found.name.removeprefix("head "))
+    right.set_xlabel("updates")
     right.set_ylabel("training loss (nats)")
     right.set_title("b: one head kept throughout, seed 0", fontsize=10)
     right.legend(frameon=False, fontsize=7, ncols=2, title="head", title_fontsize=7)
+    sequences_above(right)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    mark_reduced(figure, record)
+    figure.supxlabel(lengths(records, ("3 and 4",)), fontsize=8)
     return figure

@@ -25,16 +25,24 @@ from .errors import (
     nearest,
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
+from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
 from .model import Model, wrap
-from .models.blocks import Block
-from .models.projections import linear_weight
+from .models import register
+from .models.architecture import Architecture
+from .models.blocks import Attention, Block, Mlp, Sublayer
+from .models.experts import Experts
+from .models.positions import Rotary
+from .models.projections import Outputs, Projection, linear_weight
+from .models.swapping import swap_method
+from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Alignment, Inputs, align
 from .plan.interventions import (
     clamp,
+    counterfactual,
     freeze,
     here,
     interchange,
@@ -56,12 +64,13 @@ from .plan.pieces import joined
 from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
-from .plan.sites import DIM, HEAD, KEY, KINDS, POS, Index, Site, Span, execution_order, site, sites_of
-from .plan.spans import New, new
+from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
+from .plan.spans import Image, New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
 from .running import Run
+from .tail import Seen, Tail
 
 __all__ = [
     "DIM",
@@ -70,11 +79,16 @@ __all__ = [
     "KINDS",
     "POS",
     "PRUNED",
+    "TEXT",
     "Alignment",
+    "Architecture",
     "Attend",
     "AttendBack",
+    "Attention",
     "Audit",
     "Block",
+    "Branch",
+    "Columns",
     "Compiled",
     "Context",
     "CopyScores",
@@ -82,8 +96,10 @@ __all__ = [
     "Edits",
     "ElsewhereError",
     "Entry",
+    "Experts",
     "ForbidBack",
     "FromPositions",
+    "Image",
     "Index",
     "Inputs",
     "InputsError",
@@ -92,22 +108,30 @@ __all__ = [
     "Members",
     "Meter",
     "MetricError",
+    "Mlp",
     "Model",
     "ModelError",
+    "Moment",
     "New",
     "Origin",
     "Outcome",
     "Outcomes",
+    "Outputs",
     "PathError",
     "Plan",
     "PlanError",
+    "Projection",
     "Read",
     "ResultError",
+    "Rotary",
     "Run",
+    "Seen",
     "ShapeError",
     "Site",
     "SiteError",
     "Span",
+    "Sublayer",
+    "Tail",
     "Tape",
     "UnfiredError",
     "World",
@@ -118,6 +142,7 @@ __all__ = [
     "choice",
     "choose",
     "clamp",
+    "counterfactual",
     "digest_of",
     "execution_order",
     "fingerprint",
@@ -142,6 +167,7 @@ __all__ = [
     "read_tensors",
     "recompute",
     "record",
+    "register",
     "resample",
     "resolve",
     "rows_per_pass",
@@ -153,6 +179,7 @@ __all__ = [
     "sites_of",
     "steer",
     "structure",
+    "swap_method",
     "table",
     "uniform",
     "wrap",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .errors import ModelError
+from .models.architecture import Architecture, Tower
 from .models.network import Network
 from .plan.inputs import Inputs
 
@@ -34,12 +35,16 @@ def budget_of(network: Network, asked: float | None) -> float:
 
 def bytes_per_token(network: Network) -> int:
     """About how many bytes of activations one token takes in a pass that is not trained."""
-    arch, block = network.architecture, network.architecture.blocks[0]
+    return _numbers(network.architecture) * network.dtype.itemsize
+
+
+def _numbers(arch: Architecture | Tower) -> int:
+    block = arch.blocks[0]
     q, k = block.attention.q, block.attention.k
     numbers = 8 * arch.width + 3 * (q.heads + 2 * k.heads) * q.width
     if block.mlp is not None:
         numbers += 3 * block.mlp.width
-    return numbers * network.dtype.itemsize
+    return numbers
 
 
 def held_per_token(network: Network) -> int:
@@ -53,9 +58,18 @@ def held_per_token(network: Network) -> int:
 
 def rows_per_pass(network: Network, inputs: Inputs, limit: float | None) -> int:
     """How many rows of inputs one forward pass may take within a budget of bytes; all without one."""
+    return min(len(inputs), rows_in_budget(network, inputs, limit))
+
+
+def rows_in_budget(network: Network, inputs: Inputs, limit: float | None) -> int:
+    """How many rows like these, of several worlds, one forward pass may take; without a budget those of one."""
     if limit is None or keeps_rows_together(network, inputs):
         return len(inputs)
-    return max(1, min(len(inputs), int(limit // (bytes_per_token(network) * inputs.width))))
+    row = bytes_per_token(network) * inputs.width
+    if inputs.pictures is not None and network.architecture.tower is not None:
+        tower = network.architecture.tower
+        row += _numbers(tower) * network.dtype.itemsize * inputs.pictures.columns.width
+    return max(1, int(limit // row))
 
 
 def keeps_rows_together(network: Network, inputs: Inputs) -> bool:

@@ -52,6 +52,13 @@ def short_row(network: Network, inputs: Inputs) -> tuple[Inputs, Any]:
     bounds |= {a.rotary.length for a in attentions if a.rotary is not None and a.rotary.length is not None}
     longest = int(inputs.lengths.max())
     passed = tuple(sorted(bound for bound in bounds if longest > bound))
+    if inputs.pictures:
+        # Whole, because its images fill all of their places; padded as the batch is.
+        seen = inputs.pictures.lengths > 0
+        row = int(torch.where(seen, inputs.lengths, 0).argmax() if passed else
+                  torch.where(seen, inputs.lengths, inputs.width + 1).argmin())  # fmt: skip
+        sides = tuple(bool((~inputs.mask[:, column]).any()) for column in (0, -1))
+        return inputs.rows(slice(row, row + 1)), (network.dtype, network.device, "seen", *sides, passed)
     tokens = min(longest, max([LENGTH, *(bound + 3 for bound in passed)]))
     left, right = (2 * int(bool((~inputs.mask[:, column]).any())) for column in (0, -1))
     most = int(inputs.lengths.argmax())

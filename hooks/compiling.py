@@ -124,6 +124,8 @@ class Graphs:
         self, world: World, sites: Sequence[Site], expose: frozenset[int], seed: int
     ) -> tuple[Outcome, tuple[Tensor, ...]]:
         network, inputs, grad = self.network, world.inputs, torch.is_grad_enabled()
+        if inputs.pictures is not None:
+            raise ModelError("prompts with images run under run(), apply() and sweeps: a compiled graph has no tower")
         tapes: dict[Any, Tape] = {}
         for key, (source, wanted) in all_reads([world]).items():
             for place in wanted:

@@ -11,24 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from .backends import caching
-from .backends.generating import Generation, Generations
+from .backends.generating import Generation, Generations, Look
 from .errors import InputsError, PlanError
 from .fed import Decoding, Fed
 from .layout import Layout
 from .models.architecture import Architecture
-from .models.calls import inputs_of_call, kept_logits, real_columns, tokens_of_call
+from .models.calls import inputs_of_call, kept_logits, pictures_of_call, real_columns, tokens_of_call
 from .plan.inputs import Inputs
+from .plan.sites import VISION
 from .text import UNSEEN, Text
 
 
 class Decodings:
     """All texts that one model is fed while a plan is held on it."""
 
-    def __init__(self, module: nn.Module, binds: Callable[[], bool]) -> None:
+    def __init__(self, module: nn.Module, binds: Callable[[], bool], look: Look) -> None:
         self._known: WeakKeyDictionary[Any, Decoding] = WeakKeyDictionary()
         self._without: WeakKeyDictionary[Generation, Decoding] = WeakKeyDictionary()
         self._ends: dict[int, Callable[[], None]] = {}
-        self._generations = Generations(module, binds)
+        self._generations = Generations(module, binds, look)
 
     def close(self) -> None:
         """Forget all, and take away what stands on the model and on caches."""
@@ -55,24 +56,52 @@ class Decodings:
         if cache is not None:
             caching.require_plain(cache, [block.attention.module for block in arch.blocks])
         past, kept = caching.filled(cache), kept_logits(call)
+        tower = arch.tower if past == 0 and call.get("input_ids") is not None else None
+        pictures, image = pictures_of_call(call, tower, ids)
         generation = self._generations.around()
         if generation is not None and not generation.is_of(call.get("input_ids"), cache):
             generation = None
         if generation is not None:
             decoding = self._of(cache, generation)
             text = generation.text(len(ids), past + ids.shape[1], kept)
+            if text.image is None and image is not None and past == 0:
+                text = replace(text, image=image)
         elif past == 0:
             decoding = Decoding()
-            text = Text.of(real_columns(call, ids, 0))
+            text = Text.of(real_columns(call, ids, 0), image)
         else:
             decoding = self._of(cache, None)
             text = _continued(decoding.text, real_columns(call, ids, past), past)
         layout = text.layout(past, kept, caching.windows(cache, ids.shape[1], len(arch.blocks)))
         inputs = _inputs(call, ids, layout)
+        if pictures is not None:
+            tower_layout = replace(Layout.of_tower(pictures, layout.rows), origin=layout.origin, given=layout.given)
+            layout, inputs = replace(layout, towers={VISION: tower_layout}), replace(inputs, pictures=pictures)
         uses = call.get("use_cache")
         uses = getattr(getattr(module, "config", None), "use_cache", False) if uses is None else uses
         caches = cache is not None or bool(uses)
-        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None)
+        encoded = None
+        if call.get("mm_encoder_outputs"):
+            encoded = {} if generation is None else generation.encoded
+        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, encoded=encoded)
+
+    def looked(self, call: dict[str, Any], arch: Architecture) -> Fed | None:
+        """The images of a `generate`, which it looks at before it calls the model; None where there are none.
+
+        Raises:
+            InputsError: they do not fit the text.
+        """
+        ids = call.get("input_ids")
+        if arch.tower is None or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            return None
+        if caching.filled(call.get("past_key_values")):
+            return None
+        pictures, _ = pictures_of_call(call, arch.tower, ids)
+        if pictures is None:
+            return None
+        made = replace(Inputs.of(ids, real_columns(call, ids, 0)), pictures=pictures)
+        # Worlds that only the text reads are looked at too, for the features of their images.
+        return Fed(made, Layout.of(made), Decoding(), caches=True, only=VISION)
 
     def _of(self, cache: Any, generation: Generation | None) -> Decoding:
         if cache is not None:

@@ -17,7 +17,7 @@ from .plan.inputs import Inputs
 from .plan.plan import Intervention, Plan
 from .plan.region import Region, listed
 from .plan.sites import KEY, POS, Index, Key, Site, Span, same
-from .plan.spans import New
+from .plan.spans import Image, New
 from .program import Program
 from .text import PIECES, UNSEEN, Text
 
@@ -31,6 +31,7 @@ class Decoding:
         since: for each hold (by id), how many columns it held when that hold first saw it.
         counted: the columns that audits have counted.
         touched: for each entry of an audit (by id), bool [B], the rows that it has counted.
+        memory: tensors [B, ...] that somebody keeps from call to call, by name.
         mirrors: caches of the worlds that the plan reads of this text, by how they are reached; `sources`: their plans.
     """
 
@@ -38,6 +39,7 @@ class Decoding:
     since: dict[int, int] = field(default_factory=dict)
     counted: int = 0
     touched: dict[int, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     mirrors: dict[Any, Any] = field(default_factory=dict)
     sources: dict[Any, Plan] = field(default_factory=dict)
 
@@ -49,11 +51,13 @@ class Decoding:
         if operation == "reset":
             self.text, self.counted = None, 0
             self.since, self.touched, self.mirrors, self.sources = {}, {}, {}, {}
+            self.memory.clear()
         elif self.text is not None:
             rows = caching.rows_after(operation, argument, len(self.text.rows))
             if rows is not None:
                 self.text = self.text.take(rows)
                 self.touched = {entry: marks[rows] for entry, marks in self.touched.items()}
+                self.memory.update({name: kept[rows.to(kept.device)] for name, kept in self.memory.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,9 @@ class Fed:
         cache: the caller's cache, or None.
         caches: whether a later call may go on from this one.
         generated: whether it is one of several of a `generate`.
+        only: the one stack that runs, where a `generate` looks at the images before it calls the model; else None.
+        encoded: what the tower makes of the images in worlds that are read of the same text, by how they are reached,
+            for a call that is given the features of images and not the images. None where it is not.
     """
 
     inputs: Inputs
@@ -76,6 +83,8 @@ class Fed:
     cache: Any = None
     caches: bool = False
     generated: bool = False
+    only: str | None = None
+    encoded: dict[Any, Any] | None = None
 
     @property
     def past(self) -> int:
@@ -96,6 +105,8 @@ class Fed:
         return [number for number, item in enumerate(plan) if self._is_live(item, sizes)]
 
     def _is_live(self, item: Intervention, sizes: dict[Key, dict[str, int]]) -> bool:
+        if self.only is not None and item.site.key[2] != self.only:
+            return False
         region = self._region(self.layout, item, sizes)
         if region is None:
             return False
@@ -222,6 +233,8 @@ def _from_end(index: Index) -> bool:
     """Whether it depends on where the prompt ends which positions are meant."""
     if isinstance(index, New):
         return True
+    if isinstance(index, Image):
+        return False
     if isinstance(index, Span):
         return any(bound is not None and bound < 0 for bound in (index.start, index.stop))
     if isinstance(index, Tensor):

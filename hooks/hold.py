@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +20,14 @@ from .backends import frames
 from .backends.caching import cache_of
 from .backends.checkpointing import buffers_kept, checkpointing, uncheckpointed
 from .backends.dynamo import HOOK_GUARDS, forget_graphs
-from .backends.gate import gate_of
+from .backends.gate import Arguments, gate_of
+from .backends.generating import Seen
 from .backends.native import Pass, Placement, exposed_layers, touched
 from .backends.sources import all_reads, read_as_constants, read_tapes
 from .decoding import Decodings
 from .errors import PlanError
 from .fed import Decoding, Fed
+from .forking import Begin, Branch, Combine, Fork
 from .holding import Hold
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
@@ -33,8 +38,24 @@ from .plan.plan import Plan, World
 from .plan.sites import Site
 from .plan.spans import New
 from .plan.tape import Tape
+from .program import Program
 from .resolved import Resolved
 from .resolving import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What is held in one world, on the tokens of a call.
+
+    Attributes:
+        whole: the world; `now` is what of its plan is on tokens that are fed.
+        audit, seeds: of the latter.
+    """
+
+    whole: World
+    now: World
+    audit: Audit
+    seeds: tuple[int, ...]
 
 
 class Holds:
@@ -45,7 +66,7 @@ class Holds:
         holds: what is held.
         placement: hooks at the sites of the plans that are no functions, which stay between calls.
         decodings: what is known of the texts that the model is fed meanwhile.
-        resolved: makes the programs of calls.
+        resolved: makes the programs of calls, by the number of the world.
     """
 
     def __init__(self, network: Network) -> None:
@@ -53,7 +74,7 @@ class Holds:
         self.holds: list[Hold] = []
         self.placement: Placement | None = None
         self.decodings: Decodings | None = None
-        self.resolved = Resolved()
+        self.resolved: dict[int, Resolved] = defaultdict(Resolved)
 
     def add(self, hold: Hold) -> None:
         """Hold one more plan."""
@@ -71,12 +92,13 @@ class Holds:
         with gate.lock:
             before, placement = self.placement, None
             if holds:
-                plans = [World(_NOTHING, one.plan) for one in holds if isinstance(one.plan, Plan)]
+                every = [each for one in holds for each in (one.holds if isinstance(one, Fork) else (one,))]
+                plans = [World(_NOTHING, one.plan) for one in every if isinstance(one.plan, Plan)]
                 placement = Placement(self.network, touched(plans), exposed_layers(plans, ()), held=True)
                 placement.place()
             try:
                 if holds and not self.holds:
-                    self.decodings = Decodings(module, self.is_in_force)
+                    self.decodings = Decodings(module, self.is_in_force, self.look)
                     gate.open(module)
                 if placement is not None:
                     forget_graphs(module)
@@ -102,56 +124,132 @@ class Holds:
             self.decodings.close()
             self.decodings = None
 
-    def in_force(self) -> list[Hold]:
-        """What is held, but for what this thread has suspended since."""
+    def in_force(self, number: int = 0) -> list[Hold]:
+        """What is held in a world, by its number, but for what this thread has suspended since."""
         depth, me = gate_of(self.network.module).depth, threading.get_ident()
-        return [one for one in self.holds if depth <= (one.depth if one.thread == me else 0)]
+        found = [one for one in self.holds if depth <= (one.depth if one.thread == me else 0)]
+        return [one.holds[number] if isinstance(one, Fork) else one for one in found] if number else found
+
+    def fork(self) -> Fork | None:
+        """The several worlds that are held, if any are."""
+        return next((one for one in self.in_force() if isinstance(one, Fork)), None)
 
     def is_in_force(self) -> bool:
         """Whether anything is held, but for what this thread has suspended since."""
         return bool(self.in_force())
 
-    def on(self, inputs: Inputs) -> tuple[Plan, Audit, tuple[int, ...]]:
-        """All plans on these inputs as one, its record, and the seed of each intervention."""
+    @property
+    def looks(self) -> bool:
+        """Whether something in force may be at the sites of a tower."""
+        placed = self.placement is not None and any(key[2] is not None for key in self.placement.keys)
+        return placed or not all(isinstance(one.plan, Plan) for one in self.in_force())
+
+    def on(self, inputs: Inputs, number: int = 0) -> tuple[Plan, Audit, tuple[int, ...]]:
+        """All plans on these inputs as one, its record, and the seed of each intervention, of one of several worlds."""
         plan, entries, seeds = Plan(), (), ()
-        for one in self.in_force():
+        for one in self.in_force(number):
             part, found = one.on(inputs, self.network)
             plan, entries, seeds = plan + part, entries + found, seeds + (one.seed,) * len(part)
         return plan, Audit(entries), seeds
 
-    def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin the pass of a call of the user's, before the model runs."""
-        module, network = call.module, self.network
-        gate, decodings = gate_of(module), self.decodings
+    def start(self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Begin the pass of a call of the user's, before the model runs; where several worlds are held, of them all.
+
+        Returns:
+            The arguments for all of these; None where they stay as they are.
+        """
+        module, decodings = call.module, self.decodings
         if not self.in_force():
-            return
+            return None
         assert decodings is not None
         with ExitStack() as stack:
-            gate.lock.acquire()
-            stack.callback(gate.lock.release)
+            lock = gate_of(module).lock
+            lock.acquire()
+            stack.callback(lock.release)
             given = arguments_of_call(module, args, kwargs)
-            fed = decodings.fed(module, given, network.architecture)
-            plan, audit, seeds = self.on(fed.inputs)
-            whole = World(fed.inputs, plan)
-            self.check(fed, given, plan)
-            # Tokens that an intervention means may be in other calls of the text.
-            now = fed.live(plan, network.sizes)
-            fed.note_gone(plan, audit.entries, network.sizes)
-            world = World(fed.inputs, Plan(tuple(plan[n] for n in now)))
-            audit, seeds = Audit(tuple(audit[n] for n in now)), tuple(seeds[n] for n in now)
+            fed = decodings.fed(module, given, self.network.architecture)
+            fork, changed = self.fork(), None
+            views = (fed,) if fork is None else fork.views(fed, given)
+            if fork is not None:
+                changed = (), fork.arguments(given, views)
+                fork.began(fed)
+                call.changed = partial(fork.returned, fed)
+            self.begin(call, views, partial(self.again, call, args, kwargs), partial(self.check, given=given))
+            call.returned = partial(decodings.returned, fed)
+            if call.close is not None:
+                stack.callback(call.close)
+            call.close = stack.pop_all().close
+            return changed
+
+    def look(self, encode: Callable[[dict[str, Any]], Any], ids: Tensor, given: dict[str, Any]) -> tuple[Any, Seen]:
+        """Run the tower of a `generate`, which looks at the images before it calls the model.
+
+        Args:
+            encode: does that, given the arguments, which it changes.
+        """
+        module, decodings = self.network.module, self.decodings
+        gate = gate_of(module)
+        assert decodings is not None
+        fed = decodings.looked({**given, "input_ids": ids}, self.network.architecture)
+        call, seen = frames.Call(module, sys._getframe(0)), Seen()
+
+        def again(_fed: Fed, path: tuple[Any, ...]) -> None:
+            arguments = dict(given, mm_encoder_outputs=dict(given.get("mm_encoder_outputs") or {}))
+            frames.push(frames.Call(module, sys._getframe(0), gate.claimed()))
+            try:
+                seen.encoded[path] = encode(arguments)["mm_encoder_outputs"]
+            finally:
+                frames.pop(module)
+
+        with gate.lock:
+            frames.push(call)
+            try:
+                fork = None if fed is None else self.fork()
+                if fed is not None:
+                    seen.image = fed.inputs.columns.image
+                    if self.looks:
+                        views = (fed,) * (1 if fork is None else len(fork))
+                        self.begin(call, views, again, lambda fed, plan, number: None)
+                if fork is None or not (self.looks or fork.changes_images):
+                    return encode(given), seen
+                return fork.looked(encode, given, seen.encoded), seen
+            finally:
+                frames.pop(module)
+
+    def begin(
+        self,
+        call: frames.Call,
+        views: Sequence[Fed],
+        again: Callable[[Fed, tuple[Any, ...]], Any],
+        check: Callable[[Fed, Plan, int], None],
+    ) -> None:
+        """Begin the pass of a call, under all that is held.
+
+        Args:
+            views: the call as each of the worlds that are held sees it.
+            again: makes the call once more, for the world that is reached by a path.
+            check: refuses what a plan cannot do in it, in a world by its number.
+        """
+        module, network = call.module, self.network
+        with ExitStack() as stack:
+            worlds = [self.world(view, number, check) for number, view in enumerate(views)]
             placement = self.placement
             assert placement is not None
-            if not all(isinstance(one.plan, Plan) for one in self.in_force()):
-                placement = Placement(network, touched([whole]), exposed_layers([whole], ()))
-            tapes: dict[Any, Tape] = {}
-            if all_reads([whole]):
-                # Run anew for every call: in training the weights have changed since the last one.
-                again = partial(self.again, call, args, kwargs, fed)
-                tapes = self.read(whole, world, placement.expose, fed, again)
-            resolved = self.resolved.program
-            program = resolved(world, network.sizes, tapes, device=network.device, seed=seeds, layout=fed.layout)
-            program = fed.counted(program, audit.entries, network.sizes)
-            run = Pass(placement, [program], [()])
+            if not all(isinstance(one.plan, Plan) for number in range(len(views)) for one in self.in_force(number)):
+                wholes = [world.whole for world in worlds]
+                placement = Placement(network, touched(wholes), exposed_layers(wholes, ()))
+            programs = []
+            for number, (world, view) in enumerate(zip(worlds, views, strict=True)):
+                tapes: dict[Any, Tape] = {}
+                if all_reads([world.whole]):
+                    # Run anew for every call: in training the weights have changed since the last one.
+                    tapes = self.read(world.whole, world.now, placement.expose, view, partial(again, view))
+                resolved = self.resolved[number].program
+                made = resolved(
+                    world.now, network.sizes, tapes, device=network.device, seed=world.seeds, layout=view.layout
+                )
+                programs.append(view.counted(made, world.audit.entries, network.sizes))
+            run = Pass(placement, programs, [()] * len(programs))
             if not placement.placed:
                 stack.callback(placement.remove)
                 placement.place()
@@ -159,12 +257,26 @@ class Holds:
             if torch.is_grad_enabled() and module.training:
                 stack.enter_context(checkpointing(module, run.bind))
             # Last, so that it comes first: what the interventions did is noted however the call ended.
-            stack.callback(lambda: program.report(run.states[0], audit))
-            call.run, call.returned = run, partial(decodings.returned, fed)
-            call.close = stack.pop_all().close
+            for number, (program, world) in enumerate(zip(programs, worlds, strict=True)):
+                stack.callback(_report, program, run, number, world.audit)
+            call.run, call.close = run, stack.pop_all().close
 
-    def check(self, fed: Fed, given: dict[str, Any], plan: Plan) -> None:
-        """Refuse what the plans in force cannot do in a call.
+    def world(self, fed: Fed, number: int, check: Callable[[Fed, Plan, int], None]) -> Held:
+        """What is held in one of several worlds, on the tokens of a call."""
+        plan, audit, seeds = self.on(fed.inputs, number)
+        check(fed, plan, number)
+        # Tokens that an intervention means may be in other calls of the text.
+        now = fed.live(plan, self.network.sizes)
+        fed.note_gone(plan, audit.entries, self.network.sizes)
+        return Held(
+            World(fed.inputs, plan),
+            World(fed.inputs, Plan(tuple(plan[n] for n in now))),
+            Audit(tuple(audit[n] for n in now)),
+            tuple(seeds[n] for n in now),
+        )
+
+    def check(self, fed: Fed, plan: Plan, number: int, given: dict[str, Any]) -> None:
+        """Refuse what the plans in force in a world cannot do in a call.
 
         Raises:
             PlanError: something of that kind.
@@ -172,7 +284,7 @@ class Holds:
         if keeps_listed_logits(given) and any(item.site.name == "logits" for item in plan):
             raise PlanError("the plan edits the logits, and this call computes only those it lists (logits_to_keep)")
         fed.require_known(plan)
-        for one in self.in_force():
+        for one in self.in_force(number):
             mine, _ = one.on(fed.inputs, self.network) if isinstance(one.plan, Plan) else (plan, ())
             fed.require_reached(mine, one, self.network.sizes)
 
@@ -186,10 +298,34 @@ class Holds:
         def apart(value: Any) -> Any:
             return value if fed.cache is None or value is not fed.cache else mirror
 
-        output = call.module(*map(apart, args), **{name: apart(value) for name, value in kwargs.items()})
+        own = {name: apart(value) for name, value in kwargs.items()}
+        if fed.encoded is not None:
+            own["mm_encoder_outputs"] = self.encoded(fed, path, own.get("mm_encoder_outputs"))
+        output = call.module(*map(apart, args), **own)
         cache = cache_of(output)
         if fed.cache is None and cache is not None:
             fed.decoding.mirrors[path] = cache
+
+    def encoded(self, fed: Fed, path: tuple[Any, ...], given: Any) -> Any:
+        """What the tower makes of the images in a world that is read, for a call that is given the features of images.
+
+        Raises:
+            PlanError: nobody looked at them under that world's plan.
+        """
+        assert fed.encoded is not None
+        if path in fed.encoded:
+            if _places(fed.encoded[path]) != _places(given):
+                raise PlanError(
+                    "the prompt is fed in several calls, with a part of the images' features in each, and the plan "
+                    "reads this world under another plan, or unedited: leave out prefill_chunk_size"
+                )
+            return dict(fed.encoded[path])
+        if self.looks:
+            raise PlanError(
+                "the plan edits or reads the tower and reads this world under another plan, or unedited, in a call "
+                "that is given the features of images (mm_encoder_outputs), which are one world's: give it the images"
+            )
+        return given
 
     def read(
         self,
@@ -262,6 +398,16 @@ class Holds:
         return tuple(zip(sites, run.values(0), strict=True))
 
 
+def _places(encoded: Any) -> int:
+    """How many places of a text the features of images take, of those that a call is given."""
+    found = getattr((encoded or {}).get("image"), "pooler_output", ())
+    return sum(len(one) for one in found)
+
+
+def _report(program: Program, run: Pass, number: int, audit: Audit) -> None:
+    program.report(run.states[number], audit)
+
+
 _NOTHING = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
 _HOLDS: WeakKeyDictionary[nn.Module, Holds] = WeakKeyDictionary()
 """What is held on each module at the moment, by whichever wrapper of it."""
@@ -290,12 +436,34 @@ def held(network: Network, inputs: Inputs) -> tuple[Plan, Audit]:
 
 
 @contextmanager
+def fork(
+    network: Network, branches: Sequence[Branch], combine: Combine, seed: int, begin: Begin | None
+) -> Iterator[tuple[Audit, ...]]:
+    """Hold several worlds on a model; see `Model.fork`."""
+    mine = Fork(branches, combine, seed, gate_of(network.module).depth, begin)
+    found = _HOLDS.get(network.module)
+    if found is not None and any(isinstance(one, Fork) for one in found.holds):
+        raise PlanError("several worlds are held on this model already: give them all to one fork")
+    if network.architecture.images is not None:
+        raise PlanError("worlds are forked while a language model decodes, and this model takes images alone")
+    with _holding(network, mine):
+        yield tuple(one.audit for one in mine.holds)
+
+
+@contextmanager
 def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
-    network.refresh()
     mine = Hold(plan, seed, gate_of(network.module).depth)
-    if isinstance(mine.plan, Plan):
-        check_plan(network, mine.plan)
+    with _holding(network, mine):
+        yield mine.audit
+
+
+@contextmanager
+def _holding(network: Network, mine: Hold) -> Iterator[None]:
+    network.refresh()
+    for one in mine.holds if isinstance(mine, Fork) else (mine,):
+        if isinstance(one.plan, Plan):
+            check_plan(network, one.plan)
     if frames.inside(network.module):
         raise PlanError("a plan cannot be applied within a call of the model: apply it around the call")
     holds = _HOLDS.setdefault(network.module, Holds(network))
@@ -303,7 +471,7 @@ def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
     try:
         holds.add(mine)
         try:
-            yield mine.audit
+            yield
         finally:
             frames.drop_ended()
             holds.remove(mine)

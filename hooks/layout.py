@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .errors import ElsewhereError
 from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Inputs
+from .plan.pictures import Pictures
 from .plan.region import Region, entire, resolve
-from .plan.sites import DIM, HEAD, ROW, Site
+from .plan.sites import DIM, HEAD, ROW, TEXT, VISION, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,8 @@ class Layout:
         origin: int64 [B], the row of the plan that each row is, where beams or samples share one; None where it is
             its own.
         given: how many rows the plan is for; None for as many as there are.
+        towers: the layouts of other stacks that run in this pass, by name; those of a tower have `pictures`, the images
+            that it sees.
     """
 
     rows: Tensor
@@ -42,14 +46,35 @@ class Layout:
     windows: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     origin: Tensor | None = None
     given: int | None = None
+    towers: Mapping[str, Layout] = field(default_factory=dict)
+    pictures: Pictures | None = None
     _known: dict[Any, Region] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, inputs: Inputs) -> Layout:
         """The layout of a pass over whole inputs, without a past."""
         if inputs not in _LAYOUTS:
-            _LAYOUTS[inputs] = cls(inputs.row_ids, inputs.columns, inputs.columns)
+            towers = {} if inputs.pictures is None else {VISION: cls.of_tower(inputs.pictures, inputs.row_ids)}
+            _LAYOUTS[inputs] = cls(inputs.row_ids, inputs.columns, inputs.columns, towers=towers)
         return _LAYOUTS[inputs]
+
+    @classmethod
+    def of_tower(cls, pictures: Pictures, rows: Tensor) -> Layout:
+        """The layout of a tower that sees the images of some rows."""
+        columns = pictures.columns
+        return cls(rows, columns, columns, stack=VISION, pictures=pictures)
+
+    def of_stack(self, stack: str | None) -> Layout:
+        """The layout of the stack that a site names.
+
+        Raises:
+            ElsewhereError: that stack does not run in this pass.
+        """
+        if stack in (None, TEXT) or stack == self.stack:
+            return self
+        if stack not in self.towers:
+            raise ElsewhereError(f"the {stack} stack does not run in this call: no row has an image")
+        return self.towers[stack]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,6 +95,8 @@ class Layout:
 
     def columns(self, site: Site) -> tuple[Columns, Columns]:
         """The tokens along the query and the key axis of an activation."""
+        if self.stack is None and site.stack not in (None, TEXT):
+            return self.of_stack(site.stack).columns(site)
         queries, keys = self.queries, self.keys
         if self.kept is not None and site.name == "logits":
             end = queries.start + queries.width
@@ -100,13 +127,26 @@ class Layout:
         mine, its = ((one.stack, one.kept, dict(one.windows), one.given) for one in (self, other))
         if mine != its or not self.queries.like(other.queries) or not self.keys.like(other.keys):
             return False
+        if self.towers.keys() != other.towers.keys():
+            return False
+        if not all(tower.alike(other.towers[name]) for name, tower in self.towers.items()):
+            return False
+        if (self.pictures is None) != (other.pictures is None):
+            return False
+        if self.pictures is not None and other.pictures is not None and not self.pictures.stand_like(other.pictures):
+            return False
         return _equal(self.rows, other.rows) and _equal(self.origin, other.origin)
 
     def window(self, rows: slice) -> Layout:
         """The same for a range of rows."""
         queries = self.queries.rows(rows)
         return Layout(
-            self.rows[rows], queries, queries if self.keys is self.queries else self.keys.rows(rows), self.stack
+            self.rows[rows],
+            queries,
+            queries if self.keys is self.queries else self.keys.rows(rows),
+            self.stack,
+            towers={name: tower.window(rows) for name, tower in self.towers.items()},
+            pictures=None if self.pictures is None else self.pictures.rows(rows),
         )
 
     def resolve(self, site: Site, sizes: dict[str, int], only: Tensor | None = None) -> Region:
@@ -120,7 +160,8 @@ class Layout:
         if only is not None or any(isinstance(index, Tensor) for index in indices):
             return resolve(self.for_rows(site), queries, sizes, self.of_rows(only), keys)
         # The cells of a sweep mean the same entries in every layer.
-        key = (site.axes, indices, tuple(sizes.items()), site.layer if self.windows else None, site.name == "logits")
+        layer = site.layer if self.windows else None
+        key = (site.axes, indices, tuple(sizes.items()), layer, site.name == "logits", site.key[2])
         if key not in self._known:
             self._known[key] = resolve(site, queries, sizes, None, keys)
         return self._known[key]

@@ -130,6 +130,8 @@ class Members:
     def __init__(self, network: Network, plans: Sequence[Any], inputs: Inputs, seed: int | Sequence[int] = 0) -> None:
         network.refresh()
         check_inputs(network, inputs)
+        if network.architecture.tower is not None:
+            raise PlanError("members are one graph, and no graph has the sites of a model that sees")
         seeds = [seed] * len(plans) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(plans):
             raise ShapeError(f"give one seed, or one a member ({len(plans)}); got {len(seeds)}")

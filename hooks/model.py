@@ -10,21 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from .audit import Audit
-from .backends.bridge import Bridge, is_bridge
-from .backends.envoys import Traces, is_envoy
 from .backends.gate import gate_of
+from .backends.tools import tool_of
 from .capturing import captured
 from .compiled import Compiled
 from .compiling import Graphs, Options
 from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
-from .hold import held, hold, holds_on
+from .forking import Begin, Branch, Combine
+from .hold import fork, held, hold, holds_on
 from .holding import PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
-from .models.catalogue import SiteInfo, SiteTable, site_table
-from .models.checks import check_inputs, check_plan, check_site
-from .models.network import Network
+from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
+from .models.checks import check_inputs, check_pictures, check_plan, check_site
+from .models.network import Network, without_wrapper
+from .models.sight import inputs_with_images
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
@@ -43,13 +44,16 @@ class Model(Network):
     Attributes:
         module: the user's model.
         tokenizer: what turns prompts into ids, or None.
+        processor: what turns prompts and images into ids and pixels, or None.
         architecture: where the model keeps its parts.
         sizes: sizes of the head and last axes of every site, by key.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture]) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture], processor: Any = None
+    ) -> None:
         super().__init__(module, adapter)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = tokenizer, processor
 
     def _repr_html_(self) -> str:
         return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
@@ -58,6 +62,10 @@ class Model(Network):
         """Every site that the model offers, with its shape; all are readable and writable."""
         self.refresh()
         return site_table(self.sizes, self.n_layers)
+
+    def why_not(self, name: str) -> str:
+        """Why the model has no site of some kind, where there is more to say than that it has none."""
+        return why_missing(self.architecture, name, 0)
 
     def require(self, where: Site) -> None:
         """Check that the model has a site, and the heads and dimensions that it names.
@@ -73,7 +81,7 @@ class Model(Network):
         Raises:
             SiteError, ShapeError: it does not fit them.
         """
-        return resolve(where, inputs.columns, self.sizes[where.key])
+        return resolve(where, inputs.along(where.stack), self.sizes[where.key])
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
@@ -93,9 +101,10 @@ class Model(Network):
 
     def inputs(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Tensor,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Mapping[str, Any] | Tensor,
         mask: Tensor | None = None,
         *,
+        images: Any = None,
         padding: str = "right",
         row_ids: Tensor | None = None,
     ) -> Inputs:
@@ -104,8 +113,11 @@ class Model(Network):
         Args:
             prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself;
                 lists of token ids of any lengths; or a tensor of ids [B, T]. For a vision model pixels [B, C, height,
-                width], as its image processor makes them; a run brings them into the model's dtype.
+                width], as its image processor makes them; a run brings them into the model's dtype. For a model with
+                a vision tower also what its processor makes of texts and images, as a dict of tensors.
             mask: [B, T], nonzero at real tokens, with a tensor of ids.
+            images: for each text its image (PIL's, an array or a tensor), several in a list, or None, where the
+                model was wrapped with its processor; texts hold the token that stands for an image.
             padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
 
@@ -114,17 +126,24 @@ class Model(Network):
                 another size, images where the model takes prompts, or prompts where it takes images.
         """
         self.refresh()
-        images, vocabulary = self.architecture.images, self.architecture.token_ids
-        if images is not None:
+        arch, vocabulary = self.architecture, self.architecture.token_ids
+        if images is not None or (arch.tower is not None and isinstance(prompts, Mapping)):
+            if mask is not None:
+                raise InputsError("a mask goes with a tensor of ids; what a processor makes has its own")
+            labels = None if self.tokenizer is None else self.decode
+            return inputs_with_images(arch, self.processor, prompts, images, padding, row_ids, labels)
+        if arch.images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
-            return Inputs.of_images(check_pixels(prompts, images), images.patch, row_ids)
+            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids)
         if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
             raise InputsError(
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
             )
         decode = None if self.tokenizer is None else self.decode
-        return prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        made = prepare(prompts, mask, row_ids, padding, encode=self.encode, decode=decode, vocabulary=vocabulary)
+        check_pictures(arch.tower, made)
+        return made
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by itself.
@@ -227,6 +246,37 @@ class Model(Network):
             raise PlanError("a plan cannot be held on a model that runs elsewhere: run() and sweeps take it there")
         return hold(self, plan, seed)
 
+    def fork(
+        self,
+        *branches: Branch,
+        combine: Combine,
+        own: Branch | None = None,
+        begin: Begin | None = None,
+        seed: int = 0,
+    ) -> AbstractContextManager[tuple[Audit, ...]]:
+        """Hold several worlds on the model while the user calls it, whose logits become one; see `apply`.
+
+        Every call is made once, with each row once for each world: the user's own first, then those of the branches.
+        Each world has its own keys and values in the cache, and all are fed the tokens that the user, or `generate` in
+        any of its modes, chooses from the logits that `combine` makes of theirs. All else that a call returns is the
+        first world's. Runs inside (`run`, sweeps) are under the plan of the first world.
+
+        Args:
+            branches: the worlds beside the user's own.
+            combine: from logits [W, B, T, V] and a `Moment` to logits [B, T, V].
+            own: what is done in the user's own world; None for nothing.
+            begin: told of the `Moment` of each call before it is made.
+            seed: of random interventions.
+
+        Returns:
+            A context manager that gives the audit of each world.
+
+        Raises:
+            UnfiredError: on leaving without an exception, where an intervention never fired.
+            PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
+        """
+        return fork(self, [own or Branch(), *branches], combine, seed, begin)
+
     def compile(
         self,
         plan: Plan | Intervention | None = None,
@@ -273,6 +323,11 @@ class Model(Network):
         if self.tool is not None:
             raise ModelError(f"{self.tool.name} runs this model, and no compiler makes one graph of that: wrap a copy")
         self.refresh()
+        if self.architecture.pooled:
+            raise ModelError(
+                f"{type(self.module).__name__} returns the logits of one token of each row, and a compiled model is to "
+                "return those of all: use run()"
+            )
         sites, todo = tuple(sites_of(capture)), as_plan(plan)
         check_plan(self, todo)
         for place in sites:
@@ -311,9 +366,11 @@ def wrap(
         model: of transformers, a language model of one of the families that are known or of one whose structure is
             (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
             with an adapter; or one of these in a `TransformerBridge` of TransformerLens or in a model of nnsight's.
-        tokenizer: for prompts that are text, and for printing tokens.
+        tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
+            one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
-            is wrapped already, tokenizer and adapter replace what it has.
+            is wrapped already, tokenizer and adapter replace what it has. Of a model of peft's, `module` is the one
+            that its layers were put into.
         remote: of a model of nnsight's, where its traces run: as nnsight's `trace` takes it.
 
     Raises:
@@ -322,20 +379,25 @@ def wrap(
     if isinstance(model, Model):
         if tokenizer is None and adapter is None:
             return model
-        known = model.tokenizer if tokenizer is None else tokenizer
-        again = Model(model.module, known, model.adapter if adapter is None else adapter)
+        known = (model.processor or model.tokenizer) if tokenizer is None else tokenizer
+        again = Model(model.module, *_reading(known, model.adapter if adapter is None else adapter))
         again.tool = model.tool
         return again
-    if is_bridge(model) or is_envoy(model):
-        tool: Any = Bridge(model) if is_bridge(model) else Traces(model, remote)
-        wrapped = Model(tool.module, tokenizer or getattr(model, "tokenizer", None), adapter or tool.describe)
+    tool = tool_of(model, remote)
+    if tool is not None:
+        known = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        wrapped = Model(tool.module, *_reading(known, adapter or tool.describe))
         wrapped.tool = tool
         return wrapped
-    if remote:
-        raise ModelError(f"remote= is for a model of nnsight's, not for {type(model).__name__}")
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(model, tokenizer, adapter or known_or_discovered)
+    return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))
+
+
+def _reading(tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
+    """A tokenizer, the adapter, and the processor that the tokenizer is a part of, if it was given in its place."""
+    within = getattr(tokenizer, "tokenizer", None)
+    return (tokenizer, adapter, None) if within is None else (within, adapter, tokenizer)
 
 
 def known_or_discovered(module: nn.Module) -> Architecture:

@@ -7,7 +7,7 @@ function of tensors, the one piece that every backend shares.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -168,6 +168,8 @@ def edited(
         # Functions see the lowest number where attention is forbidden: an infinity would make their gradients NaN.
         lowest = torch.finfo(part.dtype).min if guard[1] == -torch.inf else guard[1]
         part = torch.where(guard[0], part, lowest)
+        if op.masked:
+            ctx = replace(ctx, allowed=guard[0])
     for read, value in zip(item.reads, reads, strict=True):
         if value.device != part.device or value.dtype != part.dtype:
             raise ShapeError(

@@ -45,7 +45,7 @@ class Choice:
     reason: str = ""
 
 
-def choose(network: Network, worlds: Sequence[World], executor: str = "auto") -> Choice:
+def choose(network: Network, worlds: Sequence[World], executor: str = "auto", reads: Sequence[Site] = ()) -> Choice:
     """Decide how worlds are run. The first time that a model is shared in some regime, this compares it with itself.
 
     Raises:
@@ -58,7 +58,7 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
     if executor in ("sequential", "batched"):
         return Choice(executor)
     network.refresh()
-    reason = network.unshareable()
+    reason = network.unshareable() or _looks(network, worlds, reads)
     everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
     mixing = next((item for w in everything for item in w.plan if item.op.mixes), None)
     if not reason and mixing is not None:
@@ -71,6 +71,24 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto") ->
             seen.add(id(world.inputs))
             reason = distrust(network, world.inputs)
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
+
+
+def _looks(network: Network, worlds: Sequence[World], reads: Sequence[Site]) -> str:
+    """Why worlds of a model that sees are not shared; empty where they may be."""
+    tower = network.architecture.tower
+    if tower is None:
+        return ""
+    sites, everything = [*reads], [*worlds]
+    for source, found in all_reads(worlds).values():
+        sites += found
+        everything.append(source)
+    sites += [site for world in everything for item in world.plan for site in (item.site, *item.read_sites)]
+    there = next((site for site in sites if site.key[2] is not None), None)
+    if there is not None:
+        return f"{there} is in the tower, which has no keys and values to share"
+    if tower.mutual and any(world.inputs.pictures for world in worlds):
+        return "tokens of an image see later ones, so a world differs from its base before what it edits"
+    return ""
 
 
 def record(network: Network, worlds: Sequence[World], reads: Sequence[Site], **options: Any) -> Iterator[Outcome]:
@@ -136,7 +154,9 @@ def record_chunks(
     gate = gate_of(network.module)
     with gate.suspended():
         choice = (
-            Choice("sequential" if executor == "sequential" else "batched") if grad else choose(network, mine, executor)
+            Choice("sequential" if executor == "sequential" else "batched")
+            if grad
+            else choose(network, mine, executor, reads)
         )
     job = Job(
         network=network,

@@ -157,7 +157,7 @@ class Resolver:
     def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor:
         """Where a tape holds what is read, with its positions laid where ours are."""
         place = item.site if read.site is None else read.site
-        rows, there, layout = self.layout.total, tape.inputs.columns, self.layout
+        rows, there, layout = self.layout.total, tape.inputs.along(place.stack), self.layout
         whole = tape.whole(place)
         if tape.inputs is self.inputs and tape.window is None and whole is not None:
             # Of this very pass, whatever part of a text it is of.
@@ -204,7 +204,8 @@ class Resolver:
             return tape[place], Reference(None, ())
         given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
         loose = {axis: None for axis, index in given.items() if not listed(index)}
-        there = resolve_site(place.at(**loose), tape.inputs.columns, self.sizes[place.key])
+        along = tape.inputs.along(place.stack)
+        there = resolve_site(place.at(**loose), along, self.sizes[place.key])
         queries, keys = self.layout.columns(item.site)
         wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
@@ -213,7 +214,7 @@ class Resolver:
             columns, cols = wanted[axis]
             assert cols is not None
             last = int(columns.index[self.window].gather(1, cols).max())
-            lengths = tape.inputs.lengths
+            lengths = along.lengths
             every = item.op.needs_full_rows
             if last >= int(lengths.min() if every else lengths.max()):
                 rows = "a row" if every else "every row"

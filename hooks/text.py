@@ -25,6 +25,7 @@ class Text:
         rows: int64 [B], the row of the plan that each row goes on from, which is also its identity.
         total: how many rows the plan is for.
         several: whether the last call fed several tokens.
+        image: int64 [B, C], the number of the image of its row that each is of, -1 of none; None where nobody knows.
         doubt: why nobody knows where the prompt ends: it comes in `PIECES`, or its beginning was `UNSEEN`; or nothing.
     """
 
@@ -35,11 +36,13 @@ class Text:
     total: int
     several: bool = False
     doubt: str = ""
+    image: Tensor | None = None
 
     @classmethod
-    def of(cls, real: Tensor) -> Text:
+    def of(cls, real: Tensor, image: Tensor | None = None) -> Text:
         """Prompts, one a row."""
-        return cls(real, real.shape[1], real.sum(1), torch.arange(len(real)), len(real), real.shape[1] > 1)
+        rows = torch.arange(len(real))
+        return cls(real, real.shape[1], real.sum(1), rows, len(real), real.shape[1] > 1, image=image)
 
     @property
     def width(self) -> int:
@@ -50,16 +53,20 @@ class Text:
     def columns(self) -> Columns:
         """All tokens, as an axis of keys."""
         index = (self.real.long().cumsum(1) - 1).clamp_min(0)
-        return Columns(index, self.real, self.lengths, prompt=self.prompt)
+        image = self.image
+        if image is not None:
+            image = torch.nn.functional.pad(image, (0, self.width - image.shape[1]), value=-1)
+        return Columns(index, self.real, self.lengths, prompt=self.prompt, image=image)
 
     def cut(self, width: int) -> Text:
         """The first columns alone, as where tokens that were proposed are rejected."""
-        return replace(self, real=self.real[:, :width])
+        return replace(self, real=self.real[:, :width], image=None if self.image is None else self.image[:, :width])
 
     def take(self, rows: Tensor) -> Text:
         """Other rows, each of which goes on from one of these."""
         rows = rows.to("cpu", torch.int64)
-        return replace(self, real=self.real[rows], lengths=self.lengths[rows], rows=self.rows[rows])
+        image = None if self.image is None else self.image[rows]
+        return replace(self, real=self.real[rows], lengths=self.lengths[rows], rows=self.rows[rows], image=image)
 
     def fed(self, real: Tensor) -> Text:
         """The text with the columns [B, T] of one more call: one is generated, several are a turn, with a new prompt.

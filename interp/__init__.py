@@ -37,6 +37,7 @@ try:
         World,
         align,
         clamp,
+        counterfactual,
         freeze,
         here,
         interchange,
@@ -66,10 +67,11 @@ except ImportError as error:  # a file of the user's that is called hooks.py hid
         ) from error
     raise
 
-from interp import paths, plots, training
+from interp import adapters, attention, kv, paths, plots, training
 from interp.activations import Activations, save_activations
 from interp.attribution import attribution
 from interp.axes import Axis
+from interp.checks import Conformance
 from interp.evaluation import evaluate
 from interp.grids import Grid, grid
 from interp.lens import LogitLens, direct_logit_attribution, logit_lens
@@ -87,6 +89,7 @@ from interp.metrics import (
     rank,
 )
 from interp.results import Result
+from interp.suite import conformance
 from interp.sweeps import sweep
 from interp.version import __version__
 
@@ -94,6 +97,7 @@ __all__ = [
     "Activations",
     "Audit",
     "Axis",
+    "Conformance",
     "Context",
     "CycleError",
     "ElsewhereError",
@@ -124,9 +128,13 @@ __all__ = [
     "World",
     "__version__",
     "accuracy",
+    "adapters",
     "align",
+    "attention",
     "attribution",
     "clamp",
+    "conformance",
+    "counterfactual",
     "cross_entropy",
     "direct_logit_attribution",
     "evaluate",
@@ -137,6 +145,7 @@ __all__ = [
     "intervene",
     "kl",
     "knockout",
+    "kv",
     "load",
     "log_prob",
     "logit",

@@ -17,6 +17,9 @@ from hooks import (
     KEY,
     KINDS,
     POS,
+    TEXT,
+    Columns,
+    Image,
     Inputs,
     Intervention,
     Model,
@@ -65,16 +68,18 @@ class Grid:
     names: tuple[str, ...]
     axes: tuple[tuple[str, Any], ...]
     several: bool
+    stack: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return digest_of(self) == digest_of(other) if isinstance(other, Grid) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.names, tuple(name for name, _ in self.axes), self.several))
+        return hash((self.names, tuple(name for name, _ in self.axes), self.several, self.stack))
 
     def __repr__(self) -> str:
         over = ", ".join(axis for axis, _ in self.axes) or "everything at once"
-        return f"Grid({' + '.join(self.names)} over {over})"
+        where = f" in the {self.stack} stack" if self.stack is not None else ""
+        return f"Grid({' + '.join(self.names)}{where} over {over})"
 
     def cells(self, model: Model, inputs: Inputs) -> tuple[tuple[Axis, ...], list[Cell]]:
         """The axes with their values on a model and inputs, and every cell, the last axis fastest.
@@ -86,7 +91,7 @@ class Grid:
         axes: list[Axis] = [Axis("site", self.names)] if self.several else []
         entries: list[Sequence[Any]] = [self.names] if self.several else []
         for name, value in self.axes:
-            if isinstance(value, (int, Span)) or (isinstance(value, Tensor) and name in (POS, KEY)):
+            if isinstance(value, (int, Span, Image)) or (isinstance(value, Tensor) and name in (POS, KEY)):
                 fixed[name] = value
             else:
                 axis, meant = self._axis(name, value, model, inputs)
@@ -113,37 +118,47 @@ class Grid:
         labels: tuple[str, ...] = ()
         if isinstance(value, Mapping):
             labels, value = tuple(map(str, value)), list(value.values())
-        values = tuple(self._group(name, v, max(sizes), inputs) if isinstance(v, Span) else v for v in value)
+        tokens = inputs.along(self.stack)
+        values = tuple(self._group(name, v, max(sizes), tokens) if isinstance(v, Span) else v for v in value)
         if not values:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
-            labels = _token_labels(values, inputs)
+            labels = _token_labels(values, inputs if self._in_text else None)
         # Positions that differ between rows are known by their name.
-        shown = (label if isinstance(v, Tensor) else v for v, label in zip(values, labels or values, strict=True))
+        shown = (
+            label if isinstance(v, (Tensor, Image)) else v for v, label in zip(values, labels or values, strict=True)
+        )
         return Axis(name, tuple(shown), labels), values
 
     @staticmethod
-    def _group(name: str, span: Span, size: int, inputs: Inputs) -> tuple[int, ...]:
+    def _group(name: str, span: Span, size: int, tokens: Columns) -> tuple[int, ...]:
         """The entries of a slice that is one entry of an axis."""
         open_ended = span.stop is None or span.stop < 0 or (span.start or 0) < 0
-        if name in (POS, KEY) and open_ended and bool((inputs.lengths != inputs.lengths[0]).any()):
+        if name in (POS, KEY) and open_ended and bool((tokens.lengths != tokens.lengths[0]).any()):
             raise SiteError(f"{name}: the group {span} means other positions in rows of other lengths; list them")
         chosen = tuple(range(*slice(span.start, span.stop).indices(size)))
         if not chosen:
             raise SiteError(f"{name}: the group {span} selects nothing of {size}")
         return chosen
 
-    @staticmethod
-    def _size(name: str, kind: str, model: Model, inputs: Inputs) -> int:
-        if (kind, 0 if KINDS[kind].per_layer else -1, None) not in model.sizes and kind != "resid_pre":
-            model.require(Site(kind, 0 if KINDS[kind].per_layer else None))
+    @property
+    def _in_text(self) -> bool:
+        return self.stack in (None, TEXT)
+
+    def _depth(self, model: Model) -> int:
+        """Number of layers of the stack that is meant."""
+        return model.architecture.depth(None if self._in_text else self.stack)
+
+    def _size(self, name: str, kind: str, model: Model, inputs: Inputs) -> int:
+        place = Site(kind, 0 if KINDS[kind].per_layer else None, self.stack)
+        if place.key not in model.sizes and kind != "resid_pre":
+            model.require(place)
         if name == "layer":
-            return model.n_layers
-        layer = 0 if KINDS[kind].per_layer else None
+            return self._depth(model)
         if name in (POS, KEY):
-            return model.sizes[Site(kind, layer).key].get(name, int(inputs.lengths.max()))
-        model.require(Site(kind, layer))
-        return model.sizes[Site(kind, layer).key][name]
+            return model.sizes[place.key].get(name, int(inputs.along(self.stack).lengths.max()))
+        model.require(place)
+        return model.sizes[place.key][name]
 
     def _cell(self, index: tuple[int, ...], chosen: dict[str, Any], model: Model, inputs: Inputs) -> Cell:
         names = (chosen.pop("site"),) if "site" in chosen else self.names
@@ -152,27 +167,35 @@ class Grid:
         parts: dict[str, Any] = {}
         for axis, value in chosen.items():
             if axis in (POS, KEY):
-                value, rows = row_positions(value, inputs)
+                value, rows = row_positions(value, inputs, self.stack)
                 if rows is not None:
                     present = rows if present is None else present & rows
             parts[axis] = value
         sites = []
         for name in names:
             if not KINDS[name].per_layer:
-                sites.append(Site(name, **parts))
+                sites.append(Site(name, stack=self.stack, **parts))
                 continue
-            listed = range(model.n_layers) if layers is None else layers if isinstance(layers, tuple) else (layers,)
-            sites += [Site(name, layer + model.n_layers if layer < 0 else layer, **parts) for layer in listed]
+            depth = self._depth(model)
+            listed = range(depth) if layers is None else layers if isinstance(layers, tuple) else (layers,)
+            layered = (layer + depth if layer < 0 else layer for layer in listed)
+            sites += [Site(name, layer, self.stack, **parts) for layer in layered]
         for place in sites:
             model.require(place)
+        if not self._in_text:
+            # A row without an image has nothing in a tower.
+            some = inputs.along(self.stack).lengths > 0
+            if not bool(some.all()):
+                present = some if present is None else present & some
         return Cell(index, tuple(sites), present)
 
 
-def grid(names: str | Sequence[str], **axes: Any) -> Grid:
+def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -> Grid:
     """State what a sweep goes through.
 
     Args:
         names: a kind of site (``"resid_pre"``), or several, which make a first axis ``"site"``.
+        stack: of which stack, in a model that has several: ``"vision"`` is a tower's.
         **axes: `layer`, `head`, `pos`, `key_pos`, `dim`, in the order of the result's axes. Each is ``"all"``, a
             sequence whose entries are single values or groups edited together (tuples), a dict of named groups, whose
             names label the result and select from it, or one value (an int, a `Span`), which restricts every cell and
@@ -182,7 +205,8 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
     Positions that differ between rows mean what they mean as a site's `pos`: a tensor or array, int [B] (one a row) or
     [B, n], or a mask bool [B, T]; in a dict, where it has a name, also a list with a list of ints for each row. As the
     one value of `pos` or `key_pos`, int [B, n] or a mask restricts every cell; an array [n] is n values of an axis, and
-    is refused where there are n rows, so that it might be one a row.
+    is refused where there are n rows, so that it might be one a row. ``"image"`` and ``"image 0"`` are the tokens of a
+    row's images, as the one value or among others.
 
     Raises:
         SiteError: an unknown site or axis, or one that the sites lack; positions of which it is not clear whether they
@@ -200,13 +224,13 @@ def grid(names: str | Sequence[str], **axes: Any) -> Grid:
     for axis, value in axes.items():
         if axis not in AXES:
             raise SiteError(f"a grid has axes {', '.join(AXES)}, not {axis!r}{nearest(axis, AXES)}")
-        if isinstance(value, str) and value != "all":
+        if isinstance(value, str) and value != "all" and not (axis in (POS, KEY) and Image.named(value)):
             raise SiteError(f"{axis}={value!r}: expected 'all', values, groups or one value{nearest(value, ['all'])}")
         lacking = [n for n in listed if (not KINDS[n].per_layer if axis == "layer" else axis not in KINDS[n].axes)]
         if lacking:
             raise SiteError(f"site {lacking[0]!r} has no axis {axis!r}; it has {KINDS[lacking[0]].axes}")
     frozen = tuple((axis, _freeze(axis, value)) for axis, value in axes.items())
-    return Grid(listed, frozen, not isinstance(names, str))
+    return Grid(listed, frozen, not isinstance(names, str), stack)
 
 
 def _freeze(axis: str, value: Any) -> Any:
@@ -224,7 +248,9 @@ def _freeze(axis: str, value: Any) -> Any:
         if len({str(name) for name in value}) < len(value):
             raise SiteError(f"{axis}: two groups of one name, {', '.join(map(repr, value))}")
         return {str(name): _named(axis, v) for name, v in value.items()}
-    if isinstance(value, (str, Span)) or (isinstance(value, int) and not isinstance(value, bool)):
+    if isinstance(value, str) and axis in (POS, KEY):
+        return Image.named(value) or value
+    if isinstance(value, (str, Span, Image)) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, (list, tuple, range)):
         return tuple(_entry(axis, v) for v in value)
@@ -263,7 +289,9 @@ def _entry(axis: str, value: Any) -> Any:
         )
     if isinstance(value, (Tensor, np.ndarray, np.integer)):
         value = value.tolist()
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, str) and axis in (POS, KEY) and Image.named(value) is not None:
+        return Image.named(value)
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, Image) and axis in (POS, KEY)):
         return value
     if isinstance(value, (slice, Span)):
         return _span(axis, value)
@@ -280,37 +308,49 @@ def _span(axis: str, value: slice | Span) -> Span:
     return value if isinstance(value, Span) else Span(value.start, value.stop)
 
 
-def row_positions(value: Any, inputs: Inputs) -> tuple[Any, Tensor | None]:
-    """A position, group or mask as a site takes it, and which rows have it (None: all).
+def row_positions(value: Any, inputs: Inputs, stack: str | None = None) -> tuple[Any, Tensor | None]:
+    """A position, group or mask as a site of a stack takes it, and which rows have it (None: all).
 
     Raises:
         SiteError: no row has it.
     """
-    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == inputs.mask.shape:
-        some = (value.cpu() & inputs.mask).any(1)
-        if not bool(some.any()):
-            raise SiteError("the mask selects no token of any row")
-        return value, None if bool(some.all()) else some
+    tokens = inputs.along(stack)
+    if isinstance(value, Image):
+        if tokens.image is None:
+            raise SiteError(f"{str(value)!r} is of none of these inputs, which have no images")
+        return value, _rows_with(value.holds(tokens.image), str(value))
+    if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == tokens.real.shape:
+        return value, _rows_with(value.cpu() & tokens.real, "the mask")
     if not isinstance(value, (int, tuple)):
         return value, None
     reach = [p + 1 if p >= 0 else -p for p in (value if isinstance(value, tuple) else (value,))]
-    if max(reach) <= inputs.shortest:
+    if max(reach) <= int(tokens.lengths.min()):
         return value, None
     listed = torch.tensor(value if isinstance(value, tuple) else (value,))
-    lengths = inputs.lengths[:, None]
+    lengths = tokens.lengths[:, None]
     has = ((listed < lengths) & (listed >= -lengths)).all(1)
     if bool(has.all()):
         return value, None
     if not bool(has.any()):
         raise SiteError(f"no row has position {value}: the longest has {int(lengths.max())} tokens")
-    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, inputs.width - 1)
-    cols = inputs.order.gather(1, at)
-    return torch.zeros_like(inputs.mask).scatter(1, cols, True) & has[:, None], has
+    at = torch.where(listed < 0, listed + lengths, listed).clamp(0, tokens.width - 1)
+    cols = torch.argsort((~tokens.real).byte(), dim=1, stable=True).gather(1, at)
+    return torch.zeros_like(tokens.real).scatter(1, cols, True) & has[:, None], has
 
 
-def _token_labels(values: tuple, inputs: Inputs) -> tuple[str, ...]:
+def _rows_with(chosen: Tensor, what: str) -> Tensor | None:
+    """Which rows have some of the tokens bool [B, T] (None: all)."""
+    some = chosen.any(1)
+    if not bool(some.any()):
+        raise SiteError(f"{what} selects no token of any row")
+    return None if bool(some.all()) else some
+
+
+def _token_labels(values: tuple, inputs: Inputs | None) -> tuple[str, ...]:
     """The token at each position; with an ellipsis where it is only that of the first row which has the position."""
-    rows = [inputs.labels(row) for row in range(len(inputs))] if inputs.tokens is not None else []
+    rows = (
+        [inputs.labels(row) for row in range(len(inputs))] if inputs is not None and inputs.tokens is not None else []
+    )
     labels = []
     for value in values:
         text = str(value)

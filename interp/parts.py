@@ -14,20 +14,20 @@ Linear = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def frozen_norm(norm: nn.Module, x: Tensor) -> Linear:
+def frozen_norm(norm: nn.Module | None, x: Tensor) -> Linear:
     """A norm without its bias as a linear function, its scale held at what it is for x.
 
     ``frozen_norm(norm, x)(d)`` is norm(x + d) - norm(x), had d not changed the scale; ``frozen_norm(norm, x)(x)`` is
     norm(x) less the norm's bias.
 
     Args:
-        norm: a LayerNorm or an RMSNorm, with or without weights, or an identity.
+        norm: a LayerNorm or an RMSNorm, with or without weights, an identity, or None for that.
         x: [..., M].
 
     Raises:
         ModelError: another kind of norm, or one of those names that computes something else.
     """
-    if isinstance(norm, nn.Identity):
+    if norm is None or isinstance(norm, nn.Identity):
         return lambda d: d
     centered = isinstance(norm, nn.LayerNorm)
     eps = _eps(norm, x)

@@ -122,7 +122,7 @@ def sweep(
     todo = stream.remaining()
     reads, spans = _all_reads(bound)
     with model.suspended():
-        choice = choose(model, [worlds[i] for i in todo], executor)
+        choice = choose(model, [worlds[i] for i in todo], executor, reads)
     bar = tqdm(total=len(todo) * rows, disable=None if progress is None else not progress, unit="cell", leave=False)
     with bar:
         bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")

@@ -35,14 +35,36 @@ if find_spec("hypothesis") is not None:
     hypothesis.settings.load_profile("interp")
 
 
+NEAR = ("qwen2", "mistral", "neox_sequential", "small_qk_norm")
+"""Families of `zoo.FAMILIES` that differ from others of them in one detail, which others (or tests of it) have too."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are selected by
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device."""
+    """Skip tests marked `gpu` where there is no CUDA device, and leave the last families of those that try all to
+    `make test-all`.
+    """
+    tried: dict[str, set[str]] = {}
+    for item in items:
+        tried.setdefault(_function(item), set()).add(_family(item))
+    for item in items:
+        if _family(item) in NEAR and len(tried[_function(item)]) >= 10:
+            item.add_marker("full")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.split("[")[0]
+
+
+def _family(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("family", "")) if callspec is not None else ""
 
 
 @pytest.fixture(autouse=True)

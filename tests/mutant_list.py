@@ -661,6 +661,18 @@ MUTANTS = [
         "tests/hooks/test_compile.py::test_gradients_by_taps_are_those_of_a_plain_run",
     ),
     (
+        "a stream that only attention reads",
+        '_from_positions(site("resid_pre", layer), source, residual)',
+        '_from_positions(site("attn_in", layer), source, residual)',
+        "tests/training/test_heads.py::test_a_residual_stream_that_the_first_layer_does_not_reach[small_attn_only]",
+    ),
+    (
+        "members that go on without their moments",
+        "{**self.params, **self.moments}.items():\n            value[list(mine)]",
+        "self.params.items():\n            value[list(mine)]",
+        "tests/training/test_ensemble.py::test_some_members_go_on_without_the_rest",
+    ),
+    (
         "graphs of before a plan was held",
         "eval_frame.reset_code(code)",
         "eval_frame._debug_get_cache_entry_list(code)",

@@ -239,9 +239,10 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
-    {"fed", "decoding", "holding", "hold", "certificate"},
+    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
-    {"running"},
+    {"tail"},
+    {"running", "discovery"},
     {"compiling", "compiled", "members"},
     {"model"},
 )

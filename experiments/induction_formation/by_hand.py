@@ -30,10 +30,11 @@ def logits_under(model: InductionModel, batch: Batch, treatment: Treatment) -> T
     x = model.embed(batch.ids(len(model.embed.exemplars)))
     whole, _ = _layer(model, 0, (x, x, x, x), treatment)
     after, _ = _layer(model, 0, (x, x, x, x), treatment, ablate=treatment.ablate_first)
+    if treatment.first_layer:
+        after = x
     q_in, k_in, v_in = (whole if stream in treatment.preserve else after for stream in ("q", "k", "v"))
     if treatment.first_layer:
-        shifted = x[:, [0, 0, 2, 2, 4]]
-        q_in, k_in, v_in = shifted, shifted, x
+        q_in = k_in = x[:, [0, 0, 1, 2, 4]]
     held = None
     if treatment.match is not None:
         held = x.new_zeros(len(x), TOKENS)

@@ -1,7 +1,7 @@
 """Exemplars from drawings: train a small network to tell the characters of a folder apart, and keep its features.
 
 python -m experiments.induction_formation.encode --images omniglot/images_background --out build/omniglot.safetensors
-python -m experiments.induction_formation.run --quick --features build/omniglot.safetensors --name omniglot
+python -m experiments.induction_formation.run free --quick --features build/omniglot.safetensors --name omniglot
 
 Every folder that holds images is a character, as in Omniglot (Lake et al. 2015: 1,623 characters, each drawn by 20
 people). The network learns all of them; the study's exemplars are one drawing of each of 300, chosen by the seed.
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.induction_formation.task import Task
+from experiments.induction_formation.task import Task, mean_cosine
 from hooks import InputsError, choice, digest_of, hash_counters
 from interp.training.ensemble import Ensemble, from_modules
 
@@ -118,12 +118,13 @@ def train(images: Tensor, steps: int, *, seed: int, batch: int, checkpoint: Path
 
 @torch.no_grad()
 def features(model: nn.Sequential, images: Tensor) -> Tensor:
-    """Features before the read-out [n, WIDTH] of images [n, 1, SIDE, SIDE], each number of mean 0 and deviation 1.
+    """Features before the read-out [n, WIDTH] of images [n, 1, SIDE, SIDE], rectified, divided by one number.
 
-    The Gaussian vectors that they replace have these moments; a number that is the same in all images is 0.
+    They are not centred: the mean that all of them share is what makes the study's plateau. Their mean square is 1, as
+    it is of the Gaussian vectors that they replace.
     """
     found = model[:-1](images)
-    return (found - found.mean(0)) / found.std(0).clamp_min(1e-6)
+    return found / found.square().mean().sqrt().clamp_min(1e-6)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,8 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {"seed": args.seed, "batch": args.batch, "checkpoint": checkpoint, "device": args.device}
     model = train(images, args.steps, **options).cpu()
     chosen = hash_counters(args.seed, 1, torch.arange(len(images))).argsort()[: args.classes]
-    save_file({"exemplars": features(model, images[chosen, 0])}, args.out)
-    print(f"{args.out}: exemplars {[args.classes, WIDTH]}, from {len(images)} characters of {images.shape[1]} drawings")
+    found = features(model, images[chosen, 0])
+    save_file({"exemplars": found}, args.out)
+    print(
+        f"{args.out}: exemplars {[args.classes, WIDTH]}, of mean cosine {mean_cosine(found):.2f}, "
+        f"from {len(images)} characters of {images.shape[1]} drawings"
+    )
 
 
 if __name__ == "__main__":

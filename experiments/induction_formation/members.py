@@ -25,14 +25,23 @@ class Member:
     """One run: where it starts, what it sees, what is held.
 
     Attributes:
-        seed: of its parameters and batches.
+        seed: of its parameters, and of its batches where `batches` gives no other.
         treatment: what it holds at every step; a `Treatment`, or any plan that `stacked.stack` can read.
         task: its classes and labels.
+        batches: seed of its batches, so that initialisation and data can vary apart.
+        table: which of the program's tables its exemplars are of.
     """
 
     seed: int = 0
     treatment: Held = field(default_factory=Treatment)
     task: Task = field(default_factory=Task)
+    batches: int | None = None
+    table: int = 0
+
+    @property
+    def data_seed(self) -> int:
+        """The seed that its batches are drawn by."""
+        return self.seed if self.batches is None else self.batches
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,18 @@ def program(
     batch: int = 32,
     dtype: torch.dtype = torch.float32,
     grafts: dict[int, Graft] | None = None,
+    labels: int = 0,
 ) -> Callable[[Sequence[Member]], Program]:
     """What `Ensemble` needs to train members of the induction study.
 
     Args:
-        table: exemplars [n_exemplars, d_input], training classes first (see `Task`).
+        table: exemplars [n_exemplars, d_input], training classes first (see `Task`); or several tables of them,
+            [tables, n_exemplars, d_input], of which each member names its own.
         shape: sizes of the network; by default the paper's, with the table's d_input.
         batch: sequences a step B.
         dtype: of parameters and arithmetic.
         grafts: by index of the member.
+        labels: least number of rows for labels, so that parts of an ensemble have the whole's shapes.
 
     Raises:
         InputsError: no sequence in a batch.
@@ -75,11 +87,11 @@ def program(
     """
     if batch < 1:
         raise InputsError(f"a batch has at least one sequence, got {batch}")
-    shape = shape or Shape(d_input=table.shape[1])
+    shape = shape or Shape(d_input=table.shape[-1])
 
     def build(members: Sequence[Member]) -> Program:
-        params = initial_params(members, shape, dtype)
-        constants = constants_of(members, table, shape, dtype)
+        params = initial_params(members, shape, dtype, labels)
+        constants = constants_of(members, table, shape, dtype, labels=labels)
         for index, graft in (grafts or {}).items():
             if index not in range(len(members)):
                 raise ShapeError(f"a graft is for member {index}, and they are 0 .. {len(members) - 1}")
@@ -107,9 +119,11 @@ def program(
     return build
 
 
-def initial_params(members: Sequence[Member], shape: Shape, dtype: torch.dtype = torch.float32) -> Params:
-    """Every member's parameters before training [M, ...]."""
-    return stack_initial(shape, [m.task.n_labels for m in members], [m.seed for m in members], dtype)
+def initial_params(
+    members: Sequence[Member], shape: Shape, dtype: torch.dtype = torch.float32, labels: int = 0
+) -> Params:
+    """Every member's parameters before training [M, ...], with at least so many rows for labels."""
+    return stack_initial(shape, [m.task.n_labels for m in members], [m.seed for m in members], dtype, labels)
 
 
 def constants_of(
@@ -120,36 +134,43 @@ def constants_of(
     *,
     treatments: Sequence[Held] | None = None,
     split: str = "train",
+    labels: int = 0,
 ) -> dict[str, Tensor]:
     """Every constant that `network.forward` and `task.draw` read.
 
     Args:
         members: whose tasks and seeds they are.
-        table: exemplars [n_exemplars, d_input].
+        table: exemplars [n_exemplars, d_input], or several tables of them [tables, n_exemplars, d_input].
         shape: sizes of the network.
         dtype: of the arithmetic.
         treatments: one a member, instead of the members' own: a progress measure evaluates under one that was not held.
         split: which sequences are drawn, see `task.source`.
+        labels: least number of rows for labels.
 
     Raises:
-        ShapeError: a table without a row for every class, or treatments of another number than the members.
+        ShapeError: a table without a row for every class, a member of a table that there is not, or treatments of
+            another number than the members.
         PlanError: a treatment that the stacked program cannot express.
     """
     if treatments is not None and len(treatments) != len(members):
         raise ShapeError(f"{len(treatments)} treatments for {len(members)} members: one for each")
-    if table.shape != (members[0].task.n_exemplars, shape.d_input):
+    tables = table if table.ndim == 3 else table[None]
+    if tables.shape[1:] != (members[0].task.n_exemplars, shape.d_input):
         raise ShapeError(
             f"exemplars must be {[members[0].task.n_exemplars, shape.d_input]} (training classes, then held-out ones);"
             f" got {list(table.shape)}"
         )
-    most = max(member.task.n_labels for member in members)
-    drawn = len(table) if split == "classes" else max(member.task.n_classes for member in members)
+    if absent := sorted({m.table for m in members} - set(range(len(tables)))):
+        raise ShapeError(f"members name tables of exemplars {absent}; there are {len(tables)}, counted from 0")
+    most = max(labels, *(member.task.n_labels for member in members))
+    drawn = tables.shape[1] if split == "classes" else max(member.task.n_classes for member in members)
     missing = torch.tensor([[float(i >= m.task.n_labels) for i in range(most)] for m in members], dtype=dtype)
     return {
-        "exemplars": table[:drawn].to(dtype),
+        "exemplars": tables[:, :drawn].flatten(0, 1).to(dtype),
+        **({} if len(tables) == 1 else {"first_row": torch.tensor([m.table * drawn for m in members])}),
         "rotary": rotary(shape, dtype),
         "unused": torch.where(missing > 0, -torch.inf, 0.0)[..., None].to(dtype),
-        **source([member.task for member in members], [member.seed for member in members], split),
+        **source([member.task for member in members], [member.data_seed for member in members], split),
         **stack([m.treatment for m in members] if treatments is None else treatments, shape.n_heads, dtype),
     }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.induction_formation.task import QUERY, TOKENS, Batch
-from experiments.induction_formation.treatments import EXEMPLARS_BESIDE
+from experiments.induction_formation.treatments import TO_THE_LEFT
 from hooks import ModelError, hash_counters
 
 Params = dict[str, Tensor]
@@ -102,9 +102,11 @@ def initial(shape: Shape, n_labels: int, seed: int) -> Params:
     return {name: value.double() for name, value in params.items()}
 
 
-def stack_initial(shape: Shape, n_labels: Sequence[int], seeds: Sequence[int], dtype: torch.dtype) -> Params:
-    """Parameters of many members [M, ...]; rows of labels that a member does not have are zero."""
-    most = max(n_labels)
+def stack_initial(
+    shape: Shape, n_labels: Sequence[int], seeds: Sequence[int], dtype: torch.dtype, least: int = 0
+) -> Params:
+    """Parameters of many members [M, ...]; rows of labels that a member does not have, of `least` or more, are zero."""
+    most = max(least, *n_labels)
     members = []
     for labels, seed in zip(n_labels, seeds, strict=True):
         params = initial(shape, labels, seed)
@@ -128,8 +130,9 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
     Args:
         params: [M, ...], as `stack_initial` gives them.
         batch: classes [M, 2, B], labels [M, 2, B], target [M, B].
-        constants: ``exemplars`` [classes, d_input], ``rotary`` (see `rotary`), ``unused`` (0, or -inf at labels that a
-            member lacks, [M, labels, 1]), and what `stacked.stack` gives.
+        constants: ``exemplars`` [classes, d_input], ``first_row`` where members have tables of their own (which row is
+            their class 0, [M]), ``rotary`` (see `rotary`), ``unused`` (0, or -inf at labels that a member lacks,
+            [M, labels, 1]), and what `stacked.stack` gives.
         shape: sizes of the network.
     """
     c, p = constants, params
@@ -139,6 +142,8 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
     n_labels = p["label"].shape[1]
     # The exemplars in play are fewer than a batch's tokens, or more: embed each once, or each token's.
     which, rows = batch.classes.flatten(1), len(c["exemplars"])
+    if "first_row" in c:
+        which = which + c["first_row"][:, None]
     each_once = rows <= which.shape[1]
     if each_once:
         embedded = (p["embed.weight"].flatten(0, 1) @ c["exemplars"].T).view(members, m, rows)
@@ -177,6 +182,9 @@ def forward(params: Params, batch: Batch, constants: dict[str, Tensor], shape: S
     if "gate_first" in c:
         gated = z * c["gate_first"][..., None, None, None]
         after = x + torch.bmm(p["out0"], gated.reshape(members, m, -1)).view_as(x)
+    if "bare" in c:
+        share = c["bare"][:, None, None, None]
+        after = after * (1 - share) + x * share
 
     scores, v = _last_layer_reads(p, c, shape, x, after, whole)
     if "scale_last" in c:
@@ -216,7 +224,7 @@ def _last_layer_reads(
             streams = [after * (1 - s[:, None, None, None]) + whole * s[:, None, None, None] for s in shares]
         if "moved" in c:
             shares = c["moved"][..., None, None, None].unbind(1)
-            shifted = torch.stack([x[:, :, p] for p in EXEMPLARS_BESIDE], dim=2)
+            shifted = torch.stack([x[:, :, p] for p in TO_THE_LEFT], dim=2)
             given = (shifted, shifted, x)
             streams = [own * (1 - s) + new * s for own, new, s in zip(streams, given, shares, strict=True)]
         for_q, for_k, for_v = (_norm(stream, p, "ln1", shape) for stream in streams)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import interp as ip
 from experiments.induction_formation.task import QUERY, TOKENS, Batch, Task, every_sequence
-from experiments.induction_formation.treatments import EXEMPLARS_BESIDE, FIRST, LABELS, LAST, STREAMS, Held
+from experiments.induction_formation.treatments import FIRST, LABELS, LAST, STREAMS, TO_THE_LEFT, Held
 from hooks import PlanError
 from interp import training
 
@@ -26,6 +26,7 @@ GROUPS = (
     ("scale_last",),
     ("gate_first",),
     ("gate_last",),
+    ("bare",),
     ("moved",),
     ("preserve", "stopped"),
     ("match", "given"),
@@ -47,8 +48,9 @@ def stack(held: Sequence[Held], n_heads: int, dtype: torch.dtype = torch.float32
 
     Returns:
         Some of: ``previous`` [M, H], ``blocked`` bool [M, H, T, S], ``scale_first`` and ``scale_last``, ``gate_first``
-        and ``gate_last`` [M, H], ``moved`` [M, 3] (of q, k, v), ``preserve`` and ``stopped`` [M, 3], ``match`` [M, H]
-        with ``given`` [M, 2, S] (the query's pattern by which exemplar it repeats), ``copy`` [M, H] with ``rest`` [M].
+        and ``gate_last`` [M, H], ``bare`` [M] (the residual is the embedding), ``moved`` [M, 3] (of q, k, v),
+        ``preserve`` and ``stopped`` [M, 3], ``match`` [M, H] with ``given`` [M, 2, S] (the query's pattern by which
+        exemplar it repeats), ``copy`` [M, H] with ``rest`` [M].
 
     Raises:
         PlanError: an intervention that the program cannot express, or a head that the layer lacks.
@@ -88,8 +90,8 @@ def _read(plan: ip.Plan, batch: Batch, n_heads: int) -> Row:
             raise PlanError(
                 f"the stacked program cannot hold {item}. It holds, of whole heads and at full strength: "
                 "previous_token, forbid_previous, temperature and ablate_heads in layer 0; temperature, ablate_heads, "
-                "match_pattern at the query, copy_to_logits of both labels, and the attention_from and preserving "
-                "that a Treatment makes, in layer 1"
+                "match_pattern at the query, copy_to_logits of both labels, and the residual_from, attention_from "
+                "and preserving that a Treatment makes, in layer 1"
             )
     return row
 
@@ -98,7 +100,7 @@ def _nothing(n_heads: int) -> Row:
     """A member that holds nothing."""
     heads, streams = (n_heads,), (len(PARTS),)
     zero = {"previous": heads, "match": heads, "copy": heads, "moved": streams, "preserve": streams}
-    zero |= {"given": (2, TOKENS), "rest": ()}
+    zero |= {"given": (2, TOKENS), "rest": (), "bare": ()}
     one = [f"{what}_{layer}" for what in ("scale", "gate") for layer in SUFFIX.values()]
     no = {"blocked": (n_heads, TOKENS, TOKENS), "stopped": streams}
     return {
@@ -143,10 +145,15 @@ def _gated(item: ip.Intervention, row: Row, batch: Batch) -> bool:
     return item == training.ablate_heads(where.layer, where.head)
 
 
+def _bare(item: ip.Intervention, row: Row, batch: Batch) -> bool:
+    row["bare"].fill_(1)
+    return item == training.residual_from(LAST, range(TOKENS))
+
+
 def _moved(item: ip.Intervention, row: Row, batch: Batch) -> bool:
     part = item.site.name[0]
     row["moved"][PARTS.index(part)] = 1
-    source = range(TOKENS) if part == "v" else EXEMPLARS_BESIDE
+    source = range(TOKENS) if part == "v" else TO_THE_LEFT
     return ip.Plan((item,)) == training.attention_from(LAST, source, parts=(part,))
 
 
@@ -159,7 +166,7 @@ def _preserved(item: ip.Intervention, row: Row, batch: Batch) -> bool:
     n_heads = len(row["previous"])
     other, nothing = _read(source, batch, n_heads), _nothing(n_heads)
     expected = {name: row[name] for name in ("previous", "blocked", "scale_first")}
-    expected |= {name: nothing[name] for name in ("gate_first", "moved", "preserve")}
+    expected |= {name: nothing[name] for name in ("gate_first", "bare", "moved", "preserve")}
     alike = all(torch.equal(other[name], value) for name, value in expected.items())
     return alike and item == ip.patch(ip.site(item.site.name, LAST), source, stop_gradient=constant)
 
@@ -195,6 +202,7 @@ _READERS: dict[tuple[str, str], Callable[[ip.Intervention, Row, Batch], bool]] =
     ("scores", "scale"): _scaled,
     ("z", "zero"): _gated,
     ("logits", "copy_scores"): _copied,
+    ("resid_pre", "from_positions"): _bare,
     **{(f"{part}_input", "from_positions"): _moved for part in PARTS},
     **{(part, patch): _preserved for part in PARTS for patch in ("patch", "patch_constant")},
 }

@@ -111,9 +111,30 @@ class Task:
         return first_class, classes, first_pair, pairs
 
 
-def exemplars(task: Task, width: int = 512, seed: int = 0) -> Tensor:
-    """Gaussian class vectors, float64 [n_exemplars, width]; a row depends on the seed and its number alone."""
-    return normal(seed, torch.arange(task.n_exemplars)[:, None], torch.arange(width))
+def exemplars(task: Task, width: int = 512, seed: int = 0, cosine: float = 0.0) -> Tensor:
+    """Gaussian class vectors, float64 [n_exemplars, width]; a row depends on the arguments and its number alone.
+
+    Args:
+        task: how many there are.
+        width: numbers of each.
+        seed: of the draw; the same one gives the same directions at every cosine.
+        cosine: between two classes, in expectation, from 0 (independent vectors) to less than 1 (all share a mean, as
+            features do that a network's rectified last layer gives). The variance of an entry is 1 at each.
+
+    Raises:
+        InputsError: a cosine out of range.
+    """
+    if not 0 <= cosine < 1:
+        raise InputsError(f"the cosine between classes lies from 0 to less than 1, got {cosine}")
+    own = normal(seed, torch.arange(task.n_exemplars)[:, None], torch.arange(width))
+    shared = normal(seed, 0, torch.arange(width), 1)
+    return cosine**0.5 * shared + (1 - cosine) ** 0.5 * own
+
+
+def mean_cosine(table: torch.Tensor) -> float:
+    """The mean cosine between two rows of a table of exemplars [n_exemplars, width]."""
+    unit = torch.nn.functional.normalize(table.double(), dim=1)
+    return float((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1)))
 
 
 def source(tasks: Sequence[Task], seeds: Sequence[int], split: str = "train") -> dict[str, Tensor]:

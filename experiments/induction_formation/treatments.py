@@ -19,11 +19,14 @@ from interp import training
 
 FIRST, LAST = 0, 1
 """The layers, as the engine counts them; fields of a `Treatment` name them by these words."""
+OF_FIRST = ("previous_token", "no_previous_token", "ablate_first", "temperature_first")
+"""Fields of a `Treatment` that say what the first layer does."""
 STREAMS = {"q": "query", "k": "key", "v": "value"}
 LABELS = (1, 3)
 """Positions of the two label tokens; each follows its exemplar."""
-EXEMPLARS_BESIDE = (0, 0, 2, 2, 4)
-"""Whose embedding a token's query and key are made of where the first layer is held: a label's, its exemplar's."""
+TO_THE_LEFT = (0, 0, 1, 2, 4)
+"""Whose embedding a token's query and key are made of where the first layer is held: of all between the first token and
+the query, that of the token one to the left, so of a label, its exemplar's."""
 
 Held = ip.Plan | Callable[[Batch], ip.Plan]
 """What a member holds: a plan, or, where that depends on the sequences, a function of a batch (as `Treatment` is)."""
@@ -37,8 +40,9 @@ class Treatment:
         previous_token: first-layer heads whose pattern attends to the token before (position 0 to itself).
         no_previous_token: first-layer heads that may not attend from a token to the one before it.
         labels_only: whether `no_previous_token` holds at label tokens only.
-        first_layer: whether the last layer's patterns are computed from embeddings that hold, at a label token, the
-            exemplar before it, and its values from the plain embeddings. The residual stream itself stays as it is.
+        first_layer: whether the residual stream after the first layer is the plain embedding, so that what the first
+            layer adds reaches neither the last one nor the output, and the last layer's queries and keys are computed
+            from embeddings one to the left (`TO_THE_LEFT`).
         match: a last-layer head whose pattern at the query is `sharpness` on the right label token and 1 - `sharpness`
             on the wrong one.
         sharpness: in [0, 1].
@@ -86,8 +90,10 @@ class Treatment:
             raise PlanError(f"preserve names streams of the last layer among q, k, v; got {self.preserve}")
         if self.preserve and not self.ablate_first:
             raise PlanError("preserve has nothing to preserve against: name the heads to ablate in ablate_first")
-        if self.preserve and self.first_layer:
-            raise PlanError("under first_layer, what the last layer reads is given: there is nothing to preserve")
+        if self.first_layer and (idle := [name for name in OF_FIRST if getattr(self, name)]):
+            raise PlanError(
+                f"under first_layer, nothing that the first layer does reaches anything: no {', '.join(idle)}"
+            )
         if self.sharpness != 1 and self.match is None:
             raise PlanError("sharpness is of the head that matches: name it in match")
         if self.labels_only and not self.no_previous_token:
@@ -123,8 +129,8 @@ class Treatment:
             else:
                 plan = plan + ablation
         if self.first_layer:
-            plan = plan + training.attention_from(LAST, EXEMPLARS_BESIDE)
-            plan = plan + training.attention_from(LAST, range(TOKENS), parts=("v",))
+            plan = plan + training.residual_from(LAST, range(TOKENS))
+            plan = plan + training.attention_from(LAST, TO_THE_LEFT)
         if self.match is not None:
             right, wrong = LABELS[0] + 2 * batch.target, LABELS[1] - 2 * batch.target
             plan = plan + training.match_pattern(LAST, self.match, QUERY, right, wrong, sharpness=self.sharpness)

@@ -13,6 +13,7 @@ from ..models.hook import Hook
 from ..plan.sites import Key
 from ..program import Guard
 from .caching import Entering, is_cache
+from .folding import Fold
 
 
 class Running(Protocol):
@@ -33,6 +34,10 @@ class Running(Protocol):
         """Edit and keep a value."""
         ...
 
+    def fold(self, stack: str, embedded: bool = False) -> Fold | None:
+        """How a tower's values are rows; None where nobody knows of its images, and none is edited or kept."""
+        ...
+
 
 Find = Callable[[], Running | None]
 """The pass that this thread is in, or None where a value is nobody's."""
@@ -47,10 +52,19 @@ class Hooks:
         within: whether this thread is in a call that is nobody's, within one that these hooks were placed for.
         stack: where the removal of every hook is registered, at the moment at which it is placed.
         kind: of the hooks.
+        first: whether they come before all that look at outputs already. Models read the features of images off a hook
+            of theirs, and what comes after it reaches nothing.
     """
 
-    def __init__(self, find: Find, within: Callable[[], bool], stack: ExitStack, kind: type[Hook] = Hook) -> None:
-        self.find, self.within, self.stack, self.kind = find, within, stack, kind
+    def __init__(
+        self,
+        find: Find,
+        within: Callable[[], bool],
+        stack: ExitStack,
+        kind: type[Hook] = Hook,
+        first: bool = False,
+    ) -> None:
+        self.find, self.within, self.stack, self.kind, self.first = find, within, stack, kind, first
 
     def on_output(self, module: nn.Module, edit: Edit, within: Callable[[Tensor], Tensor] | None = None) -> None:
         """Edit what a module returns, or the first of several values.
@@ -67,7 +81,7 @@ class Hooks:
                 return (edit(run, output[0]), *output[1:])
             return edit(run, output)
 
-        self.stack.callback(module.register_forward_hook(self.kind(hook)).remove)
+        self.stack.callback(module.register_forward_hook(self.kind(hook), prepend=self.first).remove)
 
     def on_call(self, module: nn.Module, edit: Callable[[Running, tuple[Any, ...], Any], Any]) -> None:
         """Replace what a module returns, given its arguments in order and all that it returns."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Set
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -32,6 +33,8 @@ UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
 """Those that do, and are taken into account."""
 WEIGHTLESS = frozenset({"sdpa_attention_forward", "flash_attention_forward", "flex_attention_forward", "attend"})
 """Attention functions that return no weights."""
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+"""Those that say which tokens of a packed tower are of one sequence."""
 CAPLESS = frozenset({"sdpa_attention_forward"})
 """Attention functions that leave out a cap of the scores which they are given, as models of older transformers run."""
 
@@ -45,11 +48,17 @@ def swap_functions(arch: Architecture, keys: Set[Key], expose: Iterable[int], fi
 
 def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], find: Find, stack: ExitStack) -> None:
     """Put in place attention functions that show their inside, where a site is within one, and in layers besides."""
-    layers = {layer for name, layer, _ in keys if name in INSIDE} | set(expose)
-    for layer in sorted(layers):
-        attention = arch.blocks[layer].attention
-        names = {name for name, at, _ in keys if at == layer}
-        stack.enter_context(arch.swap_attention(attention.module, exposed(attention, layer, names, find)))
+    for of, part in arch.stacks.items():
+        layers = {layer for name, layer, at in keys if name in INSIDE and at == of}
+        layers |= {layer for at, layer in map(placed, expose) if at == of}
+        for layer in sorted(layers):
+            attention = part.blocks[layer].attention
+            names = {name for name, at, there in keys if at == layer and there == of}
+            if of is None:
+                function = exposed(attention, layer, names, find)
+            else:
+                function = _exposed_tower(attention, layer, names, of, find)
+            stack.enter_context(part.swap_attention(attention.module, function))
 
 
 def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
@@ -60,7 +69,7 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Any,
+        attention_mask: Any = None,  # by this name, as some models give it
         *,
         own: Callable[..., Any],
         kernel: str = "",
@@ -68,18 +77,13 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
     ) -> tuple[Tensor, Tensor | None]:
         run = find()
         if run is None:  # another thread, or a call that is nobody's
-            return own(module, q, k, v, mask, **given)
-        odd = sorted(name for name, value in given.items() if value is not None and name not in HARMLESS | UNDERSTOOD)
-        if odd:
-            raise ModelError(
-                f"attention of layer {layer} is called with {', '.join(odd)}, which may change what it computes, and "
-                "whose inside is not understood: leave out sites and edits of its scores, patterns, rot_q and rot_k"
-            )
+            return own(module, q, k, v, attention_mask, **given)
+        _require_understood(layer, given, HARMLESS | UNDERSTOOD)
 
         def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
             return run.visit((name, layer, None), x, guard) if name in names else x
 
-        cached = run.scratch.pop((layer, "cached"), False)
+        cached = run.scratch.pop((None, layer, "cached"), False)
         for name in ("rot_q", "rot_k"):
             if name in names and not (cached and name == "rot_k"):
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
@@ -98,13 +102,19 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
         kernel = kernel or getattr(own, "__name__", "")
         cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
         sinks = layer_attention.sink if given.get("s_aux") is None else given["s_aux"]
-        plain = (mask is None or isinstance(mask, Tensor)) and not given.get("dropout") and kernel in WEIGHTLESS
+        plain = (
+            (attention_mask is None or isinstance(attention_mask, Tensor))
+            and not given.get("dropout")
+            and kernel in WEIGHTLESS
+        )
         in_tiles = getattr(run, "in_tiles", None)
         if plain and in_tiles is not None:
-            z = in_tiles(layer, (q, k, v), mask, causal, layer_attention.window, scaling, cap, sinks)
+            z = in_tiles(layer, (q, k, v), attention_mask, causal, layer_attention.window, scaling, cap, sinks)
             if z is not None:
                 return z, None
-        allowed, bias = read_mask(mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first)
+        allowed, bias = read_mask(
+            attention_mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first
+        )
         z, pattern = exposed_attention(
             q,
             k,
@@ -121,3 +131,84 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
         return z, None if kernel in WEIGHTLESS else pattern
 
     return attend
+
+
+def _exposed_tower(
+    tower_attention: Attention, layer: int, names: set[str], stack: str, find: Find
+) -> Callable[..., Any]:
+    """The same for a layer of a tower, which attends within images (or tiles, or windows of them).
+
+    The pass is shown all that a row's images have, in which no image attends to another.
+    """
+
+    def attend(
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Any,
+        *,
+        own: Callable[..., Any],
+        **given: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        run = find()
+        fold = None if run is None else run.fold(stack)
+        if run is None or fold is None:
+            return own(module, q, k, v, attention_mask, **given)
+        _require_understood(layer, given, HARMLESS | UNDERSTOOD | PACKED)
+        count, _, each, _ = q.shape
+
+        def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
+            return run.visit((name, layer, stack), x, guard) if name in names else x
+
+        def laid(x: Tensor) -> Tensor:
+            return fold.lay(x.transpose(1, 2).flatten(0, 1))
+
+        parts = {"rot_q": laid(q), "rot_k": laid(k)}
+        q, k = (visit(name, x).transpose(1, 2) for name, x in parts.items())
+        ends, allowed = given.get("cu_seq_lens_q"), None
+        if ends is not None:
+            token = torch.arange(each, device=q.device)
+            allowed = fold.among(torch.bucketize(token, ends[1:].to(q.device), right=True))
+        elif not fold.even or count != fold.rows:
+            allowed = fold.among(torch.arange(count, device=q.device).repeat_interleave(each))
+        own_allowed, bias = read_mask(attention_mask, each, each, q.device, causal=False)
+        if own_allowed is not None:
+            said = fold.spread(own_allowed.expand(count, -1, each, each))
+            allowed = said if allowed is None else allowed & said
+        if bias is not None:
+            bias = fold.spread(bias.expand(count, -1, each, each))
+        scaling = given.get("scaling")
+        z, pattern = exposed_attention(
+            q,
+            k,
+            laid(v).transpose(1, 2),
+            allowed,
+            tower_attention.scaling if scaling is None else scaling,
+            visit,
+            bias,
+            dropout=given.get("dropout", 0.0),
+        )
+        weightless = getattr(own, "__name__", "") in WEIGHTLESS or ends is not None
+        return fold.back(z).unflatten(0, (count, each)), None if weightless else fold.gathered(pattern, count)
+
+    return attend
+
+
+def placed(exposed: Any) -> tuple[str | None, int]:
+    """The stack and the layer of an entry of `exposed_layers`."""
+    return exposed if isinstance(exposed, tuple) else (None, exposed)
+
+
+def _require_understood(layer: int, given: dict[str, Any], known: Set[str]) -> None:
+    """Refuse arguments that nobody knows.
+
+    Raises:
+        ModelError: such an argument.
+    """
+    odd = sorted(name for name, value in given.items() if value is not None and name not in known)
+    if odd:
+        raise ModelError(
+            f"attention of layer {layer} is called with {', '.join(odd)}, which may change what it computes, and "
+            "whose inside is not understood: leave out sites and edits of its scores, patterns, rot_q and rot_k"
+        )

@@ -23,6 +23,7 @@ class Call:
         run: the pass whose call it is; None for one that is of nobody's.
         close: what ends it.
         returned: what is told of the value that it returns, before it ends.
+        changed: from that to what its caller gets; None for the value itself.
         compiler: what looks into the thread's frames outside the call, and not within it; None for nothing.
     """
 
@@ -31,6 +32,7 @@ class Call:
     run: Any = None
     close: Callable[[], None] | None = None
     returned: Callable[[Any], None] | None = None
+    changed: Callable[[Any], Any] | None = None
     compiler: Any = None
 
 
@@ -64,8 +66,12 @@ def push(call: Call) -> None:
     _CALLS.stack.append(call)
 
 
-def pop(module: nn.Module, output: Any = None) -> None:
-    """End the innermost call, if it is one of this model; what it returns is None where it raised."""
+def pop(module: nn.Module, output: Any = None) -> Any:
+    """End the innermost call, if it is one of this model; what it returns is None where it raised.
+
+    Returns:
+        What its caller is to get in place of that; None for the value itself.
+    """
     if _CALLS.stack and _CALLS.stack[-1].module is module:
         call = _CALLS.stack.pop()
         if call.compiler is not None:
@@ -73,8 +79,11 @@ def pop(module: nn.Module, output: Any = None) -> None:
         try:
             if call.returned is not None and output is not None:
                 call.returned(output)
+            if call.changed is not None and output is not None:
+                return call.changed(output)
         finally:
             _end(call)
+    return None
 
 
 def drop_ended() -> None:

@@ -18,8 +18,12 @@ from ..models import hook as hook_module
 from ..models.hook import Hook
 from . import frames
 
-Start = Callable[[frames.Call, tuple[Any, ...], dict[str, Any]], None]
-"""Begins a call of the user's: says which pass it is (none where it is nobody's), and what ends it."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Start = Callable[[frames.Call, tuple[Any, ...], dict[str, Any]], "Arguments | None"]
+"""Begins a call of the user's: says which pass it is (none where it is nobody's) and what ends it.
+
+It returns other arguments to make it with, or None.
+"""
 
 
 class Gate:
@@ -81,6 +85,10 @@ class Gate:
                 self._expected.pop(me, None)
                 self.close()
 
+    def claimed(self) -> Any:
+        """The pass that the next call in this thread was to be, for what stands in that call's place."""
+        return self._expected.pop(threading.get_ident(), None)
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it, calls in this thread are as if nothing were held that is held when it begins."""
@@ -98,7 +106,7 @@ class Gate:
         """How many times this thread has suspended what is held."""
         return self._suspended.get(threading.get_ident(), 0)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         # Within a compiled call of the user's, the model runs as it is written until this call ends.
         compiler = set_eval_frame(None)
         nested = frames.inside(module)
@@ -108,7 +116,8 @@ class Gate:
         if run is not None:
             call.run = run
         elif not nested and self.start is not None:
-            self.start(call, args, kwargs)
+            return self.start(call, args, kwargs)
+        return None
 
 
 def _caller() -> FrameType:
@@ -119,8 +128,8 @@ def _caller() -> FrameType:
     return frame
 
 
-def _end(module: nn.Module, _args: Any, output: Any) -> None:
-    frames.pop(module, output)
+def _end(module: nn.Module, _args: Any, output: Any) -> Any:
+    return frames.pop(module, output)
 
 
 _GATES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()

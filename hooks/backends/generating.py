@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -37,9 +39,13 @@ class Generation:
         rows: int64 [B], the row of the prompt that each is of; there are `total` of those.
         ended: int64 [B], the column of the token by which a row ended, after which it is fed padding.
         chunked: whether the prompt is fed in several calls.
+        image: int64 [B, P], the number of the image of its row that each token of the prompt is of; None where nobody
+            knows. `encoded`: see `Fed`.
     """
 
-    def __init__(self, ids: Tensor | None, arguments: _Arguments, expand: int, frame: FrameType) -> None:
+    def __init__(
+        self, ids: Tensor | None, arguments: _Arguments, expand: int, frame: FrameType, seen: Seen | None = None
+    ) -> None:
         self._arguments, self._frame = ref(arguments), id(frame)
         embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
         given = ids if embeds is None else embeds
@@ -55,6 +61,8 @@ class Generation:
         self.rows = torch.arange(self.total).repeat_interleave(expand)
         self.ended = torch.full((count,), _NEVER)
         self.chunked, self.begun = False, False
+        self.image = None if seen is None or seen.image is None else seen.image.repeat_interleave(expand, 0)
+        self.encoded: dict[Any, Any] = {} if seen is None else seen.encoded
 
     @property
     def over(self) -> bool:
@@ -127,20 +135,42 @@ class Generation:
         self.begun = True
         real = torch.nn.functional.pad(self.real, (0, max(0, width - prompt)), value=True)[:, :width]
         real = real & (torch.arange(width) < self.ended[:, None])
-        return Text(real, prompt, self.real.sum(1), self.rows, self.total)
+        image = self.image
+        if image is not None and image.shape != self.real.shape:
+            image = None
+        return Text(real, prompt, self.real.sum(1), self.rows, self.total, image=image)
+
+
+@dataclass(eq=False)
+class Seen:
+    """What is known of the images of a `generate` before it begins: see `Generation`."""
+
+    image: Tensor | None = None
+    encoded: dict[Any, Any] = field(default_factory=dict)
+
+
+Look = Callable[[Callable[[dict[str, Any]], Any], Tensor, dict[str, Any]], tuple[Any, Seen]]
+"""From what looks at the images among arguments (and changes these), ids and arguments, to what that returns."""
 
 
 class Generations:
-    """Those of one model, while a plan is held on it."""
+    """Those of one model, while a plan is held on it.
 
-    def __init__(self, module: nn.Module, binds: Callable[[], bool]) -> None:
-        self._binds = binds
+    Args:
+        binds: whether a plan is in force.
+        look: runs the tower of a model that sees, which `generate` does once, before it calls the model.
+    """
+
+    def __init__(self, module: nn.Module, binds: Callable[[], bool], look: Look) -> None:
+        self._binds, self._look_at = binds, look
+        self._seen: dict[int, Seen] = {}
         self._live: list[Generation] = []
         self._removals: list[Callable[[], None]] = []
         where = ref(module)
         functions = {
             "_expand_inputs_for_generation": self._begin,
             "_get_stopping_criteria": self._configure,
+            "_maybe_prepare_encoder_kwargs_for_generation": self._look,
             # What is compiled ignores hooks that were not there then, in silence.
             "get_compiled_call": lambda own, *args, **kwargs: where().__call__,  # type: ignore[union-attr]
         }
@@ -169,8 +199,33 @@ class Generations:
         expand = inspect.signature(own).bind(*args, **kwargs).arguments.get("expand_size", 1)
         ids, rest = own(*args, **kwargs)
         arguments = _Arguments(rest)
-        self._live.append(Generation(ids, arguments, expand, self._frame()))
+        seen = self._seen.pop(threading.get_ident(), None)
+        if seen is not None and expand > 1:
+            expanded = {path: self._expanded(own, args, kwargs, found) for path, found in seen.encoded.items()}
+            seen = Seen(seen.image, expanded)
+        self._live.append(Generation(ids, arguments, expand, self._frame(), seen))
         return ids, arguments
+
+    def _expanded(self, own: Callable[..., Any], args: Any, kwargs: Any, found: Any) -> Any:
+        """What the tower made of the images, as `generate` repeats its own for beams and samples."""
+        _, rest = own(*args, **{**kwargs, "mm_encoder_outputs": dict(found)})
+        return rest["mm_encoder_outputs"]
+
+    def _look(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(own).bind(*args, **kwargs)
+        self._seen.pop(threading.get_ident(), None)
+        given, ids = bound.arguments["model_kwargs"], bound.arguments["inputs_tensor"]
+        if not self._binds() or not isinstance(given, dict):
+            return own(*args, **kwargs)
+
+        def encode(arguments: dict[str, Any]) -> Any:
+            bound.arguments["model_kwargs"] = arguments
+            return own(*bound.args, **bound.kwargs)
+
+        # Where a prompt is given as embeddings, its ids are among the arguments.
+        found, seen = self._look_at(encode, given.get("input_ids", ids), given)
+        self._seen[threading.get_ident()] = seen
+        return found
 
     def _frame(self) -> FrameType:
         """The frame of the `generate` that is under way in this thread."""

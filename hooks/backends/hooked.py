@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..budget import rows_per_pass
+from ..budget import rows_in_budget
+from ..plan.inputs import Inputs
 from ..resolving import resolve
 from .exposing import INSIDE
 from .job import Job, Outcomes, Record
+from .native import layer_of
 from .passes import run_pass
 from .sources import read_tapes
 
@@ -27,14 +29,13 @@ def run_hooked(job: Job, batch: bool) -> Iterator[Outcomes]:
     """
     network, worlds = job.network, job.worlds
     tapes = read_tapes(network, worlds, job.seed, job.expose, job.limit, graph=job.through_reads)
-    inside = {item.site.layer for w in worlds for item in w.plan if item.site.name in INSIDE}
-    expose = job.expose | {layer for layer in inside if layer is not None}
+    expose = job.expose | {layer_of(item.site) for w in worlds for item in w.plan if item.site.name in INSIDE}
     groups: dict[Any, list[int]] = {}
     for index, world in enumerate(worlds):
-        groups.setdefault((world.inputs.ids.shape if batch else index), []).append(index)
+        groups.setdefault((_shape(world.inputs) if batch else index), []).append(index)
     for members in groups.values():
         first = worlds[members[0]].inputs
-        fit = rows_per_pass(network, first, job.limit)
+        fit = rows_in_budget(network, first, job.limit)
         if any(i.op.mixes for index in members for i in worlds[index].plan):
             fit = max(fit, len(first))
         step = min(fit, len(first))
@@ -57,3 +58,8 @@ def run_hooked(job: Job, batch: bool) -> Iterator[Outcomes]:
                 outputs = logits.chunk(len(chosen))
                 for w, index in enumerate(chosen):
                     yield Outcomes.of_one(index, window, run.values(w), records[w], outputs[w])
+
+
+def _shape(inputs: Inputs) -> Any:
+    """What inputs that share a pass have in common: rows and columns, of the text and of a tower."""
+    return inputs.ids.shape, None if inputs.pictures is None else inputs.pictures.columns.width

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..errors import PlanError, SiteError
 from ..models.network import Network
-from ..plan.operations.attention import Knockout
 from ..plan.plan import World
-from ..plan.sites import Key, Site
+from ..plan.sites import KEY, KINDS, POS, ROW, Key, Site
 from ..program import Guard, Program, State, visit
 from . import frames, tiles
 from .exposing import swap_functions
+from .folding import Fold
 from .gate import Gate, gate_of
 from .placing import place_hooks
 
@@ -124,6 +124,7 @@ class Pass:
         self.checkpointed_by_hand = False
         self._again: Pass | None = None
         self._captured: dict[Key, list[tuple[int, int]]] = {}
+        self._folds: dict[tuple[str, bool], Fold] = {}
         for world, sites in enumerate(captures):
             for index, place in enumerate(sites):
                 self._captured.setdefault(place.key, []).append((world, index))
@@ -155,55 +156,41 @@ class Pass:
         layout = self.programs[0].layout
         return layout.first(layer), layout.windows.get(layer, (0, None))[1]
 
-    def in_tiles(
-        self,
-        layer: int,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
-        window: int | None,
-        scaling: float,
-        cap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor | None:
-        """z [B, T, H, D] of a layer of a long text in which edges are forbidden; None where it is short, or more is
-        looked at.
-        """
-        q, k, v = qkv
-        if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= tiles.LONG:
-            return None
-        bans = self._bans(layer, q, k.shape[2])
-        if bans is None:
-            return None
-        first = self.keys(layer)[0]
-        edges = tiles.Edges(mask, causal, window, first, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
-        z, met = tiles.attend_in_tiles(q, k, v, edges, bans, scaling, cap, sinks)
-        for (w, number), some in met.items():
-            changes = {**self.states[w].changes, number: torch.where(some, torch.inf, 0.0)}
-            self.states[w] = State(self.states[w].here, changes)
-        return z
+    @property
+    def captured_keys(self) -> set[Key]:
+        """The sites of which something is kept."""
+        return set(self._captured)
 
-    def _bans(self, layer: int, q: Tensor, keys: int) -> list[tiles.Ban] | None:
-        scores, pattern = ("scores", layer, None), ("pattern", layer, None)
-        found, height = [], q.shape[0] // len(self.programs)
-        for w, program in enumerate(self.programs):
-            steps = program.steps.get(scores, ())
-            looked_at = (
-                pattern in program.touched or scores in program.held_back or {scores, pattern} & set(self._captured)
-            )
-            if looked_at or not all(isinstance(step.item.op, Knockout) for step in steps):
-                return None
-            if steps and self.tracking:
-                self._require_known(scores)
-            rows = slice(w * height, (w + 1) * height)
-            found += [tiles.Ban.of(w, step.number, rows, step.region, q, keys) for step in steps]
-        return found
+    def in_tiles(self, *args: Any) -> Tensor | None:
+        """z of a layer of a long text in which edges are forbidden and no more; see `tiles.in_tiles`."""
+        return tiles.in_tiles(self, *args)
+
+    def fold(self, stack: str, embedded: bool = False) -> Fold | None:
+        """How a tower's values are rows of the batch; None where nobody knows which images it sees in this call."""
+        if not all(stack in program.layout.towers for program in self.programs):
+            return None
+        if (stack, embedded) not in self._folds:
+            towers = [(p.layout.of_stack(stack), p.window) for p in self.programs]
+            pictures = [tower.pictures.rows(window) for tower, window in towers if tower.pictures is not None]
+            width = max(tower.queries.width for tower, _ in towers)
+            self._folds[stack, embedded] = Fold.of(pictures, width, self.placement.network.device, embedded)
+        return self._folds[stack, embedded]
+
+    def visit_nothing(self, stack: str) -> None:
+        """Show it the values of a tower that no row of the batch has an image for, which are filler."""
+        network = self.placement.network
+        for key in sorted(self.placement.keys & {key for key in network.sizes if key[2] == stack}, key=str):
+            layout, size = self.programs[0].layout.of_stack(stack), network.sizes[key]
+            width = layout.queries.width
+            named = {ROW: self.rows, POS: width, KEY: width, **size}
+            shape = [named[axis] for axis in KINDS[key[0]].axes]
+            self.visit(key, torch.zeros(shape, dtype=network.dtype, device=network.device))
 
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
         edited = [key in program.touched for program in self.programs]
         if self.tracking and any(edited):
-            self._require_known(key)
+            self.require_known(key)
         count = len(self.programs)
         parts = list(x.chunk(count)) if count > 1 else [x]
         guards = [None] * count if guard is None else [(g, guard[1]) for g in guard[0].chunk(count)]
@@ -278,7 +265,7 @@ class Pass:
             finally:
                 frames.pop(module)
 
-    def _require_known(self, key: Key) -> None:
+    def require_known(self, key: Key) -> None:
         """Notice where parts will be computed again, and refuse what would then go wrong in silence.
 
         Raises:
@@ -336,10 +323,18 @@ def touched(worlds: Iterable[World]) -> set[Key]:
     return keys
 
 
-def exposed_layers(worlds: Iterable[World], reads: Sequence[Site]) -> frozenset[int]:
-    """Layers whose attention shows its inside for some world, and so for all, because they are to share a kernel."""
+def exposed_layers(worlds: Iterable[World], reads: Sequence[Site]) -> frozenset[Any]:
+    """Layers whose attention shows its inside for some world, and so for all, because they are to share a kernel.
+
+    Those of the language model are numbers, those of another stack pairs of its name and a number.
+    """
     sites = [*reads]
     for world in worlds:
         for item in world.plan:
             sites += [item.site, *(read.site for read in item.reads if read.site is not None)]
-    return frozenset(s.layer for s in sites if s.name in ("scores", "pattern") and s.layer is not None)
+    return frozenset(layer_of(s) for s in sites if s.name in ("scores", "pattern") and s.layer is not None)
+
+
+def layer_of(where: Site) -> Any:
+    """The layer of a site in a block, as `exposed_layers` names it."""
+    return where.layer if where.key[2] is None else (where.key[2], where.layer)

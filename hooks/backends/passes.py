@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..models.network import Network
 from ..plan.inputs import Inputs
-from ..plan.sites import Site
+from ..plan.pictures import joined
+from ..plan.sites import VISION, Site
 from ..program import Program
 from .checkpointing import uncheckpointed
 from .native import Pass, Placement
@@ -50,10 +51,14 @@ def run_pass(
         placement.swap(stack)
         stack.enter_context(placement.gate.expecting(network.module, run))
         pixels = [i.pixels for i in inputs if i.pixels is not None]
+        pictures = [i.pictures for i in inputs if i.pictures is not None]
         logits = network.forward(
             torch.cat([i.ids for i in inputs]),
             torch.cat([i.mask for i in inputs]),
             torch.cat([i.positions for i in inputs]),
             torch.cat(pixels) if pixels else None,
+            joined(pictures) if pictures else None,
         )
+        if not pictures and any(key[2] is not None for key in keys):
+            run.visit_nothing(VISION)
     return run, logits

@@ -14,7 +14,7 @@ from ..models.architecture import Architecture
 from ..models.blocks import Attention, Block, Sublayer
 from ..models.experts import Experts
 from ..models.hook import Hook
-from ..models.projections import Columns, linear_weight
+from ..models.projections import Outputs, head_results
 from ..plan.sites import KINDS, Key
 from .boundaries import Edit, Find, Hooks, Running, scaled
 
@@ -44,9 +44,16 @@ def place_hooks(
     def show(name: str) -> Edit:
         return lambda run, x: run.visit((name, -1, None), x)
 
+    for name, part in arch.stacks.items():
+        if name is not None:
+            _place_tower(Hooks(find, within, stack, kind, first=True), part, name, keys, watched)
+    keys = {key for key in keys if key[2] is None}
     names = {name for name, layer, _ in keys if layer == -1}
-    if "embed" in names:
+    if "embed" in names and arch.tower is None:
         hooks.on_output(arch.embed, scaled(show("embed"), arch.embed_scale))
+    elif "embed" in names:
+        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding.
+        hooks.on_input(arch.blocks[0].module, show("embed"))
     if "pos_embed" in names:
         assert arch.pos_embed is not None
         # Positions that all rows share come as one row, which an edit could not tell apart.
@@ -72,27 +79,72 @@ def place_hooks(
             hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
 
 
-class _BlockHooks:
-    """The hooks of one block. Values wait in the pass's scratch from one hook to the next."""
+def _place_tower(hooks: Hooks, tower: Any, stack: str, keys: Set[Key], watched: bool) -> None:
+    """Place the hooks of a stack that sees images, whose values the pass is shown as rows of the text."""
+    lead = 1 if tower.packed else 2
 
-    def __init__(self, hooks: Hooks, block: Block, layer: int, names: set[str]) -> None:
+    def show(name: str, embedded: bool = False) -> Edit:
+        return lambda run, x: visit_rows(run, (name, -1, stack), x, lead, embedded)
+
+    names = {name for name, layer, of in keys if layer == -1 and of == stack}
+    if "embed" in names:
+        hooks.on_output(tower.embed, show("embed", embedded=True))
+    for layer, block in enumerate(tower.blocks):
+        if watched:
+            hooks.watch(block.module)
+        inside = {name for name, at, of in keys if at == layer and of == stack}
+        if layer == 0 and "resid_pre" in inside:
+            first = ("resid_pre", 0, stack)
+            hooks.on_input(block.module, lambda run, x: visit_rows(run, first, x, lead))  # noqa: B023
+        if inside:
+            _BlockHooks(hooks, block, layer, inside, stack, lead).place()
+    if "ln_final" in names:
+        hooks.on_output(tower.norm, show("ln_final"))
+
+
+def visit_rows(run: Running, key: Key, x: Tensor, lead: int, embedded: bool = False) -> Tensor:
+    """Show a pass a tower's value, whose first `lead` axes are its tokens, as rows of the text."""
+    assert key[2] is not None
+    fold = run.fold(key[2], embedded)
+    if fold is None:
+        return x
+    laid = fold.lay(x.flatten(0, lead - 1))
+    edited = run.visit(key, laid)
+    return x if edited is laid else fold.back(edited).reshape(x.shape)
+
+
+class _BlockHooks:
+    """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
+
+    Args:
+        stack: the tower that the block is of, whose values have their tokens along the first `lead` axes; None of a
+            language model.
+    """
+
+    def __init__(
+        self, hooks: Hooks, block: Block, layer: int, names: set[str], stack: str | None = None, lead: int = 2
+    ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
+        self.stack, self.lead = stack, lead
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
         if name not in self.names:
             return x
+        key = (name, self.layer, self.stack)
+        if self.stack is not None:
+            return visit_rows(run, key, x, self.lead)
         if x.ndim < len(KINDS[name].axes):  # some layers go on with all tokens in one row
-            return run.visit((name, self.layer, None), x.unflatten(0, (run.rows, -1))).flatten(0, 1)
-        return run.visit((name, self.layer, None), x)
+            return run.visit(key, x.unflatten(0, (run.rows, -1))).flatten(0, 1)
+        return run.visit(key, x)
 
     def shown(self, name: str) -> Edit:
         return lambda run, x: self.visit(run, name, x)
 
     def wait(self, run: Running, name: str, x: Any) -> None:
-        run.scratch[self.layer, name] = x
+        run.scratch[self.stack, self.layer, name] = x
 
     def take(self, run: Running, name: str) -> Any:
-        return run.scratch.pop((self.layer, name), None)
+        return run.scratch.pop((self.stack, self.layer, name), None)
 
     def place(self) -> None:
         # Some layers add what their last projection returns: heads are edited in that before it is attn_out.
@@ -112,7 +164,8 @@ class _BlockHooks:
         if self.drops_twice:
             mine = self.block.sublayers.index(sublayer)
             self.hooks.on_output(
-                sublayer.end, lambda run, x: edit(run, x) if run.scratch.get((self.layer, "entered")) == mine else x
+                sublayer.end,
+                lambda run, x: edit(run, x) if run.scratch.get((self.stack, self.layer, "entered")) == mine else x,
             )
         else:
             self.hooks.on_output(sublayer.end, edit)
@@ -133,7 +186,7 @@ class _BlockHooks:
 
     def read_apart(self, sublayer: Sublayer, edit: Edit, run: Running, normed: Tensor) -> Tensor:
         """What one of two sublayers reads of a norm that they share, where the stream is edited for that one alone."""
-        stream = run.scratch[self.layer, "stream"]
+        stream = run.scratch[self.stack, self.layer, "stream"]
         edited = edit(run, stream)
         assert sublayer.pre is not None
         # forward() rather than a call, which would run the hooks of the norm once more.
@@ -160,7 +213,7 @@ class _BlockHooks:
             self.hooks.on_output(sublayer.post_add, self.shown("resid_mid"))
 
     def entered(self, number: int, run: Running, x: Tensor) -> Tensor:
-        run.scratch[self.layer, "entered"] = number
+        run.scratch[self.stack, self.layer, "entered"] = number
         return x
 
     def attn_in(self, run: Running, x: Tensor) -> Tensor:
@@ -168,7 +221,7 @@ class _BlockHooks:
         for name in ("q_input", "k_input", "v_input"):
             if name in self.names:
                 projection = getattr(self.block.attention, name[0])
-                copies = x.unsqueeze(2).expand(-1, -1, projection.heads, -1)
+                copies = x.unsqueeze(-2).expand(*x.shape[:-1], projection.heads, x.shape[-1])
                 edited = self.visit(run, name, copies)
                 if edited is not copies:
                     self.wait(run, name, edited)
@@ -228,9 +281,9 @@ class _BlockHooks:
             if "expert_out" in names:
                 self.hooks.on_call(mlp.experts, partial(self.expert_out, mlp))
         else:
-            if "mlp_pre" in names and isinstance(mlp.pre, Columns):
+            if "mlp_pre" in names and isinstance(mlp.pre, Outputs):
                 self.hooks.on_output(mlp.pre.module, partial(self.columns, mlp.pre))
-            elif "mlp_pre" in names:
+            elif "mlp_pre" in names and not isinstance(mlp.pre, Outputs):
                 self.hooks.on_output(mlp.pre, self.shown("mlp_pre"))
             if "mlp_post" in names:
                 self.hooks.on_input(mlp.down, self.shown("mlp_post"))
@@ -242,7 +295,7 @@ class _BlockHooks:
         """Whether the residual between the sublayers is at no module's boundary where an edit of it reaches all."""
         return self.block.of_attention.post_add is None and not self.block.parallel
 
-    def columns(self, pre: Columns, run: Running, out: Tensor) -> Tensor:
+    def columns(self, pre: Outputs, run: Running, out: Tensor) -> Tensor:
         return pre.write(out, self.visit(run, "mlp_pre", pre.read(out)))
 
     def routed(self, mlp: Experts, run: Running, _args: tuple[Any, ...], out: Any) -> Any:
@@ -280,7 +333,6 @@ class _BlockHooks:
 
 def head_results_change(attention: Attention, z: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """The change of the attention output that an edit of the heads' results [..., H, M] makes."""
-    weight, _ = linear_weight(attention.out)
-    result = torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (attention.q.heads, attention.q.width)))
+    result = head_results(attention.out, z)
     edited = edit(result)
     return torch.zeros_like(result[..., 0, :]) if edited is result else (edited - result).sum(-2)

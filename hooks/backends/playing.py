@@ -64,6 +64,9 @@ class Visits:
         """The key column that is the first query's own: a trace is of whole texts, without a cache."""
         return 0, None
 
+    def fold(self, stack: str, embedded: bool = False) -> None:
+        """There is one stack of layers, so no tower's values."""
+
     def place(self, x: Tensor) -> None:
         """Bring everything to where the model is, of which nobody knows before."""
         self.rows = len(x)

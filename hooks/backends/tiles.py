@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..models.attention import exposed_attention
+from ..plan.operations.attention import Knockout
 from ..plan.region import Region
+from ..program import State
 
 LONG = 1 << 26
 """How many scores a layer may have before they are computed a few queries at a time."""
@@ -220,3 +222,51 @@ def _flex(
     block = blocks(there, rows, heads, width, keys, device=q.device)
     z = attention(q, k, v, score_mod=capped, block_mask=block, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     return z.transpose(1, 2)
+
+
+def in_tiles(
+    run: Any,
+    layer: int,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scaling: float,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor | None:
+    """z [B, T, H, D] of a layer, without the edges that the plans of a pass forbid there.
+
+    Returns:
+        None where the text is short, or where more is looked at than edges that are forbidden.
+    """
+    q, k, v = qkv
+    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LONG:
+        return None
+    bans = _bans(run, layer, q, k.shape[2])
+    if bans is None:
+        return None
+    first = run.keys(layer)[0]
+    edges = Edges(mask, causal, window, first, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    z, met = attend_in_tiles(q, k, v, edges, bans, scaling, cap, sinks)
+    for (w, number), some in met.items():
+        changes = {**run.states[w].changes, number: torch.where(some, torch.inf, 0.0)}
+        run.states[w] = State(run.states[w].here, changes)
+    return z
+
+
+def _bans(run: Any, layer: int, q: Tensor, keys: int) -> list[Ban] | None:
+    scores, pattern = ("scores", layer, None), ("pattern", layer, None)
+    found, height = [], q.shape[0] // len(run.programs)
+    for w, program in enumerate(run.programs):
+        steps = program.steps.get(scores, ())
+        looked_at = (
+            pattern in program.touched or scores in program.held_back or {scores, pattern} & set(run.captured_keys)
+        )
+        if looked_at or not all(isinstance(step.item.op, Knockout) for step in steps):
+            return None
+        if steps and run.tracking:
+            run.require_known(scores)
+        rows = slice(w * height, (w + 1) * height)
+        found += [Ban.of(w, step.number, rows, step.region, q, keys) for step in steps]
+    return found

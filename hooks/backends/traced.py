@@ -52,6 +52,9 @@ class _Pass:
         """The key column that is the first query's own: a graph is of whole texts, without a cache."""
         return 0, None
 
+    def fold(self, stack: str, embedded: bool = False) -> None:
+        """Which images a tower sees is no tensor, so a graph has no sites there."""
+
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site."""
         if key in self.program.steps or key in self.program.held_back:

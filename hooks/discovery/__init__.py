@@ -31,8 +31,9 @@ def discover(module: nn.Module) -> Architecture:
     try:
         return _discovered(module)
     except Exception as error:  # a structure may be other than anything that was thought of
+        told = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
         raise ModelError(
-            f"nobody has described a {name}, and its structure is not one that is understood: {error}. Say where it "
+            f"nobody has described a {name}, and its structure is not one that is understood: {told}. Say where it "
             "keeps its parts: wrap(model, adapter=function), as the README shows"
         ) from error
 

@@ -135,14 +135,21 @@ def _prepared(
 
 
 def _head_norms(norms: list[nn.Module], x: Tensor) -> Iterator[Map]:
+    """Norms of an attention layer as functions of queries or keys [..., heads, D], in every way that runs."""
     for norm in dict.fromkeys(norms):
-        weight = getattr(norm, "weight", None)
-        size = weight.numel() if isinstance(weight, Tensor) else None
-        # forward() rather than a call, which would run hooks once more.
-        if size in (None, x.shape[-1]):
-            yield norm
-        if size in (None, x.shape[-1] * x.shape[-2]):
-            yield partial(over_heads, norm)
+        for way in (norm, partial(over_heads, norm), partial(heads_first, norm)):
+            try:
+                fits = way(x).shape == x.shape
+            except Exception:  # it is called in another way
+                continue
+            if fits:
+                yield way
+
+
+def heads_first(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm that takes [1, heads, N, D], of queries or keys [..., heads, D]."""
+    flat = x.flatten(0, -3) if x.ndim > 3 else x
+    return norm(flat.transpose(0, 1)[None])[0].transpose(0, 1).reshape(x.shape)
 
 
 def _rotaries(seen: Probe, mixing: Mixing) -> Iterator[Rotary]:

@@ -23,7 +23,6 @@ class Added:
     post: nn.Module | None
     scale: float
     post_add: nn.Module | None
-    after: Tensor
 
 
 def block(seen: Probe, call: Call, mixing: Mixing) -> Block:
@@ -49,15 +48,15 @@ def block(seen: Probe, call: Call, mixing: Mixing) -> Block:
         inner = [c for c in rest if read is not None and near(c.returned, read) and near(c.read, before)]
         parallel = bool(inner) or near(read, before)
         if parallel:
-            for one in _ends(after_out, made.returned):
-                for two in _ends(last, added):
+            for one in _ends(seen, after_out, made.returned):
+                for two in _ends(seen, last, added):
                     s = factor(after - before, one.value + two.value)
                     if s == 1.0 and near(before + one.value + two.value, after):
                         mlp_pre = _pre(rest, before, read, f"feed-forward layer of {name}")
                         return Block(module, (_sublayer(pre, attend, one), _sublayer(mlp_pre, fed, two)), parallel=True)
         for middle in _streams(rest, read, before.shape[-1]):
-            for one in _added(after_out, made.returned, before, middle, module):
-                for two in _added(last, added, middle, after, module):
+            for one in _added(seen, after_out, made.returned, before, middle, module):
+                for two in _added(seen, last, added, middle, after, module):
                     mlp_pre = _pre(rest, middle, read, f"feed-forward layer of {name}")
                     return Block(module, (_sublayer(pre, attend, one), _sublayer(mlp_pre, fed, two)))
     raise ModelError(f"what {name} returns is not its input with what attention and a feed-forward layer add to it")
@@ -131,30 +130,26 @@ def _streams(rest: list[Call], read: Tensor | None, width: int) -> list[Tensor]:
     return [x for x in found if x.shape[-1] == width]
 
 
-def _ends(calls: list[Call], out: Tensor) -> list[Added]:
+def _ends(seen: Probe, calls: list[Call], out: Tensor) -> list[Added]:
     """What may be added, of what a sublayer's last projection returns: that, or a norm of it."""
-    same = [c.module for c in calls if near(c.returned, out)]
-    found = [Added(out, _last(same), None, 1.0, None, out)]
+    # The last that returns it, such as dropout, unless it is called elsewhere too.
+    same = [c.module for c in calls if near(c.returned, out) and len(seen.of(c.module)) == 1]
+    found = [Added(out, same[-1], None, 1.0, None)]
     for c in calls:
         if _norms(c.module) and near(c.read, out) and c.returned is not None:
-            found.append(Added(c.returned, c.module, c.module, 1.0, None, out))
+            found.append(Added(c.returned, c.module, c.module, 1.0, None))
     return found
 
 
-def _last(modules: list[nn.Module]) -> nn.Module:
-    """The outermost module that returns a value: the last of those that do, such as dropout."""
-    return modules[-1]
-
-
-def _added(calls: list[Call], out: Tensor, before: Tensor, after: Tensor, block: nn.Module) -> list[Added]:
+def _added(seen: Probe, calls: list[Call], out: Tensor, before: Tensor, after: Tensor, block: nn.Module) -> list[Added]:
     """The ways in which a sublayer's output may have led from one value of the stream to the next."""
     found = []
-    for end in _ends(calls, out):
+    for end in _ends(seen, calls, out):
         value, wanted, start = (x.reshape(-1, x.shape[-1]) for x in (end.value, after, before))
         s = factor(wanted - start, value, block)
         if s is not None and near(start + s * value, wanted):
-            found.append(Added(end.value, end.end, end.post, s, None, after))
+            found.append(Added(end.value, end.end, end.post, s, None))
         for c in calls:
             if _norms(c.module) and near(c.returned, wanted) and near(c.read, start + value):
-                found.append(Added(end.value, end.end, end.post, 1.0, c.module, after))
+                found.append(Added(end.value, end.end, end.post, 1.0, c.module))
     return found

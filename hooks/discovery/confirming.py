@@ -13,7 +13,7 @@ from ..plan.operations.values import Scale, Steer
 from ..plan.plan import Intervention, Plan, World
 from ..plan.sites import Site
 from ..record import record
-from .probe import TOKENS
+from .probe import TOKENS, ordinary
 
 
 @torch.no_grad()
@@ -21,10 +21,13 @@ def differing(module: nn.Module, found: Architecture) -> str:
     """What a model does otherwise than its description says; empty where nothing."""
     network = Network(module, lambda _: found)
     draw = torch.Generator().manual_seed(1)
-    inputs = Inputs.of(torch.randint(found.token_ids, (1, TOKENS), generator=draw))
+    usable = torch.tensor(ordinary(getattr(module, "config", None), found.token_ids))
+    inputs = Inputs.of(usable[torch.randint(len(usable), (1, TOKENS), generator=draw)])
     reason = compare(network, inputs)
     if reason:
         return reason
+    if not _same_beside_padding(network, inputs):
+        return "padding to the left of a row changes what it computes of it"
     layers = _layers(found)
     whole = [Site(name, None if layer < 0 else layer) for name, layer, _ in network.sizes]
     values = {name: _read(network, [World(inputs)], whole, name) for name in ("sequential", "shared")}
@@ -39,6 +42,14 @@ def differing(module: nn.Module, found: Architecture) -> str:
         if not _near(one, two, network.dtype):
             return f"an edit of {item.site} does something else than it says"
     return ""
+
+
+def _same_beside_padding(network: Network, inputs: Inputs) -> bool:
+    """Whether the logits of a row are the same to the right of padding."""
+    pad = lambda x, value: torch.nn.functional.pad(x, (2, 0), value=value)  # noqa: E731
+    padded = Inputs.of(pad(inputs.ids, int(inputs.ids[0, 0])), pad(inputs.mask, False))
+    alone, beside = (network.forward(x.ids, x.mask, x.positions) for x in (inputs, padded))
+    return _near(beside[:, -alone.shape[1] :], alone, network.dtype)
 
 
 def _layers(found: Architecture) -> set[int]:

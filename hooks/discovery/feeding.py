@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..models import moe
 from ..models.blocks import Feed, Map, Mlp
-from ..models.projections import Columns
+from ..models.projections import Outputs
 from .attending import is_linear
 from .probe import Call, Probe, near
 
-Parts = tuple[nn.Module | Columns, nn.Module, Map, "nn.Module | Columns | None", int]
+Parts = tuple[nn.Module | Outputs, nn.Module, Map, "nn.Module | Outputs | None", int]
 ACTIVATIONS: tuple[Map, ...] = (nn.functional.silu, nn.functional.relu, nn.functional.gelu,
                                 partial(nn.functional.gelu, approximate="tanh"))  # fmt: skip
 """Activations that are no module, as functions."""
@@ -73,12 +73,12 @@ def apart(parts: list[Call], read: Tensor, added: Tensor) -> Parts | None:
     return None
 
 
-def _ways(firsts: list[Call], width: int) -> Iterator[tuple[nn.Module | Columns, nn.Module | Columns | None]]:
+def _ways(firsts: list[Call], width: int) -> Iterator[tuple[nn.Module | Outputs, nn.Module | Outputs | None]]:
     """What may be `pre` and `up`."""
     for call in firsts:
         assert call.returned is not None
         if call.returned.shape[-1] == 2 * width:
-            halves = [Columns(call.module, start, width) for start in (0, width)]
+            halves = [Outputs(call.module, start, width) for start in (0, width)]
             yield halves[0], halves[1]
             yield halves[1], halves[0]
         elif call.returned.shape[-1] == width:
@@ -88,11 +88,11 @@ def _ways(firsts: list[Call], width: int) -> Iterator[tuple[nn.Module | Columns,
                     yield call.module, other.module
 
 
-def _value(firsts: list[Call], part: nn.Module | Columns) -> Tensor:
-    module = part.module if isinstance(part, Columns) else part
+def _value(firsts: list[Call], part: nn.Module | Outputs) -> Tensor:
+    module = part.module if isinstance(part, Outputs) else part
     out = next(c.returned for c in firsts if c.module is module)
     assert out is not None
-    return part.read(out) if isinstance(part, Columns) else out
+    return part.read(out) if isinstance(part, Outputs) else out
 
 
 def _mixture(seen: Probe, module: nn.Module, call: Call) -> Feed:

@@ -16,6 +16,7 @@ from ..models.gemma import lift_cap
 from ..models.huggingface import swap_attention
 from .attending import is_linear
 from .blocks import block
+from .feeding import ACTIVATIONS
 from .probe import Call, Probe, factor, near
 
 
@@ -51,10 +52,12 @@ def outside(module: Any, seen: Probe) -> Architecture:
     if near(head.read, last):
         missing["ln_final"] = "nothing stands between the last block and the unembedding"
     else:
-        norms = [c.module for c in tail if near(c.read, last) and near(c.returned, head.read)]
-        if not norms:
-            raise ModelError("what is unembedded is not the last block's output, nor one module's of it")
-        norm = norms[0]
+        steps = _steps(tail, last, head.read)
+        if steps is None:
+            raise ModelError("what is unembedded is not what modules after the last block make of its output")
+        end = steps[-1]
+        assert isinstance(end, nn.Module)
+        norm, found["to_final"] = end, None if len(steps) == 1 else partial(_through, tuple(steps))
     config: Any = getattr(module, "config", None)
     return Architecture(
         family=getattr(config, "model_type", type(module).__name__),
@@ -69,6 +72,29 @@ def outside(module: Any, seen: Probe) -> Architecture:
         **found,
         **_logits(module, config, head.returned, seen.logits),
     )
+
+
+def _steps(tail: list[Call], x: Tensor, wanted: Tensor | None, depth: int = 4) -> list[Any] | None:
+    """Modules, and functions between them, that lead from one value to another, the last of them a module."""
+    for c in tail:
+        if c.returned is None or c.returned.shape != x.shape or any(True for _ in c.module.children()):
+            continue
+        for act in (None, *ACTIVATIONS):
+            if not near(c.read, x if act is None else act(x)):
+                continue
+            before = [c.module] if act is None else [act, c.module]
+            if near(c.returned, wanted):
+                return before
+            more = _steps(tail[tail.index(c) + 1 :], c.returned, wanted, depth - 1) if depth else None
+            if more is not None:
+                return [*before, *more]
+    return None
+
+
+def _through(steps: tuple[Any, ...], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
 
 
 def _block_calls(module: nn.Module, seen: Probe) -> list[Call]:
@@ -89,7 +115,8 @@ def _block_calls(module: nn.Module, seen: Probe) -> list[Call]:
 
 def _embeddings(module: nn.Module, seen: Probe, first: Call, stream: Tensor) -> dict[str, Any]:
     """The embedding of tokens, that of positions, and the factor."""
-    before = seen.calls[: min(seen.calls.index(c) for c in [first, *seen.within(first.module)])]
+    inner = [first, *seen.within(first.module)]
+    before = seen.calls[: min(seen.calls.index(one) for one in inner)]
     for call in before:
         ids = next((v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)), None)
         if ids is None or ids.is_floating_point() or not torch.equal(ids.reshape(-1), seen.ids.reshape(-1)):
@@ -102,7 +129,8 @@ def _embeddings(module: nn.Module, seen: Probe, first: Call, stream: Tensor) -> 
         scale = factor(stream, made, module, *module.children(), getattr(module, "config", None))
         if scale is not None:
             positioned = not isinstance(call.module, nn.Embedding) and "position_ids" in _arguments(call.module)
-            return more | {"embed_scale": scale, "positioned": positioned}
+            first = _first_position(before, seen) if positioned else 0
+            return more | {"embed_scale": scale, "positioned": positioned, "first_position": first}
         for other in before:
             pos, at = other.returned, torch.arange(stream.shape[1], device=stream.device)[None]
             if other is call or pos is None or pos.shape[-1] != stream.shape[-1] or pos.ndim < 2:
@@ -114,6 +142,17 @@ def _embeddings(module: nn.Module, seen: Probe, first: Call, stream: Tensor) -> 
                     if near(again, pos):
                         return more | {"pos_embed": other.module, "at_positions": way if name != "module" else None}
     raise ModelError("what the first block reads is no embedding of the tokens, nor that and one of their positions")
+
+
+def _first_position(before: list[Call], seen: Probe) -> int:
+    """The position id that the first token was given."""
+    for call in before:
+        at = call.read
+        if isinstance(call.module, nn.Embedding) and at is not None and at.numel() == seen.ids.numel():
+            start = int(at.reshape(-1)[0])
+            if torch.equal(at.reshape(-1), torch.arange(start, start + at.numel(), device=at.device)):
+                return start
+    return 0
 
 
 def _by_name(module: Any, positions: Tensor) -> Tensor:

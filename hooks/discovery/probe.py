@@ -118,8 +118,7 @@ def probe(module: nn.Module, vocabulary: int) -> Probe:
         ModelError: it cannot be run.
     """
     config: Any = getattr(module, "config", None)
-    special = {v for n, v in vars(config).items() if n.endswith("token_id")} if hasattr(config, "__dict__") else set()
-    usable = [i for i in range(vocabulary) if i not in special] or [0]
+    usable = ordinary(config, vocabulary)
     draw = torch.randint(len(usable), (TOKENS,), generator=torch.Generator().manual_seed(0))
     device = next(module.parameters()).device
     seen = Probe(torch.tensor([[usable[i] for i in draw]], device=device))
@@ -133,10 +132,18 @@ def probe(module: nn.Module, vocabulary: int) -> Probe:
                 except ModelError:  # nobody knows its own function, so it calls none that could be replaced
                     continue
         try:
-            seen.logits = logits_of(module(input_ids=seen.ids))
+            cached = {"use_cache": False} if hasattr(config, "use_cache") else {}
+            seen.logits = logits_of(module(input_ids=seen.ids, **cached))
         except Exception as error:
             raise ModelError(f"it does not run on token ids alone: {type(error).__name__}: {error}") from error
     return seen
+
+
+def ordinary(config: Any, vocabulary: int) -> list[int]:
+    """Token ids that a config does not name as special ones."""
+    told = [v for n, v in vars(config).items() if n.endswith("token_id")] if hasattr(config, "__dict__") else []
+    special = {one for value in told for one in (value if isinstance(value, (list, tuple)) else [value])}
+    return [i for i in range(vocabulary) if i not in special] or [0]
 
 
 def _kept(out: Any) -> Any:
@@ -151,9 +158,12 @@ def _attends(part: nn.Module) -> bool:
 
 
 def _recorder(seen: Probe) -> Any:
-    def function(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, own: Any, **given: Any) -> Any:
-        out = own(module, q, k, v, mask, **given)
-        seen.mixings.append(Mixing(module, q, k, v, mask, given, out[0]))
+    # Some models give the mask by its name.
+    def function(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, *, own: Any, **given: Any
+    ) -> Any:
+        out = own(module, q, k, v, attention_mask, **given)
+        seen.mixings.append(Mixing(module, q, k, v, attention_mask, given, out[0]))
         return out
 
     return function

@@ -22,6 +22,7 @@ _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "falcon": f"{_HERE}.falcon",
     "gemma": f"{_HERE}.gemma",
     "gemma2": f"{_HERE}.gemma",
+    "gemma3": f"{_HERE}.gemma3_vl",
     "gemma3_text": f"{_HERE}.gemma",
     "gpt2": f"{_HERE}.gpt2",
     "gpt_neox": f"{_HERE}.neox",
@@ -30,6 +31,10 @@ _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "granite": f"{_HERE}.llama",
     "granitemoe": f"{_HERE}.llama",
     "llama": f"{_HERE}.llama",
+    "idefics3": f"{_HERE}.idefics",
+    "llava": f"{_HERE}.llava",
+    "llava_next": f"{_HERE}.llava_next",
+    "llava_onevision": f"{_HERE}.llava_next",
     "mistral": f"{_HERE}.llama",
     "mixtral": f"{_HERE}.llama",
     "olmo2": f"{_HERE}.llama",
@@ -38,9 +43,12 @@ _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "opt": f"{_HERE}.opt",
     "phi3": f"{_HERE}.llama",
     "qwen2": f"{_HERE}.llama",
+    "qwen2_5_vl": f"{_HERE}.qwen_vl",
     "qwen2_moe": f"{_HERE}.llama",
+    "qwen2_vl": f"{_HERE}.qwen_vl",
     "qwen3": f"{_HERE}.llama",
     "qwen3_moe": f"{_HERE}.llama",
+    "smolvlm": f"{_HERE}.idefics",
     "vit": f"{_HERE}.vit",
     "interp.models.transformer.Transformer": f"{_HERE}.small",
 }
@@ -56,14 +64,18 @@ def register(name: str, adapter: Callable[[Any], Architecture]) -> None:
     _ADAPTERS[name] = adapter
 
 
+def adapter_named(name: str) -> Callable[[Any], Architecture] | None:
+    """The adapter of a family, by its name, or None where there is none."""
+    adapter = _ADAPTERS.get(name)
+    return import_module(adapter).describe if isinstance(adapter, str) else adapter
+
+
 def adapter_of(module: nn.Module) -> Callable[[Any], Architecture] | None:
     """The adapter of a model's family, or None where there is none."""
     names = [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     for name in [*([model_type] if isinstance(model_type, str) else []), *names]:
-        adapter = _ADAPTERS.get(name)
-        if isinstance(adapter, str):
-            adapter = import_module(adapter).describe
+        adapter = adapter_named(name)
         if adapter is not None:
             return adapter
     return None

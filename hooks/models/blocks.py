@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .experts import Experts
 from .positions import Rotary
-from .projections import Columns, Projection
+from .projections import Outputs, Projection
 
 Map = Callable[[Tensor], Tensor]
 
@@ -66,10 +66,10 @@ class Mlp:
     """
 
     module: nn.Module
-    pre: nn.Module | Columns
+    pre: nn.Module | Outputs
     down: nn.Module
     act: Map
-    up: nn.Module | Columns | None = None
+    up: nn.Module | Outputs | None = None
     width: int = 0
     whole: Map | None = None
 

@@ -12,7 +12,7 @@ from ..errors import ModelError
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
 from .falcon import ALIBI, OPAQUE
-from .huggingface import swap_attention, unembedding
+from .huggingface import headed, swap_attention
 from .projections import Projection, linear_outputs
 
 
@@ -22,7 +22,8 @@ def describe(model: Any) -> Architecture:
     Raises:
         ModelError: its residual stream goes on from the norms, or its products are sliced.
     """
-    head, body, config = unembedding(model), model.transformer, model.config
+    head = headed(model)
+    body, config = model.transformer, model.config
     if config.apply_residual_connection_post_layernorm or (config.pretraining_tp > 1 and config.slow_but_exact):
         raise ModelError(
             "a BLOOM is known whose residual stream goes on from before the norms, and whose products are whole "
@@ -34,9 +35,8 @@ def describe(model: Any) -> Architecture:
         pos_embed=None,
         blocks=tuple(_block(layer) for layer in body.h),
         norm=body.ln_f,
-        unembed=head,
+        **head,
         width=config.hidden_size,
-        vocabulary=linear_outputs(head),
         swap_attention=swap_attention,
         unshared=ALIBI,
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import InputsError, PlanError
 from ..plan.images import patch_grid
 from ..plan.inputs import Inputs
-from .architecture import ImageFormat
+from ..plan.pictures import Pictures, number_images
+from .architecture import ImageFormat, Tower
 
 
 def arguments_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def real_columns(call: dict[str, Any], ids: Tensor, past: int) -> Tensor:
         PlanError: they do not say.
     """
     mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]  # of text, beside those in time, height and width
     rows, width = len(ids), past + ids.shape[1]
     if isinstance(mask, Tensor) and mask.ndim == 2:
         cached = call.get("past_key_values") is not None
@@ -81,6 +84,34 @@ def real_columns(call: dict[str, Any], ids: Tensor, past: int) -> Tensor:
     if bool((padding < 0).any()):
         raise PlanError("the positions of the call go beyond its columns, so which of these are real cannot be told")
     return real & (torch.arange(width) >= padding)
+
+
+def pictures_of_call(call: dict[str, Any], tower: Tower | None, ids: Tensor) -> tuple[Pictures | None, Tensor | None]:
+    """The images that the model sees in a call that begins a text, and which of them each token is of [B, T].
+
+    Where it is given their features in their place, only the second is known.
+
+    Raises:
+        InputsError: they do not fit the text.
+        PlanError: the call reads others of the tower's layers than the config says.
+    """
+    if tower is None:
+        return None, None
+    for name, value in tower.chosen.items():
+        if call.get(name) is not None and call[name] != value:
+            raise PlanError(
+                f"the call chooses {name}={call[name]!r}, and the model was described by its config, {value!r}: set it "
+                "there, before the model is wrapped"
+            )
+    real, ids = real_columns(call, ids, 0), ids.to("cpu")
+    pictures = tower.look(ids, real, call)
+    if pictures is not None:
+        return pictures, pictures.image
+    features = getattr((call.get("mm_encoder_outputs") or {}).get("image"), "pooler_output", None)
+    if features is None:
+        return None, None
+    image, _, _ = number_images(torch.where(real, ids, -1), tower.token, [len(one) for one in features])
+    return None, image
 
 
 def inputs_of_call(call: dict[str, Any], images: ImageFormat) -> Inputs:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..errors import CycleError, InputsError, PlanError, ShapeError, SiteError
+from ..errors import CycleError, InputsError, PlanError, ShapeError, SiteError, nearest
 from ..plan.images import require_size
 from ..plan.inputs import Inputs
 from ..plan.plan import Intervention, Origin, Plan, World
 from ..plan.prompts import require_vocabulary
-from ..plan.sites import DIM, HEAD, Index, Site, Span, execution_order
-from .architecture import Architecture
+from ..plan.sites import DIM, HEAD, TEXT, Index, Site, Span, execution_order
+from .architecture import Architecture, Tower
 from .catalogue import site_table, why_missing
 from .network import Network
 
@@ -21,14 +22,21 @@ def check_site(model: Network, where: Site) -> None:
     Raises:
         SiteError: it does not.
     """
-    if where.stack is not None:
+    stacks = model.architecture.stacks
+    if where.stack is not None and len(stacks) == 1:
         raise SiteError(f"{where}: the model has one stack of layers, and the site names the stack {where.stack!r}")
-    if where.layer is not None and not -1 < where.layer < model.n_layers:
-        raise SiteError(f"{where}: the model has layers 0 .. {model.n_layers - 1}")
+    stack = where.key[2]
+    if stack not in stacks:
+        names = [name or TEXT for name in stacks]
+        raise SiteError(f"{where}: the model has the stacks {', '.join(names)}{nearest(str(stack), names)}")
+    if where.layer is not None and not -1 < where.layer < len(stacks[stack].blocks):
+        unread = getattr(stacks[stack], "unread", "")
+        here = "the model" if stack is None else f"the {stack} stack"
+        raise SiteError(f"{where}: {here} has layers 0 .. {len(stacks[stack].blocks) - 1}{unread and '; ' + unread}")
     size = model.sizes.get(where.key)
     if size is None:
-        names = [s.name for s in site_table(model.sizes, model.n_layers)]
-        why = why_missing(model.architecture, where.name, where.layer)
+        names = [s.name for s in site_table(model.sizes, model.n_layers) if s.stack == stack]
+        why = why_missing(stacks[stack], where.name, where.layer)
         if why or where.name not in names:
             raise SiteError(
                 f"{where}: this model has no site {where.name!r}{why and f': {why}'}; it has {', '.join(names)}"
@@ -39,7 +47,7 @@ def check_site(model: Network, where: Site) -> None:
         listed = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
         for i in listed:
             if not -size[axis] <= i < size[axis]:
-                raise SiteError(_no_such(where, axis, i, size[axis], model.architecture))
+                raise SiteError(_no_such(where, axis, i, size[axis], stacks[stack]))
 
 
 def check_plan(model: Network, plan: Plan) -> None:
@@ -79,6 +87,26 @@ def check_inputs(model: Network, inputs: Inputs) -> None:
         require_size(inputs.pixels, images)
     else:
         require_vocabulary(inputs, model.architecture.token_ids)
+        check_pictures(model.architecture.tower, inputs)
+
+
+def check_pictures(tower: Tower | None, inputs: Inputs) -> None:
+    """Check that prompts have images only where the model sees, and one wherever the text says that there is.
+
+    Raises:
+        InputsError: they do not.
+    """
+    if tower is None:
+        if inputs.pictures is not None:
+            raise InputsError(f"{inputs!r} has images, and the model is a language model that sees none")
+        return
+    places = (inputs.ids == tower.token) & inputs.mask
+    image = torch.full_like(inputs.ids, -1) if inputs.pictures is None else inputs.pictures.image
+    if image.shape != places.shape or not torch.equal(places, image >= 0):
+        raise InputsError(
+            f"{inputs!r}: id {tower.token} stands for an image's features, and these tokens and the images do not "
+            "belong together; prepare both with model.inputs(texts, images=...)"
+        )
 
 
 def _check_order(item: Intervention, where: Site | None, n_layers: int) -> None:
@@ -128,7 +156,7 @@ def _distinct(index: Tensor) -> bool:
     return not bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
-def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture) -> str:
+def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture | Tower) -> str:
     if axis == DIM:
         return f"{where}: the last axis has {size} entries, {index} is not among them"
     attention = arch.blocks[0].attention

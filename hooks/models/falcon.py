@@ -12,7 +12,7 @@ from torch import nn
 
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import swap_attention, unembedding
+from .huggingface import headed, swap_attention
 from .positions import Rotary
 from .projections import Projection, linear_outputs
 
@@ -22,7 +22,8 @@ ALIBI = "its attention adds a bias by distance (ALiBi) to the scores, which this
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a Falcon with a language-model head."""
-    head, body, config = unembedding(model), model.transformer, model.config
+    head = headed(model)
+    body, config = model.transformer, model.config
     rotary = None if config.alibi else Rotary.of(body.rotary_emb)
     return Architecture(
         family=config.model_type,
@@ -30,9 +31,8 @@ def describe(model: Any) -> Architecture:
         pos_embed=None,
         blocks=tuple(_block(layer, config, rotary) for layer in body.h),
         norm=body.ln_f,
-        unembed=head,
+        **head,
         width=config.hidden_size,
-        vocabulary=linear_outputs(head),
         swap_attention=swap_attention,
         unshared=ALIBI if config.alibi else "",
     )

@@ -32,7 +32,7 @@ def describe(model: Any) -> Architecture:
             "this version of transformers scales Gemma's embeddings outside their module, where no site is; upgrade it"
         )
     cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap is None:
+    if cap is None or not hasattr(model, "lm_head"):  # a classifier's logits have none
         return arch
     return replace(arch, cap=partial(softcap, cap=cap), lift_cap=partial(lift_cap, model))
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import swap_attention, unembedding
+from .huggingface import headed, swap_attention
 from .projections import Projection
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-2 with a language-model head."""
-    head = unembedding(model)
+    head = headed(model)
     body = model.transformer
     return Architecture(
         family="gpt2",
@@ -24,9 +24,8 @@ def describe(model: Any) -> Architecture:
         pos_embed=body.wpe,
         blocks=tuple(_block(block) for block in body.h),
         norm=body.ln_f,
-        unembed=head,
+        **head,
         width=model.config.hidden_size,
-        vocabulary=head.weight.shape[0],
         swap_attention=swap_attention,
     )
 

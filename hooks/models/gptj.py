@@ -17,23 +17,23 @@ from torch import Tensor
 
 from .architecture import Architecture, AttentionFunction
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import unembedding
+from .huggingface import headed
 from .positions import Rotary, rotate_pairs
 from .projections import Projection, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-J with a language-model head."""
-    head, body, config = unembedding(model), model.transformer, model.config
+    head = headed(model)
+    body, config = model.transformer, model.config
     return Architecture(
         family=config.model_type,
         embed=body.wte,
         pos_embed=None,
         blocks=tuple(_block(layer) for layer in body.h),
         norm=body.ln_f,
-        unembed=head,
+        **head,
         width=config.n_embd,
-        vocabulary=linear_outputs(head),
         swap_attention=swap_attention,
     )
 

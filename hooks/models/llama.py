@@ -15,9 +15,9 @@ from ..errors import ModelError
 from . import moe
 from .architecture import Architecture
 from .blocks import Attention, Block, Feed, Map, Mlp, Sublayer
-from .huggingface import swap_attention, unembedding
+from .huggingface import headed, swap_attention
 from .positions import Rotary
-from .projections import Columns, Projection, linear_outputs
+from .projections import Outputs, Projection, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
@@ -26,7 +26,7 @@ def describe(model: Any) -> Architecture:
     Raises:
         ModelError: it attends to later tokens too.
     """
-    head = unembedding(model)
+    head = headed(model)
     body, config = model.model, model.config
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError(
@@ -39,12 +39,11 @@ def describe(model: Any) -> Architecture:
         pos_embed=None,
         blocks=tuple(block(layer, config, _rotary(body, layer)) for layer in body.layers),
         norm=body.norm,
-        unembed=head,
+        **head,
         width=config.hidden_size,
-        vocabulary=linear_outputs(head),
         swap_attention=swap_attention,
         embed_scale=getattr(body, "embedding_multiplier", 1.0),
-        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
+        logit_scale=1.0 / getattr(config, "logits_scaling", 1.0) if hasattr(model, "lm_head") else 1.0,
     )
 
 
@@ -111,7 +110,7 @@ def gated(module: Any) -> Mlp:
         raise ModelError(f"{type(module).__name__} has no activation that is known")
     if hasattr(module, "gate_up_proj"):
         width = linear_outputs(module.gate_up_proj) // 2
-        pre, up = (Columns(module.gate_up_proj, start, width) for start in (0, width))
+        pre, up = (Outputs(module.gate_up_proj, start, width) for start in (0, width))
         return Mlp(module, pre, module.down_proj, act, up=up, width=width)
     return Mlp(module, module.gate_proj, module.down_proj, act, up=module.up_proj, width=linear_outputs(module.up_proj))
 

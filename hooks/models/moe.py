@@ -106,7 +106,7 @@ def _matrix(router: nn.Module) -> tuple[str, Tensor]:
     Raises:
         ModelError: there is none, or there are more experts than numbers of a token.
     """
-    found = [(name, p) for name, p in router.named_parameters() if p.ndim == 2]
+    found = [(name, p) for name, p in router.named_parameters() if p.ndim == 2 and len(p) > 1]
     if len(found) != 1 or found[0][1].shape[0] > found[0][1].shape[1]:
         raise ModelError(f"a router has one matrix from tokens to experts; {type(router).__name__} has others")
     return found[0]

@@ -7,14 +7,14 @@ from typing import Any
 
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import swap_attention, unembedding
+from .huggingface import headed, swap_attention
 from .positions import Rotary
 from .projections import Projection
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-NeoX with a language-model head."""
-    head = unembedding(model)
+    head = headed(model)
     body, config = model.gpt_neox, model.config
     rotary = Rotary.of(body.rotary_emb)
     return Architecture(
@@ -23,9 +23,8 @@ def describe(model: Any) -> Architecture:
         pos_embed=None,
         blocks=tuple(_block(layer, config, rotary) for layer in body.layers),
         norm=body.final_layer_norm,
-        unembed=head,
+        **head,
         width=config.hidden_size,
-        vocabulary=head.weight.shape[0],
         swap_attention=swap_attention,
     )
 

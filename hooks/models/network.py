@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from ..errors import ModelError
+from ..plan.pictures import Pictures
 from ..plan.sites import Key
 from .architecture import Architecture
 from .blocks import Block
@@ -19,7 +20,7 @@ from .fingerprint import Fingerprint
 from .hook import Hook
 
 Adapter = Callable[[Any], Architecture]
-_COUNTER = "torch.utils.module_tracker"
+_LOOKING = ("torch.utils.module_tracker", "transformers.utils.output_capturing")
 
 
 class Network:
@@ -95,12 +96,40 @@ class Network:
         out = f"vocabulary {arch.vocabulary}" if arch.readout is None else f"{arch.vocabulary} classes"
         return f"Model({arch.family}: {self.n_layers} layers, {told}, width {arch.width}, {out})"
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        pixels: Tensor | None = None,
+        pictures: Pictures | None = None,
+    ) -> Tensor:
         """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
-        logits = logits_of(self.module(**self.arguments(ids, mask, positions, pixels)))
+        arguments = self.arguments(ids, mask, positions, pixels, pictures)
+        if self.architecture.pooled:
+            return self._every(arguments)
+        logits = logits_of(self.module(**arguments))
         return logits if self.architecture.readout is None else logits.unsqueeze(1)
 
-    def arguments(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor | None = None) -> dict[str, Any]:
+    def _every(self, arguments: dict[str, Any]) -> Tensor:
+        """The logits of all tokens, of a model that returns those of one."""
+        seen: list[Tensor] = []
+        # The last hook there, so it is shown what others made of the logits.
+        handle = self.architecture.unembed.register_forward_hook(Hook(lambda _m, _a, out: seen.append(out)))
+        try:
+            self.module(**arguments)
+        finally:
+            handle.remove()
+        return self.architecture.capped(seen[-1])
+
+    def arguments(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        pixels: Tensor | None = None,
+        pictures: Pictures | None = None,
+    ) -> dict[str, Any]:
         """What the model is called with."""
         if pixels is not None:
             # In the model's dtype, as it would bring them into by itself.
@@ -109,14 +138,32 @@ class Network:
             self.tool.require(ids, mask)
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
+            positions = positions + self.architecture.first_position
             arguments |= {"attention_mask": mask.long().to(self.device), "position_ids": positions.to(self.device)}
         if hasattr(getattr(self.module, "config", None), "use_cache"):
             arguments["use_cache"] = False
+        if self.architecture.tower is not None:
+            more = self.architecture.tower.arguments(ids, mask, pictures)
+            arguments |= {name: self._on(value) for name, value in more.items()}
         known = inspect.signature(self.module.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             # Some count positions by the mask themselves, and encoders have no cache.
             arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
+
+    def features(self, ids: Tensor, mask: Tensor, pictures: Pictures) -> Tensor:
+        """What the tower makes of images, [places, M], for the places that they take in rows of a text."""
+        tower = self.architecture.tower
+        assert tower is not None
+        look: Any = getattr(self.module, "base_model", self.module).get_image_features
+        known = inspect.signature(look).parameters
+        given = tower.arguments(ids, mask, pictures)
+        given = {name: self._on(value) for name, value in given.items() if name in tower.sees & set(known)}
+        found = look(**given, return_dict=True).pooler_output
+        return found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(list(found))
+
+    def _on(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""
@@ -139,6 +186,24 @@ class Network:
         return ""
 
 
+def without_wrapper(module: nn.Module) -> nn.Module:
+    """The model that an adapter of peft's was put into, which computes the same; any other model itself.
+
+    Raises:
+        ModelError: it puts tokens before the prompt, which the model does not know of.
+    """
+    inner = getattr(module, "get_base_model", None)
+    if inner is None or not type(module).__module__.startswith("peft"):
+        return module
+    for name, config in getattr(module, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ModelError(
+                f"the adapter {name!r} ({type(config).__name__}) puts tokens before the prompt, whose positions nobody "
+                "could name: adapters that change layers (LoRA, IA3) can be wrapped"
+            )
+    return inner()
+
+
 def described(module: nn.Module, adapter: Adapter) -> Architecture:
     """The description that an adapter gives of a model.
 
@@ -154,7 +219,8 @@ def described(module: nn.Module, adapter: Adapter) -> Architecture:
     found = adapter(module)
     if not isinstance(found, Architecture):
         raise ModelError(f"an adapter returns an Architecture, this one a {type(found).__name__}")
-    _require_distinct(found.blocks)
+    for part in found.stacks.values():
+        _require_distinct(part.blocks)
     return found
 
 
@@ -176,8 +242,10 @@ def _require_distinct(blocks: tuple[Block, ...]) -> None:
 
 
 def _users(hooks: dict[int, Any]) -> bool:
-    # A counter of torch's own (of operations, say) looks at modules and changes nothing.
-    return any(not isinstance(hook, Hook) and getattr(hook, "__module__", "") != _COUNTER for hook in hooks.values())
+    # A counter of torch's own (of operations, say), or what records hidden states, looks and changes nothing.
+    return any(
+        not isinstance(hook, Hook) and getattr(hook, "__module__", "") not in _LOOKING for hook in hooks.values()
+    )
 
 
 def logits_of(output: Any) -> Tensor:

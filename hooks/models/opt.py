@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import swap_attention, unembedding
+from .huggingface import headed, swap_attention
 from .projections import Projection, linear_outputs
 
 
@@ -23,7 +23,8 @@ def describe(model: Any) -> Architecture:
     Raises:
         ModelError: its embeddings are narrower than its stream.
     """
-    head, body, config = unembedding(model), model.model.decoder, model.config
+    head = headed(model)
+    body, config = model.model.decoder, model.config
     if body.project_in is not None or body.project_out is not None:
         raise ModelError(
             f"the embeddings of this OPT have {config.word_embed_proj_dim} numbers and its stream has "
@@ -36,9 +37,8 @@ def describe(model: Any) -> Architecture:
         pos_embed=body.embed_positions,
         blocks=tuple(_block(layer) for layer in body.layers),
         norm=nn.Identity() if norm is None else norm,
-        unembed=head,
+        **head,
         width=config.hidden_size,
-        vocabulary=linear_outputs(head),
         swap_attention=swap_attention,
         at_positions=partial(_at, body.embed_positions),
         missing={} if norm is not None else {"ln_final": "the last block norms what is unembedded"},

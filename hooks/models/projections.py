@@ -79,13 +79,16 @@ class Projection:
 
     def per_head(self, x: Tensor) -> Tensor:
         """Project x [..., heads, M], every head from its own input, to [..., heads, width]."""
+        if not is_plain(self.module):  # quantised, or with an adapter: all heads of each input, of which one is kept
+            every = self.read(self.module.forward(x))
+            return every.diagonal(dim1=-3, dim2=-2).movedim(-1, -2)
         weight, bias = self.parameters()
         out = torch.einsum("...hm,hdm->...hd", x, weight)
         return out if bias is None else out + bias
 
 
 @dataclass(frozen=True)
-class Columns:
+class Outputs:
     """Some columns of a linear module's output, by the first of them and their number."""
 
     module: nn.Module
@@ -138,11 +141,24 @@ def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """
     if not is_plain(module):
         raise ModelError(
-            f"a plain linear layer is needed here, to address its heads; {type(module).__name__} is something else"
+            "a plain linear layer is needed here, to address its heads; "
+            f"{type(module).__module__}.{type(module).__qualname__} is something else"
         )
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     return weight.T if type(module).__name__ in TRANSPOSED else weight, bias
+
+
+def head_results(module: nn.Module, z: Tensor) -> Tensor:
+    """What an output projection makes of each head's z alone, without the bias: [..., H, M] of [..., H, D]."""
+    heads, width = z.shape[-2:]
+    if is_plain(module):
+        weight, _ = linear_weight(module)
+        return torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (heads, width)))
+    # forward() rather than a call, which would run hooks once more.
+    alone = z.unsqueeze(-3) * torch.eye(heads, dtype=z.dtype, device=z.device)[:, :, None]
+    alone = alone.flatten(-2)
+    return module.forward(alone) - module.forward(torch.zeros_like(alone[..., :1, :]))
 
 
 def linear_outputs(module: nn.Module) -> int:

@@ -24,6 +24,8 @@ class Columns:
         start: the column of the text that the first of these is, where they are a part of one.
         prompt: how many columns of that text are its prompt, what follows being generated; None where these are all
             that there is, a prompt alone.
+        image: int64 [B, T], the number of the image of its row that each token is of, -1 of none; None where nobody
+            knows of images.
     """
 
     index: Tensor
@@ -32,6 +34,7 @@ class Columns:
     rotary: Tensor | None = None
     start: int = 0
     prompt: int | None = None
+    image: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -71,8 +74,14 @@ class Columns:
     def rows(self, window: slice | Tensor) -> Columns:
         """The same for a range of rows, or for rows by their numbers."""
         rotary = None if self.rotary is None else self.rotary[..., window, :]
+        image = None if self.image is None else self.image[window]
         return replace(
-            self, index=self.index[window], real=self.real[window], lengths=self.lengths[window], rotary=rotary
+            self,
+            index=self.index[window],
+            real=self.real[window],
+            lengths=self.lengths[window],
+            rotary=rotary,
+            image=image,
         )
 
     def between(self, start: int, stop: int) -> Columns:
@@ -81,18 +90,31 @@ class Columns:
         pad = (0, stop - self.start - last)
         index, real = (torch.nn.functional.pad(x[:, first:last], pad) for x in (self.index, self.real))
         rotary = None if self.rotary is None else torch.nn.functional.pad(self.rotary[..., first:last], pad)
-        return replace(self, index=index, real=real, rotary=rotary, start=start)
+        image = self.image
+        if image is not None:
+            image = torch.nn.functional.pad(image[:, first:last], pad, value=-1)
+        return replace(self, index=index, real=real, rotary=rotary, start=start, image=image)
 
     def cut(self, width: int) -> Columns:
         """The first columns alone."""
         rotary = None if self.rotary is None else self.rotary[..., :width]
-        return Columns(self.index[:, :width], self.real[:, :width], self.real[:, :width].sum(1), rotary)
+        image = None if self.image is None else self.image[:, :width]
+        real = self.real[:, :width]
+        return Columns(self.index[:, :width], real, real.sum(1), rotary, image=image)
 
     def laid_like(self, other: Columns) -> bool:
         """Whether the same tokens stand in the same columns."""
         if self is other:
             return True
         if self.real.shape != other.real.shape or not torch.equal(self.real, other.real):
+            return False
+        images = (self.image, other.image)
+        if images[0] is not images[1] and not (
+            images[0] is not None and images[1] is not None and torch.equal(images[0], images[1])
+        ):
+            return False
+        rotary = (self.rotary, other.rotary)
+        if rotary[0] is not rotary[1] and not torch.equal(self.turned, other.turned):
             return False
         return torch.equal(self.index, other.index)
 

@@ -56,6 +56,8 @@ class Context:
         window: the rows of the whole batch that `x` holds, of `total`: a slice, or int64 [B] where several rows that
             are generated go on from one.
         references: for each read, how the positions of a reference set are laid out; None for reads row by row.
+        allowed: bool of `x`'s shape, where the masks allow attention, for an operation on patterns that asks for it;
+            None where they allow all of it.
     """
 
     site: str
@@ -71,6 +73,7 @@ class Context:
     window: slice | Tensor
     total: int
     references: tuple[Reference | None, ...] = ()
+    allowed: Tensor | None = None
 
     @property
     def salt(self) -> int:

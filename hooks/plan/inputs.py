@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputsError
+from ..errors import InputsError, SiteError
 from .columns import Columns
 from .encoding import Put, Record
 from .images import patch_grid, patch_labels, patch_pixels
+from .pictures import PICTURES, Pictures
+from .sites import VISION
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Inputs:
             each patch as ``"row,column"``.
         pixels: [B, C, height, width], floating point, or None where the rows are prompts.
         patch: height and width of a patch in pixels, with images.
+        pictures: the images of prompts that have some; None where no row has.
     """
 
     ids: Tensor
@@ -38,6 +41,7 @@ class Inputs:
     tokens: tuple[tuple[str, ...], ...] | None = None
     pixels: Tensor | None = None
     patch: tuple[int, int] | None = None
+    pictures: Pictures | None = None
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
@@ -89,7 +93,8 @@ class Inputs:
 
     def encoded(self, put: Put) -> dict[str, Any]:
         """The inputs as data."""
-        return (TOKENS if self.pixels is None else IMAGES).encoded(self, put)
+        kind = TOKENS if self.pictures is None else SEEN
+        return (kind if self.pixels is None else IMAGES).encoded(self, put)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,8 +105,17 @@ class Inputs:
             return f"Inputs({len(self)} image{'s' * (len(self) > 1)} of {size}, {self.width} tokens)"
         lengths = sorted(set(self.lengths.tolist()))
         size = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        first = "" if self.tokens is None else ": " + repr("".join(self.tokens[0]))
-        return f"Inputs({len(self)} row{'s' * (len(self) > 1)} of {size} tokens{first})"
+        first = "" if self.tokens is None else ": " + repr("".join(self._shown(0)))
+        seen = "" if self.pictures is None else f", {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}"
+        return f"Inputs({len(self)} row{'s' * (len(self) > 1)} of {size} tokens{seen}{first})"
+
+    def _shown(self, row: int) -> list[str]:
+        """The text of a row's tokens, those of one image once."""
+        labels = list(self.labels(row))
+        if self.pictures is None:
+            return labels
+        image = self.pictures.image[row][self.mask[row]].tolist()
+        return [label for at, label in enumerate(labels) if not at or image[at] < 0 or image[at] != image[at - 1]]
 
     @property
     def width(self) -> int:
@@ -116,7 +130,21 @@ class Inputs:
     @cached_property
     def columns(self) -> Columns:
         """The tokens as an axis of activations."""
-        return Columns(self.positions, self.mask, self.lengths)
+        if self.pictures is None:
+            return Columns(self.positions, self.mask, self.lengths)
+        return Columns(self.positions, self.mask, self.lengths, rotary=self.pictures.rotary, image=self.pictures.image)
+
+    def along(self, stack: str | None) -> Columns:
+        """The tokens of a stack as an axis of its activations: of the text, or of the tower that sees its images.
+
+        Raises:
+            SiteError: there is no image, so there are no tokens in a tower.
+        """
+        if stack != VISION:
+            return self.columns
+        if self.pictures is None:
+            raise SiteError(f"{self!r} has no image, so nothing is in the {stack} stack")
+        return self.pictures.columns
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -147,14 +175,24 @@ class Inputs:
         """The batch restricted to a range of rows, which keep their ids."""
         tokens = None if self.tokens is None else self.tokens[index]
         pixels = None if self.pixels is None else self.pixels[index]
+        pictures = None if self.pictures is None else self.pictures.rows(index) or None
         return replace(
-            self, ids=self.ids[index], mask=self.mask[index], row_ids=self.row_ids[index], tokens=tokens, pixels=pixels
+            self,
+            ids=self.ids[index],
+            mask=self.mask[index],
+            row_ids=self.row_ids[index],
+            tokens=tokens,
+            pixels=pixels,
+            pictures=pictures,
         )
 
     def contents(self) -> Tensor:
-        """[B, T, n]: what stands in each column, its id or the pixels of its patch (0 for the class token)."""
+        """[B, T, n]: what stands in each column: its id, and a number for the image that it is of, if any; or the
+        pixels of its patch (0 for the class token).
+        """
         if self.pixels is None or self.patch is None:
-            return self.ids[..., None]
+            seen = torch.full_like(self.ids, -1) if self.pictures is None else self.pictures.seen()
+            return torch.stack([self.ids, seen], -1)
         return torch.nn.functional.pad(patch_pixels(self.pixels, self.patch), (0, 0, 1, 0))
 
     def differs(self, other: Inputs) -> Tensor:
@@ -241,6 +279,15 @@ TOKENS = Record(
     {**{name: (Tensor,) for name in ("ids", "mask", "row_ids")}, "tokens": (tuple, type(None))},
     Inputs.of,
 )
+SEEN = Record(
+    "seen",
+    {
+        **{name: (Tensor,) for name in ("ids", "mask", "row_ids")},
+        "tokens": (tuple, type(None)),
+        "pictures": (Pictures,),
+    },
+    lambda ids, mask, row_ids, tokens, pictures: replace(Inputs.of(ids, mask, row_ids, tokens), pictures=pictures),
+)
 IMAGES = Record("images", {"pixels": (Tensor,), "patch": (tuple,), "row_ids": (Tensor,)}, Inputs.of_images)
-INPUTS_RECORDS = (TOKENS, IMAGES)
+INPUTS_RECORDS = (TOKENS, IMAGES, SEEN, PICTURES)
 """How inputs stand in a file."""

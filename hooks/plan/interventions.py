@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, ShapeError, SiteError
+from ..errors import PlanError, ShapeError, SiteError, nearest
 from .operation import Value
 from .operations.attention import Knockout
+from .operations.counterfactual import FORMS
 from .operations.custom import Custom, takes_values_alone
 from .operations.patching import Freeze, Patch, PatchConstant
 from .operations.references import Mean, Resample
@@ -117,6 +118,33 @@ def knockout(where: Site | str) -> Intervention:
         raise SiteError(f"knockout cuts attention edges: its site is scores or pattern, not {place.name!r}")
     scores = Site("scores", place.layer, place.stack, place.head, place.pos, place.key_pos)
     return Intervention(scores, Knockout())
+
+
+def counterfactual(where: Site | str, form: str = "random", *, seed: int = 0) -> Intervention:
+    """Replace attention by attention that does not look at what it attends to (CausalMM, Zhou et al. 2025).
+
+    Each query's weights stay a distribution over the keys that the masks allow: they keep their sum, which is 1 without
+    attention sinks, and over a part of the keys (``key_pos=``) the sum that this part has. A draw is a function of
+    seed, layer, head, row and absolute positions alone.
+
+    Args:
+        where: ``pattern``, restricted to heads, query and key positions.
+        form: ``"random"``, independent uniform weights; ``"uniform"``, equal ones; ``"reversed"``, the row's largest
+            weight minus each; ``"shuffled"``, the row's weights permuted among its keys.
+        seed: of the draw, besides that of the run.
+
+    Raises:
+        SiteError: the site is none of attention patterns.
+        PlanError: an unknown form, or a seed that is no int.
+    """
+    place = site(where)
+    if place.name != "pattern":
+        raise SiteError(f"counterfactual attention replaces a pattern: its site is 'pattern', not {place.name!r}")
+    if form not in FORMS:
+        raise PlanError(f"unknown form of attention {form!r}{nearest(str(form), FORMS)}; there are {', '.join(FORMS)}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PlanError(f"a seed is an int, not {seed!r}")
+    return Intervention(place, FORMS[form](seed))
 
 
 def freeze(where: Site | str, *, stop_gradient: bool = False) -> Intervention:

@@ -29,6 +29,7 @@ class Op:
         reads_constants: whether no gradient flows into what is read.
         still: whether it leaves x alone where what is read equals it; `replaces`: whether what is read is its result.
         stacks: whether several worlds may go through it at once, under `torch.vmap`.
+        masked: whether it is to be told, in `ctx.allowed`, where attention is allowed.
         looks: whether it looks at `ctx` for more than the shape of its parameters.
         numbers: parameters that may be tensors [] in place of numbers, so that in a compiled graph others are the same
             graph.
@@ -44,6 +45,7 @@ class Op:
     still: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
+    masked: ClassVar[bool] = False
     looks: ClassVar[bool] = True
     numbers: ClassVar[frozenset[str]] = frozenset()
     tables: ClassVar[frozenset[str]] = frozenset()

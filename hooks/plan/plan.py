@@ -59,6 +59,7 @@ class World:
             and same(mine.mask, theirs.mask)
             and same(mine.row_ids, theirs.row_ids)
             and same(mine.pixels, theirs.pixels)
+            and same(mine.contents(), theirs.contents())
             and self.plan == other.plan
         )
 
@@ -150,6 +151,11 @@ class Intervention:
     def own_reads(self) -> tuple[Read, ...]:
         """What it reads of this world as it is edited."""
         return tuple(read for read in self.reads if read.source is Origin.HERE)
+
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        """The sites that it reads, where they are named."""
+        return tuple(read.site for read in self.reads if read.site is not None)
 
     def encoded(self, put: Put) -> dict[str, Any]:
         """The intervention as data."""

@@ -56,10 +56,13 @@ def prepare(
     # What stands at padding does not matter, but the embedding has to know it.
     made = replace(made, ids=made.ids.masked_fill(~made.mask, 0))
     require_vocabulary(made, vocabulary)
-    if decode is None:
-        return made
-    rows = [row[m].tolist() for row, m in zip(made.ids, made.mask, strict=True)]
-    return replace(made, tokens=_labels(rows, decode))
+    return made if decode is None else labelled(made, decode)
+
+
+def labelled(inputs: Inputs, decode: Callable[[Sequence[int]], str]) -> Inputs:
+    """The inputs with the text of each token."""
+    rows = [row[m].tolist() for row, m in zip(inputs.ids, inputs.mask, strict=True)]
+    return replace(inputs, tokens=_labels(rows, decode))
 
 
 def _labels(rows: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], str]) -> tuple[tuple[str, ...], ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ShapeError, SiteError
 from .columns import Columns
 from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
-from .spans import New
+from .spans import Image, New
 from .tokens import beyond, columns_of, listed
 
 Steps = tuple[tuple[int, Tensor], ...]
@@ -213,6 +213,9 @@ def corresponding(
             )
         if listed(index):
             found[axis], _ = columns_of(axis, index, source, None, site)
+        elif isinstance(index, Image):
+            valid = None if region.valid is None else _along(region.full_valid(), axes.index(axis))
+            found[axis] = _of_images(axis, index, cols, valid, source, site)
         else:
             wanted = mine.index.gather(1, cols)
             real = mine.real.gather(1, cols)
@@ -230,6 +233,26 @@ def corresponding(
         steps += _position_steps(axes.index(axis), found[axis], source.width)
     steps += [step for step in region.steps if axes[step[0]] in (HEAD, DIM)]
     return Region(site, region.shape, tuple(steps), region.valid, found[POS], found.get(KEY))
+
+
+def _of_images(axis: str, index: Image, cols: Tensor, valid: Tensor | None, source: Columns, site: Site) -> Tensor:
+    """The columns [B, n] of a source's images, token by token as of ours, which stand at `cols` where they are valid.
+
+    Raises:
+        ShapeError: images of a row have other numbers of tokens.
+    """
+    there, counted = columns_of(axis, index, source, None, site)
+    theirs = torch.full((len(there),), there.shape[1]) if counted is None else counted.sum(1)
+    ours = torch.full_like(theirs, cols.shape[1]) if valid is None else valid.sum(1)
+    odd = ((ours != theirs) & (ours > 0)).nonzero().flatten().tolist()
+    if odd:
+        row = odd[0]
+        raise ShapeError(
+            f"{site}: row {row} has {int(ours[row])} tokens of {axis}={str(index)!r}, and {int(theirs[row])} in the "
+            "source, so they do not correspond"
+        )
+    short = cols.shape[1] - there.shape[1]
+    return torch.nn.functional.pad(there, (0, short)) if short > 0 else there[:, : cols.shape[1]]
 
 
 def _along(valid: Tensor, axis: int) -> Tensor:
@@ -272,7 +295,7 @@ def _position_steps(axis: int, cols: Tensor, width: int) -> list[tuple[int, Tens
 def _entries(axis: str, site: Site, size: int, axes: tuple[str, ...], rows: int = 0) -> tuple[int, list]:
     """Size of, and index steps for, an axis of heads or dimensions."""
     index: Index = getattr(site, axis)
-    assert not isinstance(index, New)
+    assert not isinstance(index, (New, Image))
     if index is None:
         return size, []
     if isinstance(index, Tensor):

@@ -98,7 +98,7 @@ def fingerprint(value: Any) -> str:
             if data.get("type") == "site":
                 place = Site(data["name"], data["layer"], data["stack"])
                 data = data | dict(zip(("name", "layer", "stack"), place.key, strict=True))
-            if data.get("type") == "inputs":
+            if data.get("type") in ("inputs", "seen"):
                 data = {key: item for key, item in data.items() if key != "tokens"}
             return {key: canonical(item) for key, item in data.items()}
         return [canonical(item) for item in data] if isinstance(data, list) else data

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..errors import SiteError, nearest
 from .encoding import Put, Record
-from .spans import NEW, SPAN, New, Span
+from .spans import IMAGE, NEW, SPAN, Image, New, Span
 
 ROW, POS, KEY, HEAD, DIM = "row", "pos", "key_pos", "head", "dim"
+TEXT, VISION = "text", "vision"
+"""Stacks of layers in a model that has several: the language model, which is meant where none is named, and a tower."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,16 @@ KINDS: dict[str, Kind] = {
 Key = tuple[str, int, str | None]
 """What identifies a whole activation: its name, its layer (-1 outside the blocks) and its stack."""
 
+_BEFORE = 1 << 20
+"""More layers than any tower has."""
 _ORDER = {name: index for index, name in enumerate(KINDS)}
 _BY_HOOK = {kind.hook: kind.name for kind in KINDS.values()} | {"hook_unembed": "logits"}
 
 
-_WORDS: dict[str, int | New | None] = {"last": -1, "all": None, "new": New()}
+_WORDS: dict[str, int | New | Image | None] = {"last": -1, "all": None, "new": New(), "image": Image()}
 """Positions that have a name."""
 
-Index = int | tuple[int, ...] | Span | New | Tensor | None
+Index = int | tuple[int, ...] | Span | New | Image | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +93,16 @@ class Site:
     Attributes:
         name: a kind that `Model.sites` lists (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
         layer: the block, from 0; None for the sites outside the blocks.
-        stack: which stack of layers, in a model that has several (encoder, decoder, vision); None in a model with one.
+        stack: which stack of layers, in a model that has several; None for the language model (``"text"`` is the
+            same), ``"vision"`` for the tower that sees its images.
         head: an int, ints, or None for all. Key/value heads where the site has those; experts of ``expert_out``.
         pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
             or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
             positions count from the row's last real token. While a model generates, all of these are of the prompt,
             a `New` is of the tokens that follow it, and None is of both. Of an image, 0 is the class token, and the
-            patches follow row by row; the logits of a classifier have one position.
+            patches follow row by row; the logits of a classifier have one position. ``"image"`` and ``"image 0"`` are
+            the tokens of all images of a row, and of its first. In a tower, a row's positions are those of all its
+            images, one after another.
         key_pos: key positions of ``scores`` and ``pattern``, in the same forms.
         dim: entries of the last axis; for ``logits`` these are tokens, and may be ints [B, n], a list for each row.
     """
@@ -137,9 +144,10 @@ class Site:
     @property
     def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
+        stack = None if self.stack == TEXT else self.stack
         if self.name == "resid_pre" and self.layer:
-            return ("resid_post", self.layer - 1, self.stack)
-        return (self.name, -1 if self.layer is None else self.layer, self.stack)
+            return ("resid_post", self.layer - 1, stack)
+        return (self.name, -1 if self.layer is None else self.layer, stack)
 
     @property
     def hook(self) -> str:
@@ -201,7 +209,8 @@ def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Sit
             ``expert_out``. ``pos="last"`` is -1, a slice is a
             `Span`. While the model generates, these mean tokens of the prompt, and ``pos=-1`` stays its last;
             ``pos="new"`` is what is generated (``pos=new(0, 5)`` its first five tokens), and no `pos`, or
-            ``pos="all"``, is every token, of the prompt and new. So it is for `key_pos`.
+            ``pos="all"``, is every token, of the prompt and new. So it is for `key_pos`. ``pos="image"`` and
+            ``"image 1"`` are the tokens of a row's images, or of its second, in a model that sees.
 
     Raises:
         SiteError: the name is unknown, the layer is missing or superfluous, or the site lacks a restricted axis.
@@ -274,8 +283,11 @@ def _parse_hook(name: str) -> tuple[str, int | None] | None:
 
 
 def execution_order(key: Key, n_layers: int) -> tuple[int, int]:
-    """Sort key of a `Site.key` by when a forward pass computes it."""
-    name, layer, _ = key
+    """Sort key of a `Site.key` by when a forward pass computes it: towers come before the language model."""
+    name, layer, stack = key
+    if stack is not None:
+        layer, order = execution_order((name, layer, None), _BEFORE // 2)
+        return (layer - _BEFORE, order)
     if KINDS[name].per_layer:
         return (layer, _ORDER[name])
     return (-1 if name in ("embed", "pos_embed") else n_layers, _ORDER[name])
@@ -286,6 +298,9 @@ def _index(axis: str, value: Any) -> Index:
     if isinstance(value, str):
         if value in _WORDS and axis in (POS, KEY):
             return _WORDS[value]
+        image = Image.named(value) if axis in (POS, KEY) else None
+        if image is not None:
+            return image
         raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None{nearest(value, _WORDS)}")
     if hasattr(value, "__array__") and not isinstance(value, Tensor):
         value = torch.as_tensor(value)
@@ -302,7 +317,7 @@ def _index(axis: str, value: Any) -> Index:
         return _ints(axis, value)
     if isinstance(value, Tensor):
         return _tensor_index(axis, value)
-    if value is None or isinstance(value, (int, Span)) or (isinstance(value, New) and axis in (POS, KEY)):
+    if value is None or isinstance(value, (int, Span)) or (isinstance(value, (New, Image)) and axis in (POS, KEY)):
         return value
     raise SiteError(f"{axis}={value!r}: expected ints, a slice, a tensor or None")
 
@@ -356,8 +371,8 @@ def describe_index(value: Index) -> str:
 SITE = Record(
     "site",
     {"name": (str,), "layer": (int, type(None)), "stack": (str, type(None))}
-    | {axis: (int, tuple, Span, New, Tensor, type(None)) for axis in (HEAD, POS, KEY, DIM)},
+    | {axis: (int, tuple, Span, New, Image, Tensor, type(None)) for axis in (HEAD, POS, KEY, DIM)},
     Site,
 )
-SITE_RECORDS = (SITE, SPAN, NEW)
+SITE_RECORDS = (SITE, SPAN, NEW, IMAGE)
 """How sites stand in a file."""

@@ -1,7 +1,8 @@
-"""Ranges of positions: of the prompt, and of the tokens that a generation adds to it."""
+"""Ranges of positions: of the prompt, of its images, and of the tokens that a generation adds to it."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -94,6 +95,44 @@ def new(start: int = 0, stop: int | None = None, step: int = 1) -> New:
     return New(start, stop, step)
 
 
+@dataclass(frozen=True)
+class Image:
+    """The tokens of images, as positions of a site, in each row those that it has: ``pos="image"`` all, ``"image 0"``
+    those of its first.
+
+    In a tower these are an image's patches, with its class token where it has one; in the language model the tokens
+    that the image's features stand at. A k-th token of an image corresponds to the k-th of an image in another row,
+    wherever in the text either is.
+
+    Attributes:
+        number: which image of the row, from 0; None for all.
+    """
+
+    number: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.number is not None and (not isinstance(self.number, int) or self.number < 0):
+            raise SiteError(f"images of a row are numbered from 0 on, not {self.number!r}")
+
+    @classmethod
+    def named(cls, name: str) -> Image | None:
+        """The span that a name says, as ``"image"`` or ``"image 1"``; None where it says something else."""
+        match = re.fullmatch(r"image(?: (\d+))?", name)
+        return None if match is None else cls(None if match[1] is None else int(match[1]))
+
+    def holds(self, image: Tensor) -> Tensor:
+        """Which tokens are meant, given the number of the image that each is of (-1 of none)."""
+        return image >= 0 if self.number is None else image == self.number
+
+    def encoded(self, put: Put) -> dict[str, Any]:
+        """The span as data."""
+        return IMAGE.encoded(self, put)
+
+    def __str__(self) -> str:
+        return "image" if self.number is None else f"image {self.number}"
+
+
 SPAN = Record("span", {"start": (int, type(None)), "stop": (int, type(None))}, Span)
 NEW = Record("new", {"start": (int,), "stop": (int, type(None)), "step": (int,)}, New)
+IMAGE = Record("image", {"number": (int, type(None))}, Image)
 """How they stand in a file."""

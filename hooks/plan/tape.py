@@ -42,7 +42,7 @@ class Tape:
                 return value
         whole = self.whole(wanted)
         if whole is not None:
-            return resolve(wanted, self.inputs.columns, self.sizes[wanted.key]).get(whole)
+            return resolve(wanted, self.inputs.along(wanted.stack), self.sizes[wanted.key]).get(whole)
         kept = [str(s) for s, _ in self.values]
         raise SiteError(
             f"{wanted} was not kept{nearest(str(wanted), kept)}; the tape has {', '.join(kept) or 'nothing'}"
@@ -87,6 +87,7 @@ class Tape:
             and same(self.inputs.ids, other.inputs.ids)
             and same(self.inputs.mask, other.inputs.mask)
             and same(self.inputs.pixels, other.inputs.pixels)
+            and same(self.inputs.contents(), other.inputs.contents())
             and all(a == b and same(v, w) for (a, v), (b, w) in zip(self.values, other.values, strict=True))
         )
 

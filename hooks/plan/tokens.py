@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ElsewhereError, ShapeError, SiteError
 from .columns import Columns
 from .sites import Index, Site, Span
-from .spans import New
+from .spans import Image, New
 
 _EVER = 1 << 62
 
@@ -26,7 +26,11 @@ def columns_of(
     lengths = tokens.lengths[:, None]
     if isinstance(index, Tensor) and index.shape[0] != rows:
         raise ShapeError(f"{site}: {axis} is given for {index.shape[0]} rows, the inputs have {rows}")
-    if index is None or isinstance(index, (Span, New)) or (isinstance(index, Tensor) and index.dtype == torch.bool):
+    if (
+        index is None
+        or isinstance(index, (Span, New, Image))
+        or (isinstance(index, Tensor) and index.dtype == torch.bool)
+    ):
         if isinstance(index, Tensor):
             shape = (rows, width if tokens.prompt is None else tokens.prompt)
             if index.shape != shape:
@@ -39,6 +43,10 @@ def columns_of(
             chosen = tokens.real & (tokens.index >= low) & (tokens.index < torch.minimum(high, lengths))
         elif isinstance(index, New):
             chosen = tokens.real & index.holds(tokens.index - lengths)
+        elif isinstance(index, Image):
+            if tokens.image is None:
+                raise SiteError(f"{site}: {axis}={str(index)!r}, and these inputs have no images")
+            chosen = tokens.real & index.holds(tokens.image)
         else:
             chosen = tokens.real
         if where is not None:
@@ -49,7 +57,8 @@ def columns_of(
             what = "new token" if isinstance(index, New) else "token"
             raise ElsewhereError(f"{site}: {axis} selects no {what} in this call: it has none of those that are meant")
         if widest == 0:
-            raise SiteError(f"{site}: {axis} selects no token of any row")
+            what = f"{axis}={str(index)!r}" if isinstance(index, Image) else axis
+            raise SiteError(f"{site}: {what} selects no token of any row")
         # A stable sort puts the chosen columns first and keeps all columns of a row distinct, as scatter requires.
         cols = torch.argsort((~chosen).byte(), dim=1, stable=True)[:, :widest]
         ragged = bool((count != widest).any())

@@ -131,7 +131,7 @@ class Gradients:
         around = block.of_mlp
         assert around is not None
         with self.base.model.suspended():
-            read = around.pre(self.base.read_by(kind, layer) + change)
+            read = around.read(self.base.read_by(kind, layer) + change)
             return {"mlp_out": around.added(around.fn.module(read))}
 
     def _of_input(self, kind: str, layer: int) -> Tensor:
@@ -147,7 +147,7 @@ class Gradients:
         projection, read = getattr(self.blocks[layer].attention, kind), self.values[Site("attn_in", layer).key]
         with self.base.model.suspended(), torch.enable_grad():
             copies = read.unsqueeze(2).expand(-1, -1, projection.heads, -1).detach().requires_grad_()
-            out = projection.per_head(self.blocks[layer].of_attention.pre(copies))
+            out = projection.per_head(self.blocks[layer].of_attention.read(copies))
             return torch.autograd.grad(out, copies, self.gradients[Site(kind, layer).key])[0]
 
 

@@ -63,14 +63,14 @@ def _responses(base: Streams, kind: str, layer: int, change: Tensor, norms: str)
         assert around is not None
         if norms == "recompute":
             return {"mlp_in": read + change}
-        normed = around.pre(read) + frozen_norm(around.pre, read)(change)
+        normed = around.read(read) + frozen_norm(around.pre, read)(change)
         return {"mlp_out": around.added(around.fn.module(normed))}
     if norms == "recompute":
         if kind == "attn":
             return {"attn_in": read + change}
-        normed = block.of_attention.pre(read + change)
+        normed = block.of_attention.read(read + change)
     else:
-        normed = block.of_attention.pre(read) + frozen_norm(block.of_attention.pre, read)(change)
+        normed = block.of_attention.read(read) + frozen_norm(block.of_attention.pre, read)(change)
     return {name: getattr(block.attention, name)(normed) for name in (("q", "k", "v") if kind == "attn" else (kind,))}
 
 

@@ -115,6 +115,8 @@ def laid_like(inputs: Inputs, like: Inputs) -> Inputs:
     """The rows of one batch, as long as those of another and padded where it is; longer ones are cut short."""
     if inputs.mask.shape == like.mask.shape and bool((inputs.mask == like.mask).all()):
         return inputs
+    if inputs.pictures is not None or like.pictures is not None:
+        raise InputsError("reference prompts with images stand for rows of their own length alone")
     in_order = inputs.ids.gather(1, inputs.order)
     ids = torch.where(like.mask, in_order.gather(1, like.positions.clamp_max(inputs.width - 1)), 0)
     return replace(inputs, ids=ids, mask=like.mask)
@@ -124,7 +126,8 @@ def _take(inputs: Inputs, rows: Tensor) -> Inputs:
     tokens = None if inputs.tokens is None else tuple(inputs.tokens[i] for i in rows.tolist())
     pixels = None if inputs.pixels is None else inputs.pixels[rows]
     ids, mask, row_ids = inputs.ids[rows], inputs.mask[rows], inputs.row_ids[rows]
-    return replace(inputs, ids=ids, mask=mask, row_ids=row_ids, tokens=tokens, pixels=pixels)
+    pictures = None if inputs.pictures is None else inputs.pictures.rows(rows)
+    return replace(inputs, ids=ids, mask=mask, row_ids=row_ids, tokens=tokens, pixels=pixels, pictures=pictures)
 
 
 def donors(reference: Inputs, edited: Inputs, seed: int) -> Inputs:

@@ -19,6 +19,7 @@ from interp.training.heads import (
     match_pattern,
     preserving,
     previous_token,
+    residual_from,
     temperature,
 )
 from interp.training.measures import (
@@ -76,6 +77,7 @@ __all__ = [
     "previous_token_strength",
     "probe",
     "repeated_tokens",
+    "residual_from",
     "save_weights",
     "temperature",
     "trainer_callback",

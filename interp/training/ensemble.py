@@ -127,15 +127,33 @@ class Ensemble(Generic[MemberT]):
         """
         if steps < 0:
             raise ModelError(f"a number of steps is not negative, got {steps}")
-        found = []
         with torch.no_grad():
-            for _ in range(steps):
-                found.append(self._step().clone())
+            found = [self._step().clone() for _ in range(steps)]
         return torch.stack(found) if found else torch.empty(0, len(self.members), device=self._count.device)
 
     def member(self, index: int) -> Params:
         """One member's parameters, copied."""
         return {name: value[index].clone() for name, value in self.params.items()}
+
+    def take_over(self, other: Ensemble[Any], theirs: Sequence[int], mine: Sequence[int]) -> None:
+        """Take some members' state and the number of updates from another ensemble: some of it can go on alone.
+
+        Args:
+            other: an ensemble of the same parameters.
+            theirs, mine: indices of its members, and of the members here that they become.
+
+        Raises:
+            ShapeError: not one index for each, members that there are not, or parameters of other names or shapes.
+        """
+        for there, indices in ((range(len(other.members)), theirs), (range(len(self.members)), mine)):
+            if not len(set(indices) & set(there)) == len(theirs) == len(mine):
+                raise ShapeError(f"members {list(theirs)} cannot become {list(mine)}: one for each, of {there}")
+        shapes, given = ({n: v.shape[1:] for n, v in e.params.items()}.items() for e in (self, other))
+        if differing := {name for name, _ in shapes ^ given}:
+            raise ShapeError(f"the two ensembles have other parameters: {sorted(differing)}")
+        for name, value in {**self.params, **self.moments}.items():
+            value[list(mine)] = (other.params | other.moments)[name][list(theirs)].to(value)
+        self._count.fill_(other.step)
 
     def _plain_update(
         self, params: Params, moments: Params, constants: dict[str, Tensor], rates: Tensor, count: Tensor

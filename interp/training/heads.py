@@ -228,8 +228,9 @@ def attention_from(
 
     With the residual before the first layer and the default parts, the layer's *patterns* are what they would be if an
     ideal earlier layer had put at position p the embedding of position ``source[p]``. For the task of exemplar and
-    label pairs, ``attention_from(1, (0, 0, 2, 2, 4)) + attention_from(1, range(5), parts=("v",))`` holds the first
-    layer: patterns from the exemplar beside each label, values from the plain embeddings (Singh et al. 2024).
+    label pairs, ``residual_from(1, range(5)) + attention_from(1, (0, 0, 1, 2, 4))`` holds the first layer: patterns as
+    if each token between the first and the last held the one to its left, and all else from the plain embeddings
+    (Singh et al. 2024).
 
     Args:
         layer: the block.
@@ -242,16 +243,29 @@ def attention_from(
         PlanError: no such part.
         ShapeError: no position is given, or one outside of them.
     """
-    found = tuple(source)
     if not parts or set(parts) - {"q", "k", "v"}:
         raise PlanError(f"the parts of attention are q, k and v, one or more of them; got {tuple(parts)}")
-    if not found or not all(isinstance(p, int) and 0 <= p < len(found) for p in found):
-        raise ShapeError(f"source: each of the {len(found)} positions takes from one of them, got {found}")
-    where, read = tuple(range(len(found))), site(residual)
-    op = FromPositions(torch.tensor(found))
-    return Plan(
-        tuple(Intervention(site(f"{part}_input", layer, pos=where), op, (here(read.at(pos=where)),)) for part in parts)
-    )
+    return Plan(tuple(_from_positions(site(f"{part}_input", layer), source, residual) for part in parts))
+
+
+def residual_from(
+    layer: int, source: Sequence[int], *, residual: Site | str = "blocks.0.hook_resid_pre"
+) -> Intervention:
+    """Have the residual stream before a layer be that of other positions of an earlier site.
+
+    With ``source=range(n)``, what the layers between the two add reaches nothing after them: neither this layer nor,
+    by the residual stream, any later one or the output.
+
+    Args:
+        layer: the block.
+        source: for each position from 0 on, which position's residual it gets; every row has at least as many tokens,
+            and later positions keep their own.
+        residual: the site [B, T, M] that is read; gradients flow into it.
+
+    Raises:
+        ShapeError: no position is given, or one outside of them.
+    """
+    return _from_positions(site("resid_pre", layer), source, residual)
 
 
 def graft_residual(layer: int, donor: Model) -> Callable[[Inputs], Intervention]:
@@ -267,6 +281,15 @@ def graft_residual(layer: int, donor: Model) -> Callable[[Inputs], Intervention]
         return patch(place, donor.run(inputs, capture=place).tape)
 
     return grafted_residual
+
+
+def _from_positions(place: Site, source: Sequence[int], residual: Site | str) -> Intervention:
+    found = tuple(source)
+    if not found or not all(isinstance(p, int) and 0 <= p < len(found) for p in found):
+        raise ShapeError(f"source: each of the {len(found)} positions takes from one of them, got {found}")
+    where = tuple(range(len(found)))
+    read = here(site(residual).at(pos=where))
+    return Intervention(place.at(pos=where), FromPositions(torch.tensor(found)), (read,))
 
 
 def _offset(offset: int, least: int = 1) -> int:

@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from experiments.induction_formation import encode, run
+from experiments.induction_formation.task import mean_cosine
 from hooks.errors import InputsError, ResultError
 
 CHARACTERS, EACH = 6, 5
@@ -38,11 +39,12 @@ def test_it_tells_unseen_drawings_apart(folder):
     with torch.no_grad():
         found = model(images[:, -1]).argmax(-1)
     assert int((found == torch.arange(CHARACTERS)).sum()) >= CHARACTERS - 1
-    seen = encode.features(model, images[:, 0])
-    torch.testing.assert_close(seen.mean(0), torch.zeros(encode.WIDTH), rtol=0, atol=1e-5)
-    alive = seen.std(0) > 0.5
-    assert int(alive.sum()) > encode.WIDTH // 4
-    torch.testing.assert_close(seen.std(0)[alive], torch.ones(int(alive.sum())), rtol=0, atol=1e-4)
+    seen, raw = encode.features(model, images[:, 0]), model[:-1](images[:, 0]).detach()
+    assert float(seen.min()) == 0  # rectified, and not centred: one number divides all
+    assert float(seen.square().mean()) == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(seen / seen.max(), raw / raw.max(), rtol=0, atol=1e-6)
+    assert 0.1 < mean_cosine(seen) < 1
+    assert int((seen.std(0) > 0.1).sum()) > encode.WIDTH // 4
 
 
 def test_interrupted_it_continues(folder, tmp_path):
@@ -87,5 +89,5 @@ def test_what_is_refused(folder, tmp_path, capsys):
                 ["--images", str(folder), "--out", str(tmp_path / "x.safetensors"), "--classes", "4", wrong, "0"]
             )
     with pytest.raises(SystemExit):
-        run.main(["--quick", "--features", str(tmp_path / "x.safetensors")])
+        run.main(["free", "--quick", "--features", str(tmp_path / "x.safetensors")])
     assert "give --name" in capsys.readouterr().err

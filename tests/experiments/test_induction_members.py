@@ -19,7 +19,7 @@ from experiments.induction_formation.members import (
 )
 from experiments.induction_formation.module import InductionModel
 from experiments.induction_formation.network import Shape, forward, losses
-from experiments.induction_formation.task import Batch, Task, draw, every_sequence, source
+from experiments.induction_formation.task import Batch, Task, draw, every_sequence, exemplars, source
 from experiments.induction_formation.treatments import Treatment, only_head
 from hooks.errors import InputsError, ModelError, PlanError, ShapeError
 from interp.training.ensemble import Ensemble, from_modules
@@ -224,6 +224,40 @@ def test_what_cannot_be_meant_is_refused():
         {"sharpness": 0.5},
         {"labels_only": True},
         {"first_layer": True, "ablate_first": (0,), "preserve": ("q",)},
+        {"first_layer": True, "previous_token": (0,)},
+        {"first_layer": True, "no_previous_token": (0,)},
+        {"first_layer": True, "temperature_first": ((0, 2.0),)},
     ):
         with pytest.raises(PlanError):
             Treatment(**bad)
+
+
+def test_members_of_several_tables_train_as_each_on_its_own():
+    """Also where a batch holds more tokens than there are exemplars, so that each of those is embedded once."""
+    tables = torch.stack([exemplars(TASK, 12, seed=seed, cosine=0.5 * seed) for seed in (0, 1)])
+    members = [Member(0, task=TASK, table=1), Member(0, task=TASK), Member(2, task=TASK, table=1, batches=0)]
+    for rows in (ROWS, 11):
+        build = program(tables, shape=SHAPE, batch=rows, dtype=torch.float64)
+        found = Ensemble(build, members, rate=RATE).train(4)
+        for index, member in enumerate(members):
+            own = program(tables[member.table], shape=SHAPE, batch=rows, dtype=torch.float64)
+            expected = Ensemble(own, [replace(member, table=0)], rate=RATE).train(4)
+            torch.testing.assert_close(found[:, index], expected[:, 0], rtol=0, atol=1e-10)
+        assert (found[:, 0] - found[:, 1]).abs().min() > 1e-4
+    with pytest.raises(ShapeError, match=r"tables of exemplars \[2\]; there are 2"):
+        Ensemble(build, [Member(task=TASK, table=2)])
+
+
+def test_initialisation_and_batches_have_seeds_of_their_own():
+    start, data = ensemble([Member(3, task=TASK, batches=8)]), ensemble([Member(3, task=TASK)])
+    assert all(torch.equal(value, data.params[name]) for name, value in start.params.items())
+    where = {"pairs": start.constants["pairs"], "span": start.constants["span"], "seed": torch.tensor([8])}
+    assert torch.equal(draw(start.constants, 0, 9).classes, draw(where, 0, 9).classes)
+    assert not torch.equal(draw(data.constants, 0, 9).classes, draw(where, 0, 9).classes)
+
+
+def test_more_rows_for_labels_than_any_member_has_change_nothing():
+    members = MEMBERS[:3]
+    wide = Ensemble(program(TABLE, shape=SHAPE, batch=ROWS, dtype=torch.float64, labels=9), members, rate=RATE)
+    assert wide.params["label"].shape[1] == 9
+    torch.testing.assert_close(wide.train(4), ensemble(members).train(4), rtol=0, atol=1e-12)

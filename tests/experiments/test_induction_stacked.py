@@ -22,6 +22,9 @@ PLANS = {
     + training.forbid_previous(FIRST, ip.Span(1, 3), pos=(-1, 2)),
     "two positions back": ip.Plan() + training.forbid_previous(FIRST, 0, offset=2),
     "temperatures multiply": training.temperature(FIRST, None, 2.0) + training.temperature(FIRST, 1, 0.1),
+    "the first layer cut off": ip.Plan() + training.residual_from(LAST, range(5)),
+    "queries kept, the rest cut off": training.preserving("query", training.ablate_heads(FIRST, 0), LAST)
+    + training.residual_from(LAST, range(5)),
     "values moved": training.attention_from(LAST, range(5), parts=("v",)),
     "one pattern for all rows": training.match_pattern(LAST, (0, 3), QUERY, 1, 0, sharpness=0.25)
     + training.ablate_heads(LAST, 2),
@@ -73,8 +76,13 @@ def test_it_is_the_engine_under_the_plan(name):
     nothing = {k: v[None].to(v.dtype) for k, v in read(Treatment(), HEADS).items()}
     read_into = {part for group in GROUPS for part in group} & set(run.constants)
     assert bool(read_into) == (name != "none")
-    # What the last layer writes reaches no logit that is a copied score; scores reach no pattern that is held.
-    idle = {"gate_last", "match", "given"} if "copy" in read_into else {"scale_last"} if name == "many" else set()
+    # What the last layer writes, and what it is added to, reach no logit that is a copied score; scores reach no
+    # pattern that is held; and nothing of the first layer reaches a stream that is the plain embedding.
+    idle = (
+        {"gate_last", "match", "given", "bare"} if "copy" in read_into else {"scale_last"} if name == "many" else set()
+    )
+    if "bare" in read_into:
+        idle |= {"gate_first"}
     for part in read_into:
         said = not torch.equal(run.constants[part], nothing[part]) and part not in idle
         without = apart(stackeds(run, run.constants | {part: nothing[part]}, batch), expected)
@@ -113,10 +121,16 @@ REFUSED = {
     "positions by row": (training.forbid_previous(FIRST, 0, pos=torch.tensor([1, 2])), r"forbid_back\("),
     "a temperature for each key": (training.temperature(FIRST, 0, torch.ones(5)), r"scale\("),
     "negative scores": (ip.scale(ip.site("scores", layer=0, head=0), -1.0), r"scale\("),
-    "another source": (training.attention_from(LAST, (0, 0, 1, 2, 4)), r"from_positions\("),
+    "another source": (training.attention_from(LAST, (0, 0, 2, 2, 4)), r"from_positions\("),
     "another residual": (
         training.attention_from(LAST, range(5), parts=("v",), residual="blocks.0.hook_resid_post"),
         r"from_positions\(",
+    ),
+    "another stream": (training.residual_from(LAST, (0, 0, 1, 2, 4)), r"from_positions\("),
+    "a stream before": (training.residual_from(FIRST, range(5)), r"from_positions\("),
+    "a preserved world that is bare": (
+        preserving(base=training.residual_from(LAST, range(5))),
+        r"patch_constant at",
     ),
     "a pattern elsewhere": (training.match_pattern(LAST, 0, 3, 1), r"attend\("),
     "a pattern of labels": (patterned, r"attend\("),
@@ -141,7 +155,7 @@ REFUSED = {
     "some heads' queries": (preserving(head=0), r"patch_constant at"),
     "preserved twice": (preserving() + preserving(), r"patch_constant at"),
     "moved and preserved": (
-        preserving() + training.attention_from(LAST, (0, 0, 2, 2, 4), parts=("q",)),
+        preserving() + training.attention_from(LAST, (0, 0, 1, 2, 4), parts=("q",)),
         r"patch_constant at",
     ),
     "a world that it cannot hold": (preserving(base=training.previous_token(FIRST, 0, offset=2)), r"offset=2"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.induction_formation.task import Task, draw, every_sequence, exemplars, source
+from experiments.induction_formation.task import Task, draw, every_sequence, exemplars, mean_cosine, source
 from hooks.errors import InputsError
 
 TASKS = [Task(), Task(n_classes=200, n_labels=15), Task(n_labels=10)]
@@ -93,3 +93,19 @@ def test_an_unknown_split_is_refused():
         source([Task()], [0], "class")
     with pytest.raises(InputsError, match="share one table"):
         source([Task(), Task(largest=100)], [0, 1])
+
+
+def test_classes_may_share_a_mean():
+    """The cosine between classes is what was asked for, their size stays, and their own directions are the same."""
+    task = Task()
+    for cosine in (0.0, 0.3, 0.5, 0.8):
+        table = exemplars(task, cosine=cosine)
+        assert mean_cosine(table) == pytest.approx(cosine, abs=0.03)
+        assert float(table.square().mean()) == pytest.approx(1, abs=0.08)
+        own = (table - table.mean(0)) / (1 - cosine) ** 0.5
+        torch.testing.assert_close(own, exemplars(task) - exemplars(task).mean(0), rtol=0, atol=1e-10)
+    two = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 2.0]])
+    assert mean_cosine(two) == pytest.approx((0.96 + 0.8 + 0.6) / 3)
+    for bad in (-0.1, 1.0):
+        with pytest.raises(InputsError, match="less than 1"):
+            exemplars(task, cosine=bad)

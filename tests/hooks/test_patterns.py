@@ -16,6 +16,7 @@ from hooks.layout import Layout
 from hooks.plan.context import Context
 from hooks.plan.operation import Op
 from hooks.plan.operations.attention import Attend, AttendBack, ForbidBack
+from hooks.plan.operations.counterfactual import RandomPattern, ReversedPattern, ShuffledPattern, UniformPattern
 from hooks.plan.operations.moving import CopyScores, FromPositions
 from hooks.plan.region import resolve
 from tests import zoo
@@ -42,6 +43,10 @@ CASES: dict[str, tuple[Op, hk.Site, tuple[tuple[int, ...], ...]]] = {
     "attend, row by row": (Attend(torch.eye(3).expand(2, 3, 3)), site("pattern", 0, head=1, pos=slice(1, None)), ()),
     "attend_back": (AttendBack(1), site("pattern", 0, head=(0, 2)), ()),
     "forbid_back": (ForbidBack(1), site("scores", 0), ()),
+    "random_pattern": (RandomPattern(3), site("pattern", 0, head=1), ()),
+    "uniform_pattern": (UniformPattern(), site("pattern", 0, key_pos=(0, 2)), ()),
+    "reversed_pattern": (ReversedPattern(), site("pattern", 0), ()),
+    "shuffled_pattern": (ShuffledPattern(3), site("pattern", 0, head=(0, 2)), ()),
     "copy_scores": (CopyScores(torch.tensor([[[2, 4]], [[0, 1]]])), site("logits", pos=-1), ((2, 1, 1, 2),)),
     "from_positions": (FromPositions(torch.tensor([0, 0, 1])), site("q_input", 1, pos=(0, 1, 2)), ((2, 3, 6),)),
 }
@@ -137,6 +142,7 @@ def test_compiled_whole_and_over_members(name):
     op, place, reads = CASES[name]
     x, values, ctx = case(op, place, torch.float32, *reads)
     expected = op(x, *values, ctx=ctx)
+    torch.compiler.reset()  # every case is the same line, and a line has only so many graphs
     compiled = torch.compile(lambda x, *v: op(x, *v, ctx=ctx), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, *values), expected)
     many = torch.vmap(lambda x, *v: op(x, *v, ctx=ctx))(torch.stack([x, x]), *(torch.stack([v, v]) for v in values))

@@ -72,6 +72,10 @@ def every_op(model: ip.Model, inputs: ip.Inputs) -> dict[str, Plan]:
         "attend": Plan((Intervention(ip.site("pattern", 0, head=1), Attend(torch.eye(2))),)),
         "attend_back": Plan((Intervention(ip.site("pattern", 0, head=1), AttendBack(2)),)),
         "forbid_back": Plan((Intervention(ip.site("scores", 1), ForbidBack(1)),)),
+        "random_pattern": Plan((ip.counterfactual(ip.site("pattern", 0, head=1), "random", seed=5),)),
+        "uniform_pattern": Plan((ip.counterfactual(ip.site("pattern", 1, key_pos=(0, 1)), "uniform"),)),
+        "reversed_pattern": Plan((ip.counterfactual(ip.site("pattern", 1), "reversed"),)),
+        "shuffled_pattern": Plan((ip.counterfactual(ip.site("pattern", 0), "shuffled", seed=3),)),
         "copy_scores": Plan(
             (
                 Intervention(

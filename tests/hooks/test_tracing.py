@@ -35,7 +35,10 @@ PLACES = [
     site("scores", 0, head=1),
 ]
 # Functions that apply at sites of one kind only: tests/hooks/test_patterns.py.
-ELSEWHERE = {"attend", "attend_back", "forbid_back", "copy_scores", "from_positions"}
+ELSEWHERE = {
+    *("attend", "attend_back", "forbid_back", "copy_scores", "from_positions"),
+    *("random_pattern", "uniform_pattern", "reversed_pattern", "shuffled_pattern"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

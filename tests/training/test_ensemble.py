@@ -152,3 +152,25 @@ def test_what_cannot_be_meant_is_refused():
     with pytest.raises(ShapeError, match="one a member"):
         mixed.train(1)
     assert torch.equal(mixed.params["w"], torch.ones(2, 3)) and mixed.step == 0
+
+
+def test_some_members_go_on_without_the_rest():
+    """Their steps are those that they would have taken together, and what they leave behind stays as it was."""
+    whole, part = ensemble(MEMBERS), ensemble([MEMBERS[3], MEMBERS[1]])
+    whole.train(3)
+    part.take_over(whole, [3, 1], [0, 1])
+    kept = {name: value.clone() for name, value in whole.params.items()}
+    found = part.train(4)
+    torch.testing.assert_close(found, ensemble(MEMBERS).train(7)[3:, [3, 1]], rtol=0, atol=1e-12)
+    assert part.step == 7 and all(torch.equal(whole.params[name], value) for name, value in kept.items())
+    whole.take_over(part, [0, 1], [3, 1])
+    assert whole.step == 7
+    for name, value in whole.params.items():
+        assert torch.equal(value[[0, 2]], kept[name][[0, 2]]) and torch.equal(value[[3, 1]], part.params[name])
+        assert not torch.equal(value[[3, 1]], kept[name][[3, 1]])
+    for theirs, mine in (([0, 1], [0]), ([0, 0], [0, 1]), ([0, 4], [0, 1]), ([-1], [0]), ([0], [2])):
+        with pytest.raises(ShapeError, match="cannot become"):
+            part.take_over(whole, theirs, mine)
+    other = Ensemble(lambda members: Program({"w": torch.zeros(2, 5)}, {}, lambda p, c, s: p["w"].sum(1)), MEMBERS[:2])
+    with pytest.raises(ShapeError, match=r"other parameters: \['b', 'w'\]"):
+        other.take_over(whole, [0], [0])

@@ -384,10 +384,10 @@ def test_gradients_flow_through_copied_scores():
 
 @each_family
 def test_attention_from_other_positions(family):
-    """Patterns of layer 1 from the residual one to the left at label positions, values from the plain embeddings."""
+    """Patterns of layer 1 from the residual of other positions, values from the plain embeddings."""
     model = wrapped(family)
     x = example(model)
-    source = (0, 0, 2, 2, 4, 5)
+    source = (0, 0, 1, 2, 4, 5)
     plan = tr.attention_from(1, source) + tr.attention_from(1, range(6), parts=("v",))
     _, cache = oracle.forward(model.module, x.ids, x.mask)
     first = cache["resid_pre", 0]
@@ -398,6 +398,24 @@ def test_attention_from_other_positions(family):
 
     edits = {("q_input", 1): heads(moved), ("k_input", 1): heads(moved), ("v_input", 1): heads(first)}
     compare(model, x, plan, edits)
+
+
+@each_family
+def test_a_residual_stream_that_the_first_layer_does_not_reach(family):
+    """Patterns of layer 1 from one token to the left, and all else, the output too, from the plain embeddings."""
+    model = wrapped(family)
+    x = example(model)
+    source = (0, 0, 1, 2, 3, 5)
+    plan = ip.Plan() + tr.residual_from(1, range(6)) + tr.attention_from(1, source)
+    _, cache = oracle.forward(model.module, x.ids, x.mask)
+    first = cache["resid_pre", 0]
+
+    def heads(old: Tensor) -> Tensor:
+        return first[:, list(source), None].expand_as(old)
+
+    edits = {("resid_pre", 1): lambda old: first, ("q_input", 1): heads, ("k_input", 1): heads}
+    compare(model, x, plan, edits)
+    assert not torch.equal(model.run(x, plan).logits, model.run(x, tr.attention_from(1, source)).logits)
 
 
 # Grafts
@@ -464,7 +482,7 @@ def plans(model: ip.Model) -> dict[str, ip.Plan]:
         "preserving": tr.preserving("pattern", tr.ablate_heads(0, HEAD), 1, stop_gradient=False),
         "values": tr.preserving("value", tr.ablate_heads(0, HEAD), 1, stop_gradient=False),
         "copy": ip.Plan() + tr.copy_to_logits(1, HEAD, 5, [1, 3], [7, 11]),
-        "layer 1": tr.attention_from(1, (0, 0, 2, 2, 4)) + tr.attention_from(1, range(5), parts=("v",)),
+        "layer 1": ip.Plan() + tr.residual_from(1, range(5)) + tr.attention_from(1, (0, 0, 1, 2, 4)),
         "all": tr.all_but(model, 1, HEAD) + tr.previous_token(0, 1) + tr.copy_to_logits(1, HEAD, 5, [1, 3], [7, 11]),
     }
 

@@ -145,14 +145,32 @@ class Base:
         if self.arch.positioned:
             rows = chosen.any(1)
             ids, positions = inputs.ids[rows].to(self.device), inputs.positions[rows].to(self.device)
-            whole = self.arch.embed(ids, position_ids=positions)
+            whole = self.arch.embed(ids, position_ids=positions + self.arch.first_position)
             return whole[chosen[rows].to(self.device)]
+        if inputs.pictures is not None:
+            return self.with_features(inputs, chosen)
         if inputs.pixels is None:
             return self.arch.embedded(inputs.ids[chosen].to(self.device))
         rows = chosen.any(1)
         like = next(self.arch.embed.parameters())
         whole = self.arch.embed(inputs.pixels[rows].to(self.device, like.dtype))
         return whole.flatten(0, 1).index_select(0, chosen[rows].flatten().nonzero().squeeze(1).to(self.device))
+
+    def with_features(self, inputs: Inputs, chosen: Tensor) -> Tensor:
+        """Embeddings [N, M] of the tokens of prompts with images, whose features stand in the place of some."""
+        assert inputs.pictures is not None
+        embedded = self.arch.embedded(inputs.ids[chosen].to(self.device))
+        places = chosen & (inputs.pictures.image >= 0)
+        rows = places.any(1)
+        if not bool(rows.any()):
+            return embedded
+        seen = inputs.pictures.rows(rows)
+        # Their features fill the places of these rows in order, and of those the chosen ones are taken.
+        order = (seen.image >= 0).flatten().cumsum(0).reshape(seen.image.shape) - 1
+        wanted = order[places[rows]].to(self.device)
+        where = places[chosen].nonzero().flatten().to(self.device)
+        features = self.network.features(inputs.ids[rows], inputs.mask[rows], seen)
+        return embedded.index_copy(0, where, features.index_select(0, wanted).to(embedded.dtype))
 
     def angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [b * T, R] of all tokens of the layout, whichever of them a world computes again."""

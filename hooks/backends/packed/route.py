@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...models.blocks import Attention, Map, Sublayer
 from ...models.experts import Experts
-from ...models.projections import linear_weight
+from ...models.projections import head_results
 from ...plan.sites import Key, execution_order
 from .attention import Sharing, reach, seen_by
 from .inside import Inside
@@ -57,7 +57,7 @@ class Route(Visits):
                 x = self.block(layer, x)
         self.prune_what_is_above()
         if stop == depth:
-            x = self.visit(("ln_final", -1, None), self.flat_map(self.arch.norm, x), self.needed[-1])
+            x = self.visit(("ln_final", -1, None), self.flat_map(self.arch.final, x), self.needed[-1])
             Readout(self, self.tile).read(x)
 
     # -- the stream
@@ -255,9 +255,7 @@ class Route(Visits):
         key = ("result", layer, None)
         if not self.involved_in_worlds(key):
             return attn
-        weight, _ = linear_weight(attention.out)
-        weight = weight.unflatten(1, (attention.q.heads, attention.q.width))
-        copies = self.copies(z, key, ("z", layer, None), lambda v: torch.einsum("nhd,mhd->nhm", v, weight))
+        copies = self.copies(z, key, ("z", layer, None), lambda v: head_results(attention.out, v))
         edited = self.visit(key, copies, needed)
         held = edited.tokens.become(edited.tokens.mask & self.edited_tokens(key))
         new, old = self.moves.to(edited, held, None), self.moves.to(copies, held, None)

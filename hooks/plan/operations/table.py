@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..operation import Op
 from .attention import Attend, AttendBack, ForbidBack, Knockout
+from .counterfactual import RandomPattern, ReversedPattern, ShuffledPattern, UniformPattern
 from .moving import CopyScores, FromPositions
 from .patching import Freeze, Patch, PatchConstant
 from .references import Mean, Resample
@@ -15,6 +16,7 @@ OPERATIONS: dict[str, type[Op]] = {
     for op in (
         Patch, PatchConstant, Freeze, Clamp, Zero, Mean, Resample, Noise, Steer, Scale, ProjectOut, Interchange,
         Knockout, Recompute, Attend, AttendBack, ForbidBack, CopyScores, FromPositions,
+        RandomPattern, UniformPattern, ReversedPattern, ShuffledPattern,
     )
 }  # fmt: skip
 """The functions by name. A function of the user's own is not among them, because loading a plan runs no code."""

@@ -5,8 +5,7 @@ An adapter that is written for a new family is held to the same as those that sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from hooks import (
     HEAD,
+    KINDS,
     Inputs,
     InterpError,
     Intervention,
@@ -26,8 +26,8 @@ from hooks import (
     run_worlds,
     scale,
     steer,
-    table,
 )
+from interp.checks import Check, Conformance
 from interp.paths import check_additive
 
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -35,74 +35,6 @@ ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.
 EXECUTORS = ("sequential", "batched", "shared")
 LENGTHS = (7, 5)
 """Tokens of the two rows that are run, the shorter one padded."""
-GROUPS = ("sites", "executors", "identities", "generation", "paths")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was tried.
-
-    Attributes:
-        group: one of `GROUPS`; `name`: what was tried.
-        passed: whether it held; None where the model does not offer it.
-        detail: why not.
-    """
-
-    group: str
-    name: str
-    passed: bool | None
-    detail: str = ""
-
-    def __str__(self) -> str:
-        word = {True: "yes", False: "NO", None: "not offered"}[self.passed]
-        return f"{self.group:11} {self.name:34} {word}{self.detail and ': ' + self.detail}"
-
-
-@dataclass(frozen=True)
-class Conformance:
-    """What came of `conformance`.
-
-    Attributes:
-        family: what the model's adapter calls it.
-        checks: all that was tried, in order.
-    """
-
-    family: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything that the model offers held."""
-        return all(check.passed is not False for check in self.checks)
-
-    def __bool__(self) -> bool:
-        return self.passed
-
-    def require(self) -> Conformance:
-        """Itself.
-
-        Raises:
-            InterpError: something did not hold; the message lists it.
-        """
-        failed = [str(check) for check in self.checks if check.passed is False]
-        if failed:
-            raise InterpError(f"the description of {self.family} is not true of the model:\n" + "\n".join(failed))
-        return self
-
-    def of(self, group: str) -> tuple[Check, ...]:
-        """The checks of a group."""
-        return tuple(check for check in self.checks if check.group == group)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [f"{self.family}: {'conforms' if self.passed else 'DOES NOT CONFORM'}", *map(str, self.checks)]
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        words = {True: "yes", False: "no", None: "not offered"}
-        return table(("group", "what", "", ""), [(c.group, c.name, words[c.passed], c.detail) for c in self.checks])
 
 
 def conformance(model: Model, inputs: Inputs | None = None, *, seed: int = 0) -> Conformance:
@@ -135,7 +67,8 @@ def _inputs(model: Model, seed: int) -> Inputs:
     if images is not None:
         return model.inputs(torch.randn(2, images.channels, images.height, images.width, generator=generator))
     config: Any = getattr(model.module, "config", None)
-    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    told = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+    special = {one for value in told for one in (value if isinstance(value, (list, tuple)) else [value])}
     usable = torch.tensor([i for i in range(model.architecture.token_ids) if i not in special])
     rows = [usable[torch.randint(len(usable), (n,), generator=generator)].tolist() for n in LENGTHS]
     return model.inputs(rows)
@@ -205,18 +138,11 @@ class _Suite:
         for place in self.places:
             found.append(self.tried("sites", str(place), lambda place=place: self.site(place)))
         offered = {s.name for s in model.sites()}
-        for name, reason in self.absent(offered):
-            found.append(Check("sites", name, None, reason))
+        for name in KINDS:
+            reason = "" if name in offered else model.why_not(name)
+            if reason:
+                found.append(Check("sites", name, None, reason))
         return found
-
-    def absent(self, offered: set[str]) -> Iterator[tuple[str, str]]:
-        """The kinds of site that there are of other models, and why not of this one where it is not plain."""
-        arch = self.model.architecture
-        names = dict(arch.missing)
-        for block in arch.blocks:
-            if block.attention.opaque:
-                names |= dict.fromkeys(("scores", "pattern"), block.attention.opaque)
-        return ((name, reason) for name, reason in names.items() if name not in offered)
 
     def site(self, place: Site) -> Check:
         model, name = self.model, str(place)
@@ -345,8 +271,10 @@ class _Suite:
         if Site("expert_out", layer).key not in self.model.sizes or block.mlp is None:
             return Check("identities", name, None, "-")
         around, parts = block.of_mlp, self.get("expert_out", layer)
-        x = around.read(self.get("mlp_in", layer)).flatten(0, 1)
-        out = around.added(block.mlp.joined(parts.flatten(0, 1), x)).view_as(self.get("mlp_out", layer))
+        assert around is not None
+        x, mlp = around.read(self.get("mlp_in", layer)).flatten(0, 1), block.mlp
+        out = around.added(mlp.joined(parts.flatten(0, 1), x))  # type: ignore[union-attr]
+        out = out.view_as(self.get("mlp_out", layer))
         return self.compared("identities", name, self.seen_tokens(out), self.seen_tokens(self.get("mlp_out", layer)))
 
     @torch.no_grad()

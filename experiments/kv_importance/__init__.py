@@ -1,0 +1,1 @@
+"""What each cached key and value causes, whether that can be foretold, and how much of the cache can go."""

@@ -1,0 +1,92 @@
+"""Retaining heads: what they read, that they are causal, that they learn, and that files come back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import interp as ip
+from tests import zoo
+from tests.kv.test_effects import CONTEXT, texts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_scores_do_not_change_when_tokens_are_appended(family):
+    model = zoo.wrapped(family)
+    heads = ip.kv.RetainingHeads.for_model(model, 16)
+    (context,), _ = texts(1)
+    whole = ip.kv.scores_of(model, model.inputs([context]), heads.policy())
+    for length in (4, 7):
+        part = ip.kv.scores_of(model, model.inputs([context[:length]]), heads.policy())
+        assert abs(whole[..., :length] - part).max() < 1e-6
+    chunked = ip.kv.scores_of(model, model.inputs([context]), heads.policy(), chunk=2)
+    assert abs(chunked - whole).max() < 1e-6 and whole.std() > 1e-2
+    # A score that looks at later queries does change, so that this test can fail.
+    h2o = ip.kv.policies.h2o()
+    part = ip.kv.scores_of(model, model.inputs([context[:7]]), h2o)
+    assert abs(ip.kv.scores_of(model, model.inputs([context]), h2o)[..., :7] - part).max() > 1e-2
+
+
+def test_heads_read_what_projections_make():
+    model = zoo.wrapped("llama")
+    heads = ip.kv.RetainingHeads.for_model(model, 16)
+    (context,), _ = texts(2)
+    names = ("q", "k", "v")
+    tape = model.run(model.inputs([context]), capture=[ip.site(n, layer=1) for n in names]).tape
+    read = torch.cat([tape[ip.site(n, layer=1)][0].flatten(1) for n in names], -1)
+    expected = heads.last[1](torch.nn.functional.silu(heads.first[1](read.to(heads.first[1].weight.dtype)))).T
+    found = ip.kv.scores_of(model, model.inputs([context]), heads.policy())[1]
+    torch.testing.assert_close(torch.from_numpy(found).float(), expected.detach().float(), rtol=0, atol=1e-5)
+    sizes = heads.settings["sizes"] * 16 + 16 * heads.settings["heads"]
+    assert heads.parameters_count == model.n_layers * sizes
+
+
+def test_labels():
+    model = zoo.wrapped("llama")
+    (context,), (suffix,) = texts(3)
+    (published,) = ip.kv.examples(model, context, suffix, "published")
+    ids = model.inputs([context + suffix])
+    tape = model.run(ids, capture=[ip.site("rot_q", layer=2), ip.site("rot_k", layer=2)]).tape
+    q, k = tape[ip.site("rot_q", layer=2)][0], tape[ip.site("rot_k", layer=2)][0]
+    queries = q[CONTEXT : CONTEXT + 3].unflatten(1, (2, 2))
+    expected = torch.einsum("mkgd,skd->kgms", queries, k[:CONTEXT]).amax((1, 2)) / q.shape[-1] ** 0.5
+    torch.testing.assert_close(published.labels[2], expected.float(), rtol=0, atol=1e-5)
+    (causal,) = ip.kv.examples(model, context, suffix, "interventional")
+    effect = torch.from_numpy(ip.kv.kv_effects(model, context, suffix).effect[..., 0]).abs()
+    torch.testing.assert_close(causal.labels.double(), effect / effect.square().mean().sqrt(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ip.InputsError, match="published"):
+        ip.kv.examples(model, context, suffix, "both")
+
+
+def test_heads_learn_and_the_backbone_does_not():
+    model = zoo.fresh("llama")
+    before = {name: p.clone() for name, p in model.module.named_parameters()}
+    contexts, suffixes = texts(4, rows=3)
+    some = ip.kv.examples(model, contexts, suffixes)
+    heads = ip.kv.RetainingHeads.for_model(model, 32)
+    losses = ip.kv.train_heads(heads, some, steps=60, batch=3, learning_rate=3e-3)
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.module.named_parameters())
+    again = ip.kv.RetainingHeads.for_model(model, 32)
+    assert ip.kv.train_heads(again, some, steps=60, batch=3, learning_rate=3e-3) == losses
+    with pytest.raises(ip.InputsError, match="none"):
+        ip.kv.train_heads(heads, [])
+    broken = ip.kv.Example(some[0].reads, some[0].labels * torch.nan)
+    with pytest.raises(ip.InputsError, match="nan"):
+        ip.kv.train_heads(heads, [broken])
+
+
+def test_files_come_back_and_are_refused(tmp_path):
+    model = zoo.wrapped("llama")
+    heads = ip.kv.RetainingHeads.for_model(model, 16, seed=3)
+    path = heads.save(tmp_path / "heads")
+    again = ip.kv.RetainingHeads.load(path, model)
+    assert all(torch.equal(a, b) for a, b in zip(heads.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ip.ShapeError, match="these heads are for"):
+        ip.kv.RetainingHeads.load(path, zoo.wrapped("qwen3"))
+    other = zoo.wrapped("qwen2")
+    with pytest.raises(ip.ShapeError, match="another model"):
+        ip.kv.prefill(other, other.inputs([[3, 4, 5, 6]]), heads.policy(), 2)
+    (tmp_path / "heads.safetensors").write_bytes(b"x")
+    with pytest.raises(ip.ResultError):
+        ip.kv.RetainingHeads.load(path)
