@@ -242,8 +242,7 @@ class Model(Network):
             PlanError: a call whose positions cannot be told, or that needs tokens which are not fed any more: those
                 of a cache that was filled before, positions that a function mixes, the model as its own assistant.
         """
-        if getattr(self.tool, "remote", False):
-            raise PlanError("a plan cannot be held on a model that runs elsewhere: run() and sweeps take it there")
+        self._require_here()
         return hold(self, plan, seed)
 
     def fork(
@@ -275,6 +274,7 @@ class Model(Network):
             UnfiredError: on leaving without an exception, where an intervention never fired.
             PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
         """
+        self._require_here()
         return fork(self, [own or Branch(), *branches], combine, seed, begin)
 
     def compile(
@@ -338,6 +338,10 @@ class Model(Network):
             todo,
             sites,
         )
+
+    def _require_here(self) -> None:
+        if getattr(self.tool, "remote", False):
+            raise PlanError("a plan cannot be held on a model that runs elsewhere: run() and sweeps take it there")
 
     @property
     def holds(self) -> bool:
