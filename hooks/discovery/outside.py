@@ -129,8 +129,8 @@ def _embeddings(module: nn.Module, seen: Probe, first: Call, stream: Tensor) -> 
         scale = factor(stream, made, module, *module.children(), getattr(module, "config", None))
         if scale is not None:
             positioned = not isinstance(call.module, nn.Embedding) and "position_ids" in _arguments(call.module)
-            first = _first_position(before, seen) if positioned else 0
-            return more | {"embed_scale": scale, "positioned": positioned, "first_position": first}
+            at = _first_position(before, seen) if positioned else 0
+            return more | {"embed_scale": scale, "positioned": positioned, "first_position": at}
         for other in before:
             pos, at = other.returned, torch.arange(stream.shape[1], device=stream.device)[None]
             if other is call or pos is None or pos.shape[-1] != stream.shape[-1] or pos.ndim < 2:

@@ -15,7 +15,7 @@ def blocks(tower: Any) -> tuple[Block, ...]:
     Raises:
         ModelError: it is another kind of tower.
     """
-    layers = getattr(getattr(tower, "encoder", None), "layers", ())
+    layers: Any = getattr(getattr(tower, "encoder", None), "layers", ())
     if not len(layers) or not all(hasattr(layers[0], name) for name in ("layer_norm1", "self_attn", "mlp")):
         raise ModelError(f"a {type(tower).__name__} is no tower of CLIP's or SigLIP's kind, which are known here")
     return tuple(_block(layer) for layer in tower.encoder.layers)

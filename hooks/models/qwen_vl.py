@@ -85,12 +85,15 @@ def _look(model: Any, ids: Tensor, mask: Tensor, given: Mapping[str, Any]) -> Pi
             f"pixel_values has {len(pixels)} patches, and image_grid_thw {grid.tolist()} says {int(patches.sum())}, "
             f"in blocks of {merge} x {merge}"
         )
-    arrived = [_arrived(*size, merge) for size in grid.tolist()]
+    sizes: list[Any] = grid.tolist()
+    arrived = [_arrived(size[0], size[1], size[2], merge) for size in sizes]
     window = getattr(vision, "window_size", None)
     kept = arrived
     if window is not None:
         side = window // merge // vision.patch_size
-        kept = [one[_in_windows(*size, merge, side)] for one, size in zip(arrived, grid.tolist(), strict=True)]
+        kept = [
+            one[_in_windows(size[0], size[1], size[2], merge, side)] for one, size in zip(arrived, sizes, strict=True)
+        ]
     found = filled(
         ids,
         mask,

@@ -28,12 +28,14 @@ def swap_method(name: str) -> Callable[[Any, AttentionFunction], AbstractContext
 
     @contextmanager
     def swap(attention: Any, function: AttentionFunction) -> Iterator[None]:
-        own, before = getattr(attention, name, None), vars(attention).get(name)
+        own: Any = getattr(attention, name, None)
+        before = vars(attention).get(name)
         if not callable(own):
             raise ModelError(f"{type(attention).__name__} has no method {name!r} that mixes values")
+        mix: Callable[..., Tensor] = own
 
         def plainly(_module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **_: Any) -> tuple[Tensor, None]:
-            return own(q, k, v, mask), None
+            return mix(q, k, v, mask), None
 
         def called(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
             return function(attention, q, k, v, mask, own=plainly)[0]

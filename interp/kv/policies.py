@@ -204,7 +204,7 @@ def press(one: Any, name: str | None = None) -> Policy:
             `attentions` are None, as they are with SDPA.
         name: what tables call it; the class's name by default.
     """
-    call: Any = getattr(one, "score", one)
+    call: Callable[..., Any] = getattr(one, "score", one)
     if not callable(call):
         raise ShapeError(
             f"a press has a method score(module, hidden_states, keys, values, attentions, kwargs), not {one!r}"
