@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .audit import Audit
-from .backends.bridge import Bridge, is_bridge
-from .backends.envoys import Traces, is_envoy
 from .backends.gate import gate_of
+from .backends.tools import tool_of
 from .capturing import captured
 from .compiled import Compiled
 from .compiling import Graphs, Options
@@ -250,8 +249,7 @@ class Model(Network):
             PlanError: a call whose positions cannot be told, or that needs tokens which are not fed any more: those
                 of a cache that was filled before, positions that a function mixes, the model as its own assistant.
         """
-        if getattr(self.tool, "remote", False):
-            raise PlanError("a plan cannot be held on a model that runs elsewhere: run() and sweeps take it there")
+        self._require_here()
         return hold(self, plan, seed)
 
     def fork(
@@ -283,6 +281,7 @@ class Model(Network):
             UnfiredError: on leaving without an exception, where an intervention never fired.
             PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
         """
+        self._require_here()
         return fork(self, [own or Branch(), *branches], combine, seed, begin)
 
     def compile(
@@ -347,6 +346,10 @@ class Model(Network):
             sites,
         )
 
+    def _require_here(self) -> None:
+        if getattr(self.tool, "remote", False):
+            raise PlanError("a plan cannot be held on a model that runs elsewhere: run() and sweeps take it there")
+
     @property
     def holds(self) -> bool:
         """Whether `apply` holds a plan on the model at the moment."""
@@ -396,13 +399,12 @@ def wrap(
         again = Model(model.module, *_reading(known, model.adapter if adapter is None else adapter))
         again.tool = model.tool
         return again
-    if is_bridge(model) or is_envoy(model):
-        tool: Any = Bridge(model) if is_bridge(model) else Traces(model, remote)
-        wrapped = Model(tool.module, tokenizer or getattr(model, "tokenizer", None), adapter or tool.describe)
+    tool = tool_of(model, remote)
+    if tool is not None:
+        known = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        wrapped = Model(tool.module, *_reading(known, adapter or tool.describe))
         wrapped.tool = tool
         return wrapped
-    if remote:
-        raise ModelError(f"remote= is for a model of nnsight's, not for {type(model).__name__}")
     if not isinstance(model, nn.Module):
         raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
     return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))

@@ -215,7 +215,9 @@ class _Points:
         if "attn_in" in names:
             # TransformerLens has a copy for each head there. Ours is what all of them read: the input of the norm, and
             # before the copies for q, k and v are made of it, which is done by a hook on the norm.
-            self.hooks.on_input(self.arch.blocks[layer].of_attention.pre, show("attn_in"), first=True)
+            norm = self.arch.blocks[layer].of_attention.pre
+            assert norm is not None
+            self.hooks.on_input(norm, show("attn_in"), first=True)
         if names & {"scores", "pattern"}:
             at("scores", partial(_scores, layer, "scores" in names))
             at("pattern", partial(_pattern, layer, "pattern" in names))

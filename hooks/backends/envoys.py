@@ -25,7 +25,7 @@ from ..plan.inputs import Inputs
 from ..plan.region import Entries
 from ..plan.sites import Key, Site
 from ..program import Program, State
-from .exposing import INSIDE
+from .exposing import INSIDE, placed
 from .plain import require_plain
 from .playing import Asked, Parts, Visits, parts_of, play
 
@@ -108,7 +108,7 @@ class Traces:
             raise PlanError("gradients through a model that runs elsewhere do not come back: leave out grad=True")
         keys = {place.key for sites in captures for place in sites}.union(*(program.touched for program in programs))
         arch = network.architecture
-        inside = {layer for name, layer, _ in keys if name in INSIDE} | set(expose)
+        inside = {layer for name, layer, _ in keys if name in INSIDE} | {layer for _, layer in map(placed, expose)}
         parts = parts_of(self.envoy, arch, frozenset(keys), inside)
         visits = Visits(*_lowered(network, programs, captures), graph)
         given = network.arguments(

@@ -97,23 +97,35 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
                 f"attention of layer {layer} sees {k.shape[2]} keys where its cache announced {width}, so nobody knows "
                 "which tokens they are of"
             )
+        scaling, cap = given.get("scaling"), given.get("softcap")
+        scaling = layer_attention.scaling if scaling is None else scaling
+        kernel = kernel or getattr(own, "__name__", "")
+        cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
+        sinks = layer_attention.sink if given.get("s_aux") is None else given["s_aux"]
+        plain = (
+            (attention_mask is None or isinstance(attention_mask, Tensor))
+            and not given.get("dropout")
+            and kernel in WEIGHTLESS
+        )
+        in_tiles = getattr(run, "in_tiles", None)
+        if plain and in_tiles is not None:
+            z = in_tiles(layer, (q, k, v), attention_mask, causal, layer_attention.window, scaling, cap, sinks)
+            if z is not None:
+                return z, None
         allowed, bias = read_mask(
             attention_mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first
         )
-        scaling, cap = given.get("scaling"), given.get("softcap")
-        kernel = kernel or getattr(own, "__name__", "")
-        cap = None if kernel in CAPLESS else layer_attention.softcap if cap is None else cap
         z, pattern = exposed_attention(
             q,
             k,
             v,
             allowed,
-            layer_attention.scaling if scaling is None else scaling,
+            scaling,
             visit,
             bias,
             dropout=given.get("dropout", 0.0),
             cap=cap,
-            sinks=layer_attention.sink if given.get("s_aux") is None else given["s_aux"],
+            sinks=sinks,
         )
         # The model's own kernel may have no weights to show to a caller who asks for them, and then there are none.
         return z, None if kernel in WEIGHTLESS else pattern

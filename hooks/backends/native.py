@@ -16,7 +16,7 @@ from ..models.network import Network
 from ..plan.plan import World
 from ..plan.sites import KEY, KINDS, POS, ROW, Key, Site
 from ..program import Guard, Program, State, visit
-from . import frames
+from . import frames, tiles
 from .exposing import swap_functions
 from .folding import Fold
 from .gate import Gate, gate_of
@@ -156,6 +156,15 @@ class Pass:
         layout = self.programs[0].layout
         return layout.first(layer), layout.windows.get(layer, (0, None))[1]
 
+    @property
+    def captured_keys(self) -> set[Key]:
+        """The sites of which something is kept."""
+        return set(self._captured)
+
+    def in_tiles(self, *args: Any) -> Tensor | None:
+        """z of a layer of a long text in which edges are forbidden and no more; see `tiles.in_tiles`."""
+        return tiles.in_tiles(self, *args)
+
     def fold(self, stack: str, embedded: bool = False) -> Fold | None:
         """How a tower's values are rows of the batch; None where nobody knows which images it sees in this call."""
         if not all(stack in program.layout.towers for program in self.programs):
@@ -181,7 +190,7 @@ class Pass:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
         edited = [key in program.touched for program in self.programs]
         if self.tracking and any(edited):
-            self._require_known(key)
+            self.require_known(key)
         count = len(self.programs)
         parts = list(x.chunk(count)) if count > 1 else [x]
         guards = [None] * count if guard is None else [(g, guard[1]) for g in guard[0].chunk(count)]
@@ -256,7 +265,7 @@ class Pass:
             finally:
                 frames.pop(module)
 
-    def _require_known(self, key: Key) -> None:
+    def require_known(self, key: Key) -> None:
         """Notice where parts will be computed again, and refuse what would then go wrong in silence.
 
         Raises:

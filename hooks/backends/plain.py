@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..errors import ModelError
 from ..models.architecture import Architecture
 from ..models.blocks import Mlp
-from ..models.projections import Outputs
 
 
 def require_plain(arch: Architecture, where: str) -> None:
@@ -22,6 +23,8 @@ def require_plain(arch: Architecture, where: str) -> None:
 
 
 def _bends(arch: Architecture) -> str:
+    if len(arch.stacks) > 1:
+        return "several stacks of layers"
     if arch.embed_scale != 1.0 or arch.logit_scale != 1.0:
         return "embeddings or logits that are scaled outside their module"
     if arch.positioned or arch.at_positions is not None or arch.readout is not None:
@@ -30,7 +33,7 @@ def _bends(arch: Architecture) -> str:
         around = block.of_mlp
         if block.shares_norm:
             return "one norm for attention and the MLP"
-        if around is not None and (not isinstance(around.fn, Mlp) or isinstance(around.fn.pre, Outputs)):
+        if around is not None and (not isinstance(around.fn, Mlp) or not isinstance(around.fn.pre, nn.Module)):
             return "experts, or an MLP whose parts share a module"
         if block.attention.opaque or block.attention.sinks is not None:
             return "attention of its own kind"

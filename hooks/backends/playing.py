@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..lowering import Lowered, leaves, rebuilt
 from ..models.architecture import Architecture
-from ..models.blocks import Attention, Block
+from ..models.blocks import Attention, Block, Mlp
 from ..models.network import logits_of
 from ..models.projections import Projection, linear_weight
 from ..plan.region import Entries
@@ -65,7 +65,7 @@ class Visits:
         return 0, None
 
     def fold(self, stack: str, embedded: bool = False) -> None:
-        """No tool runs models that see."""
+        """There is one stack of layers, so no tower's values."""
 
     def place(self, x: Tensor) -> None:
         """Bring everything to where the model is, of which nobody knows before."""
@@ -203,7 +203,7 @@ def _block_of(of: Any, block: Block, layer: int, names: frozenset[str], exposed:
             name: (of(projection.module), replace(projection, module=bare))
             for name, projection in (("q", attention.q), ("k", attention.k), ("v", attention.v))
         },
-        None if mlp is None else (of(mlp.pre), of(mlp.down)),
+        (of(mlp.pre), of(mlp.down)) if isinstance(mlp, Mlp) and isinstance(mlp.pre, nn.Module) else None,
         replace(attention, module=bare, q=bare, k=bare, v=bare, out=bare, q_norm=None, k_norm=None, rotary=None),
         exposed,
     )
