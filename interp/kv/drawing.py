@@ -47,12 +47,12 @@ def over_text(result: Effects, row: int = 0, metric: str | None = None, ax: Any 
     """Draw a row's text, every token of the context in the colour of its effect (red raises, blue lowers the
     metric).
     """
-    from interp.plots import _figure
+    from interp.canvas import figure_of
 
     tokens, context, each = of_tokens(result, row, metric)
     lines = _lines(tokens)
     if ax is None:
-        figure = _figure(10, 0.8 + 0.24 * len(lines))
+        figure = figure_of(10, 0.8 + 0.24 * len(lines))
         ax = figure.add_axes((0.01, 0.02, 0.98, 1 - 0.62 / figure.get_size_inches()[1]))
     most = np.abs(each).max() or 1.0
     ax.set_xlim(0, COLUMNS)

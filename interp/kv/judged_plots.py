@@ -18,12 +18,12 @@ def lines(table: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     Policies are named at the end of the figure, in the order of their agreement; inverted controls are left out of the
     lines and shown as bars alone.
     """
-    from interp.plots import _figure
+    from interp.canvas import figure_of
 
     names = sorted({line["policy"] for line in table}, key=lambda name: -_at(table, name, "spearman"))
     shown = [name for name in names if not name.startswith("inverted ")]
     colours = {name: COLOURS[i % len(COLOURS)] if name != "random" else "#888888" for i, name in enumerate(shown)}
-    figure = _figure(11, 3.6)
+    figure = figure_of(11, 3.6)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     for name in shown:
         mine = sorted((line for line in table if line["policy"] == name), key=lambda line: line["budget"])
