@@ -191,6 +191,8 @@ class Holds:
         gate = gate_of(module)
         assert decodings is not None
         fed = decodings.looked({**given, "input_ids": ids}, self.network.architecture)
+        if fed is None:
+            return encode(given), Seen()
         call, seen = frames.Call(module, sys._getframe(0)), Seen()
 
         def again(_fed: Fed, path: tuple[Any, ...]) -> None:
@@ -204,17 +206,17 @@ class Holds:
         with gate.lock:
             frames.push(call)
             try:
-                fork = None if fed is None else self.fork()
-                if fed is not None:
-                    seen.image = fed.inputs.columns.image
-                    if self.looks:
-                        views = (fed,) * (1 if fork is None else len(fork))
-                        self.begin(call, views, again, lambda fed, plan, number: None)
+                fork = self.fork()
+                seen.image = fed.inputs.columns.image
+                if self.looks:
+                    views = (fed,) * (1 if fork is None else len(fork))
+                    self.begin(call, views, again, lambda fed, plan, number: None)
                 if fork is None or not (self.looks or fork.changes_images):
                     return encode(given), seen
                 return fork.looked(encode, given, seen.encoded), seen
             finally:
                 frames.pop(module)
+                del call  # it holds this frame, and this frame the caller's caches
 
     def begin(
         self,

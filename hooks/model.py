@@ -381,7 +381,7 @@ def wrap(
     Args:
         model: of transformers, a language model of one of the families that are known or of one whose structure is
             (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
-            with an adapter; or one of these in a `TransformerBridge` of TransformerLens or in a model of nnsight's.
+            with an adapter; or one of these in a ``TransformerBridge`` of TransformerLens or in a model of nnsight's.
         tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
             one within.
         adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..budget import rows_in_budget
+from ..budget import rows_per_pass
 from ..plan.inputs import Inputs
 from ..resolving import resolve
 from .exposing import INSIDE
@@ -35,7 +35,7 @@ def run_hooked(job: Job, batch: bool) -> Iterator[Outcomes]:
         groups.setdefault((_shape(world.inputs) if batch else index), []).append(index)
     for members in groups.values():
         first = worlds[members[0]].inputs
-        fit = rows_in_budget(network, first, job.limit)
+        fit = rows_per_pass(network, first, job.limit)
         if any(i.op.mixes for index in members for i in worlds[index].plan):
             fit = max(fit, len(first))
         step = min(fit, len(first))

@@ -17,7 +17,7 @@ from .architecture import Architecture
 from .blocks import Attention, Block, Feed, Map, Mlp, Sublayer
 from .huggingface import headed, swap_attention
 from .positions import Rotary
-from .projections import Outputs, Projection, linear_outputs
+from .projections import Outputs, Projection, is_plain, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
@@ -112,7 +112,9 @@ def gated(module: Any) -> Mlp:
         width = linear_outputs(module.gate_up_proj) // 2
         pre, up = (Outputs(module.gate_up_proj, start, width) for start in (0, width))
         return Mlp(module, pre, module.down_proj, act, up=up, width=width)
-    return Mlp(module, module.gate_proj, module.down_proj, act, up=module.up_proj, width=linear_outputs(module.up_proj))
+    # A layer that was put in the place of one of them may not say how wide it is.
+    wide = next((part for part in (module.up_proj, module.gate_proj) if is_plain(part)), module.up_proj)
+    return Mlp(module, module.gate_proj, module.down_proj, act, up=module.up_proj, width=linear_outputs(wide))
 
 
 def over_heads(norm: nn.Module, x: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ class Outputs:
         return nn.functional.linear(x, weight[self.span], None if bias is None else bias[self.span])
 
 
+NEARLY_LINEAR = 0.05
+"""How much what a quantised layer makes of parts may differ from what it makes of the whole, of the latter."""
 TRANSPOSED = frozenset({"Conv1D"})
 """Linear layers of transformers whose weight is [in, out]."""
 PLAIN = frozenset({"FalconLinear"})
@@ -155,10 +157,17 @@ def head_results(module: nn.Module, z: Tensor) -> Tensor:
     if is_plain(module):
         weight, _ = linear_weight(module)
         return torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (heads, width)))
-    # forward() rather than a call, which would run hooks once more.
-    alone = z.unsqueeze(-3) * torch.eye(heads, dtype=z.dtype, device=z.device)[:, :, None]
-    alone = alone.flatten(-2)
-    return module.forward(alone) - module.forward(torch.zeros_like(alone[..., :1, :]))
+    # forward() rather than a call, which would run hooks once more. One head at a time, as some layers mix tokens.
+    nothing = module.forward(torch.zeros_like(z).flatten(-2))
+    only = torch.eye(heads, dtype=z.dtype, device=z.device)[:, :, None]
+    found = torch.stack([module.forward((z * one).flatten(-2)) - nothing for one in only], -2)
+    whole = module.forward(z.flatten(-2)) - nothing
+    if float((found.sum(-2) - whole).abs().max()) > NEARLY_LINEAR * float(whole.abs().max()):
+        raise ModelError(
+            f"{type(module).__module__}.{type(module).__qualname__} is no linear layer: what heads add by themselves "
+            "is not what they add together"
+        )
+    return found
 
 
 def linear_outputs(module: nn.Module) -> int:

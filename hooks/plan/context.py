@@ -10,6 +10,10 @@ from torch import Tensor
 from ..errors import ShapeError
 from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, Site
 
+_LATER = ("router", "expert_out")
+"""Kinds of sites that came after numbers had been drawn at the others, whose draws are to stay what they were."""
+_BEYOND = 1 << 32
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -79,7 +83,10 @@ class Context:
     def salt(self) -> int:
         """A number of the site and layer, so that draws at different places differ."""
         name, layer, _ = Site(self.site, self.layer).key
-        return list(KINDS).index(name) + len(KINDS) * (layer + 1)
+        if name in _LATER:
+            return (_LATER.index(name) + 1) * _BEYOND + layer
+        first = [kind for kind in KINDS if kind not in _LATER]
+        return first.index(name) + len(first) * (layer + 1)
 
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""

@@ -118,12 +118,7 @@ class Pair:
                 raise InputsError(f"{name} is {type(given).__name__}: prepare prompts with model.inputs(...)")
         check_reference(self.values, self.reference, self.pooled)
         if not self.direction:
-            if self.values != "patch" and self.corrupt is not None:
-                raise InputsError(
-                    f"values={self.values!r} takes nothing from either run, so it does not follow which of the two is "
-                    "edited: say direction='noising' for the clean run, direction='denoising' for the corrupt one, or "
-                    "give corrupt=None"
-                )
+            # As every result says: of the two runs the corrupt one is edited, whatever its edges are given.
             object.__setattr__(self, "direction", "denoising")
         if self.values == "patch":
             if self.corrupt is None:

@@ -144,6 +144,13 @@ class Adapted(nn.Linear):
         return super().forward(x) + x.mean()
 
 
+class Curved(nn.Linear):
+    """A layer that is not linear at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** 2
+
+
 class Named(nn.Linear):
     """A linear layer by another name."""
 
@@ -162,8 +169,13 @@ def test_a_linear_layer_that_is_more_than_its_weight():
         if kind is Named:
             assert torch.equal(hk.wrap(module).run(x, plan).logits, expected)
             continue
-        with pytest.raises(ModelError, match="Adapted"):
-            hk.wrap(module).run(x, plan)
+        # The rest of it is of heads too, as far as it is linear.
+        whole = hk.wrap(module).run(x, hk.scale(site("z", 0, head=1), 2.0)).logits
+        found = hk.wrap(module).run(x, plan).logits
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
+    module.blocks[0].attn.o_proj = Curved(own.in_features, own.out_features, dtype=own.weight.dtype)
+    with pytest.raises(ModelError, match="Curved"):
+        hk.wrap(module).run(x, plan)
     whole = nn.Linear(4, 4)
     whole.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="plain linear"):

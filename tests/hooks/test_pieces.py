@@ -103,7 +103,7 @@ def labels(tokenizer: Any, text: str | list[int]) -> tuple[str, ...]:
 class Wide:
     """A model's parts, but of a vocabulary as large as any tokenizer's."""
 
-    vocabulary = 10_000
+    vocabulary = token_ids = 10_000
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

@@ -384,20 +384,6 @@ def test_a_plan_of_the_tower_where_no_image_comes_never_fires(family: str) -> No
         model.module.get_image_features(**looks)
 
 
-def test_worlds_that_are_batched_share_forward_passes() -> None:
-    module = seeing.make("llava")
-    model, calls = hk.wrap(module), []
-    x, y = (model.inputs(seeing.batch("llava", COUNTS, seed=seed)) for seed in (0, 1))
-    place = site("z", 0, stack="vision")
-    worlds = [World(inputs, zero(place.at(head=head))) for head in range(4) for inputs in (x, y)]
-    alone = [model.run(world).logits for world in worlds]
-    module.register_forward_hook(lambda *a: calls.append(1))
-    found = outcomes(model, worlds, [site("logits")], "batched")[0]
-    assert len(calls) == 1
-    for world, (got,), want in zip(worlds, found, alone, strict=True):
-        assert gap([got[world.inputs.mask]], [want[world.inputs.mask]]) < 1e-9
-
-
 def test_sweeps_go_through_a_tower_and_over_images() -> None:
     model = wrapped("llava")
     x, y = (model.inputs(seeing.batch("llava", [1, 2, 0], seed=seed)) for seed in (0, 1))

@@ -37,7 +37,7 @@ def test_a_sweep(device, executor, tmp_path):
     grids = [
         (ip.grid("resid_pre", layer="all", pos=[0, -1]), {}),
         (ip.grid("pattern", layer=[1], head="all"), {}),
-        (ip.grid("scores", layer="all", key_pos=[0, 1]), {"intervention": ip.knockout}),
+        (ip.grid("scores", layer="all", key_pos=[0, 1]), {"intervention": ip.knockout, "direction": "denoising"}),
     ]
     for number, (grid, options) in enumerate(grids):
         done = []

@@ -107,14 +107,14 @@ def test_tokens_of_ragged_rows(monkeypatch):
     grid = ip.grid("mlp_out", layer=[0], pos=[0, 1, 5])
     result = ip.sweep(model, inputs, None, grid, metric=ip.logit("Mary"), intervention=ip.zero, progress=False)
     rows = [inputs.labels(0), inputs.labels(1)]
-    assert result.axes[1].labels == (f"{rows[0][0]}…", rows[0][1], rows[0][5])
+    assert result.axes[1].labels == (rows[0][0], f"{rows[0][1]}…", f"{rows[0][5]}…")
     frame = result.to_frame()
     for line in frame.itertuples():
         row = result.rows.index(line.row)
         has = line.pos < len(rows[row])
         assert line.pos_label == (rows[row][line.pos] if has else "") and has != np.isnan(line.effect)
     half = ip.Result.concat([result, result])
-    assert half.to_frame()["pos_label"].tolist().count(rows[1][0]) == 2
+    assert half.to_frame()["pos_label"].tolist().count(rows[1][1]) == 2
 
 
 def test_a_dataset_and_back(model):

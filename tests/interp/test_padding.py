@@ -77,6 +77,7 @@ def test_effects_of_random_interventions(executor):
     ):
         grid = ip.grid("z", layer="all", pos=[0, -1, slice(1, 3)])
         options = {"metric": METRIC, "intervention": intervention, "executor": executor, "seed": 4}
+        options |= {"direction": "denoising"}
         stand_alike(model, partial(ip.sweep, model, grid=grid, **options))
 
 

@@ -455,7 +455,8 @@ def test_resuming_what_was_saved_before_the_first_step(tmp_path):
     second = tr.Monitor(first.model, [tr.Probe(nosy)], log=tmp_path / "log.jsonl")
     second.load_state_dict(first.state_dict())
     train(second, 1)
-    assert [r["step"] for r in tr.JsonLines(tmp_path / "log.jsonl").read()] == [0, 1]
+    # What was measured before the first step, its loss, and what was measured after it.
+    assert [r["step"] for r in tr.JsonLines(tmp_path / "log.jsonl").read()] == [0, 0, 1]
 
 
 def test_checkpoints(tmp_path):
