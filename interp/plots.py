@@ -225,8 +225,8 @@ def _maps(
 
     finite = np.abs(grids[np.isfinite(grids)])
     limit = float(finite.max(initial=0.0)) or 1.0
-    colours = {"cmap": look.cmap or _COLOURS, "vmin": -limit, "vmax": limit}
-    cells = {"aspect": "auto", "interpolation": "nearest"}
+    colours: dict[str, Any] = {"cmap": look.cmap or _COLOURS, "vmin": -limit, "vmax": limit}
+    cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
     above = _selected(result) if look.title is None else look.title
     for ax, grid, title in zip(panels, grids, titles, strict=True):
         ax.set_facecolor("0.82")  # nan is transparent and shows it
