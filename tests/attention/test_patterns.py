@@ -68,9 +68,9 @@ def test_each_form_by_hand(form):
 
 
 def _salt(name, layer):
-    from hooks.plan.sites import KINDS
-
-    return list(KINDS).index(name) + len(KINDS) * (layer + 1)
+    """As it was when there were 25 kinds of sites, which draws go by for good."""
+    assert name == "pattern"
+    return 13 + 25 * (layer + 1)
 
 
 def test_equal_weights_reversed_stay_equal():
