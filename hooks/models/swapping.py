@@ -32,10 +32,11 @@ def swap_method(name: str) -> Callable[[Any, AttentionFunction], AbstractContext
         before = vars(attention).get(name)
         if not callable(own):
             raise ModelError(f"{type(attention).__name__} has no method {name!r} that mixes values")
-        mix: Callable[..., Tensor] = own
+        mix: Any = own  # narrowed by `callable`, it would return an object
 
         def plainly(_module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **_: Any) -> tuple[Tensor, None]:
-            return mix(q, k, v, mask), None
+            mixed: Any = mix(q, k, v, mask)
+            return mixed, None
 
         def called(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
             return function(attention, q, k, v, mask, own=plainly)[0]
