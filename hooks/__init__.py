@@ -29,7 +29,7 @@ from .forking import Branch, Moment
 from .html import table
 from .members import Members
 from .meter import Meter
-from .model import Model, wrap
+from .model import Model
 from .models import register
 from .models.architecture import Architecture
 from .models.blocks import Attention, Block, Mlp, Sublayer
@@ -71,6 +71,7 @@ from .random import choice, hash_counters, normal, uniform
 from .record import Edits, choose, record, run_chunks, run_worlds
 from .running import Run
 from .tail import Seen, Tail
+from .wrapping import wrap
 
 __all__ = [
     "DIM",

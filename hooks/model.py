@@ -5,41 +5,30 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
-
-from torch import Tensor, nn
 
 from .audit import Audit
 from .backends.gate import gate_of
-from .backends.tools import tool_of
 from .capturing import captured
 from .compiled import Compiled
 from .compiling import Graphs, Options
-from .discovery import discover
 from .errors import InputsError, ModelError, PlanError
 from .forking import Begin, Branch, Combine
 from .hold import fork, held, hold, holds_on, listing
 from .holding import Holding, PlanOf
-from .models import adapter_of
-from .models.architecture import Architecture
 from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
-from .models.checks import check_inputs, check_pictures, check_plan, check_site
-from .models.network import Network, without_wrapper
-from .models.sight import inputs_with_images
-from .plan.images import check_pixels
+from .models.checks import check_inputs, check_plan, check_site
 from .plan.inputs import Inputs
-from .plan.labels import class_id, class_names
 from .plan.plan import Intervention, Plan, World, as_plan
-from .plan.prompts import bos_of, decode_ids, encode_text, one_token, prepare
 from .plan.region import Region, resolve
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
+from .reader import Reader
 from .record import record
 from .running import Run
 
 
-class Model(Network):
+class Model(Reader):
     """A transformer, wrapped but never changed: hooks stand on it only while a plan is applied.
 
     Attributes:
@@ -49,12 +38,6 @@ class Model(Network):
         architecture: where the model keeps its parts.
         sizes: sizes of the head and last axes of every site, by key.
     """
-
-    def __init__(
-        self, module: nn.Module, tokenizer: Any, adapter: Callable[[Any], Architecture], processor: Any = None
-    ) -> None:
-        super().__init__(module, adapter)
-        self.tokenizer, self.processor = tokenizer, processor
 
     def _repr_html_(self) -> str:
         return f"<div><code>{html.escape(repr(self))}</code></div>{self.sites()._repr_html_()}"
@@ -99,86 +82,6 @@ class Model(Network):
             InputsError: they are not.
         """
         check_inputs(self, inputs)
-
-    def inputs(
-        self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Mapping[str, Any] | Tensor,
-        mask: Tensor | None = None,
-        *,
-        images: Any = None,
-        padding: str = "right",
-        row_ids: Tensor | None = None,
-        bos: bool | None = None,
-    ) -> Inputs:
-        """Prepare prompts, or images for a model that takes those.
-
-        Args:
-            prompts: a text or several, which the tokenizer encodes with the special tokens that it adds by itself;
-                lists of token ids of any lengths; or a tensor of ids [B, T]. For a vision model pixels [B, C, height,
-                width], as its image processor makes them; a run brings them into the model's dtype. For a model with
-                a vision tower also what its processor makes of texts and images, as a dict of tensors.
-            mask: [B, T], nonzero at real tokens, with a tensor of ids.
-            images: for each text its image (PIL's, an array or a tensor), several in a list, or None, where the
-                model was wrapped with its processor; texts hold the token that stands for an image.
-            padding: the side on which ragged rows are padded, ``"right"`` or ``"left"``.
-            row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
-            bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
-                one); by default what the tokenizer does, with a warning where that makes two.
-
-        Raises:
-            InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
-                another size, images where the model takes prompts, or prompts where it takes images.
-        """
-        self.refresh()
-        arch, vocabulary = self.architecture, self.architecture.token_ids
-        if images is not None or (arch.tower is not None and isinstance(prompts, Mapping)):
-            if mask is not None:
-                raise InputsError("a mask goes with a tensor of ids; what a processor makes has its own")
-            labels = None if self.tokenizer is None else self.decode
-            return inputs_with_images(arch, self.processor, prompts, images, padding, row_ids, labels)
-        if arch.images is not None:
-            if mask is not None:
-                raise InputsError("an image has no padding, so there is no mask to give")
-            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids)
-        if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
-            raise InputsError(
-                f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
-            )
-        decode = None if self.tokenizer is None else self.decode
-        made = prepare(
-            prompts, mask, row_ids, padding, encode=partial(encode_text, self.tokenizer, bos=bos), decode=decode,
-            vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
-        )  # fmt: skip
-        check_pictures(arch.tower, made)
-        return made
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds by itself.
-
-        Raises:
-            InputsError: there is no tokenizer.
-        """
-        return encode_text(self.tokenizer, text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, in which a piece that begins a word keeps its space; of a classifier, labels of classes.
-
-        Raises:
-            InputsError: there is no tokenizer.
-        """
-        if self.architecture.readout is not None:
-            return class_names(self.module, ids)
-        return decode_ids(self.tokenizer, ids)
-
-    def token(self, text: str) -> int:
-        """The id of a text that is one token, or of a classifier's label.
-
-        Raises:
-            InputsError: it is not; the message shows its pieces.
-        """
-        if self.architecture.readout is not None:
-            return class_id(self.module, text)
-        return one_token(self.tokenizer, text)
 
     def run(
         self,
@@ -367,59 +270,3 @@ class Model(Network):
     def suspended(self) -> AbstractContextManager[None]:
         """Within it, calls and runs in this thread are as if none of the plans were held that are held now."""
         return gate_of(self.module).suspended()
-
-
-def wrap(
-    model: Any,
-    tokenizer: Any = None,
-    *,
-    adapter: Callable[[nn.Module], Architecture] | None = None,
-    remote: bool | str = False,
-) -> Model:
-    """Wrap a model of the user's, which stays as it is.
-
-    Args:
-        model: of transformers, a language model of one of the families that are known or of one whose structure is
-            (see the README), a BERT, or a ViT with a classifier; the project's own small transformer; or any module
-            with an adapter; or one of these in a ``TransformerBridge`` of TransformerLens or in a model of nnsight's.
-        tokenizer: for prompts that are text, and for printing tokens; or the processor of a model that sees, which has
-            one within.
-        adapter: a function that says where the model keeps its parts, for a family that is not known. Of a model that
-            is wrapped already, tokenizer and adapter replace what it has. Of a model of peft's, `module` is the one
-            that its layers were put into.
-        remote: of a model of nnsight's, where its traces run: as nnsight's `trace` takes it.
-
-    Raises:
-        ModelError: nobody knows the model's parts, two layers are one module, or the model was compiled.
-    """
-    if isinstance(model, Model):
-        if tokenizer is None and adapter is None:
-            return model
-        known = (model.processor or model.tokenizer) if tokenizer is None else tokenizer
-        again = Model(model.module, *_reading(known, model.adapter if adapter is None else adapter))
-        again.tool = model.tool
-        return again
-    tool = tool_of(model, remote)
-    if tool is not None:
-        known = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-        wrapped = Model(tool.module, *_reading(known, adapter or tool.describe))
-        wrapped.tool = tool
-        return wrapped
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"wrap() takes a torch module, not {type(model).__name__}")
-    return Model(without_wrapper(model), *_reading(tokenizer, adapter or known_or_discovered))
-
-
-def _reading(tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
-    """A tokenizer, the adapter, and the processor that the tokenizer is a part of, if it was given in its place."""
-    within = getattr(tokenizer, "tokenizer", None)
-    return (tokenizer, adapter, None) if within is None else (within, adapter, tokenizer)
-
-
-def known_or_discovered(module: nn.Module) -> Architecture:
-    """The parts of a model, as its family's adapter says, or found out where nobody knows the family.
-
-    Raises:
-        ModelError: it cannot be described.
-    """
-    return (adapter_of(module) or discover)(module)

@@ -239,12 +239,12 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
-    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
+    {"fed", "decoding", "holding", "forking", "rereading", "holds", "hold", "certificate"},
     {"record"},
     {"tail"},
     {"running", "discovery"},
     {"compiling", "compiled", "members"},
-    {"model"},
+    {"reader", "model", "wrapping"},
 )
 
 

@@ -16,7 +16,7 @@ from .columns import Columns
 from .encoding import Put, Record
 from .images import patch_grid, patch_labels, patch_pixels
 from .pictures import PICTURES, Pictures
-from .sites import VISION
+from .sites import VISION, same
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +206,16 @@ class Inputs:
             seen = torch.full_like(self.ids, -1) if self.pictures is None else self.pictures.seen()
             return torch.stack([self.ids, seen], -1)
         return torch.nn.functional.pad(patch_pixels(self.pixels, self.patch), (0, 0, 1, 0))
+
+    def same_as(self, other: Inputs) -> bool:
+        """Whether these are the same prompts or images, padded and numbered in the same way."""
+        return (
+            same(self.ids, other.ids)
+            and same(self.mask, other.mask)
+            and same(self.row_ids, other.row_ids)
+            and same(self.pixels, other.pixels)
+            and same(self.contents(), other.contents())
+        )
 
     def differs(self, other: Inputs) -> Tensor:
         """bool [B, T]: the columns in which a batch of the same shape holds another token or patch."""

@@ -53,15 +53,7 @@ class World:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, World):
             return NotImplemented
-        mine, theirs = self.inputs, other.inputs
-        return (
-            same(mine.ids, theirs.ids)
-            and same(mine.mask, theirs.mask)
-            and same(mine.row_ids, theirs.row_ids)
-            and same(mine.pixels, theirs.pixels)
-            and same(mine.contents(), theirs.contents())
-            and self.plan == other.plan
-        )
+        return self.inputs.same_as(other.inputs) and self.plan == other.plan
 
     def __hash__(self) -> int:
         return hash((self.inputs.ids.shape, len(self.plan)))
