@@ -30,8 +30,8 @@ from ..sources import all_reads, read_tapes
 from .base import COPIES, Base, first_spread, record_keys
 from .route import Route
 
-ENOUGH = {"cpu": 2048}
-"""Tokens in a chunk from which on the products of a block do not get faster, by device type."""
+ENOUGH = {"cpu": 512}
+"""Tokens in a chunk from which on the products of a block get hardly faster, by device type."""
 ENOUGH_ELSEWHERE = 1 << 18
 
 
