@@ -239,10 +239,10 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
-    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
+    {"fed", "keeping", "decoding", "holding", "forking", "hold", "certificate"},
     {"record"},
     {"tail"},
-    {"running", "discovery"},
+    {"running", "discovery", "generated", "generation"},
     {"compiling", "compiled", "members"},
     {"model"},
 )
