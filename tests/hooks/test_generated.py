@@ -16,7 +16,7 @@ from tests.hooks.decoding import OPTIONS, assert_equal, generated, prompts, spel
 from tests.zoo import fresh, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-GREEDY = {**OPTIONS, "max_new_tokens": 5}
+GREEDY: dict[str, Any] = dict(OPTIONS, max_new_tokens=5)
 
 
 def words() -> Any:
@@ -84,9 +84,9 @@ def test_what_is_kept_is_what_a_run_of_the_text_keeps(family: str, mode: str) ->
     model = wrapped(family)
     x, plan, sites = prompts(model), edits(model), kept_sites(model)
     torch.manual_seed(3)
-    out = model.generate(x, plan, capture=sites, logits=True, seed=4, **(GREEDY | MODES[mode]))
+    out = model.generate(x, plan, capture=sites, logits=True, seed=4, **dict(GREEDY, **MODES[mode]))
     torch.manual_seed(3)
-    want, audit = generated(model, x, plan, seed=4, **({"max_new_tokens": 5} | MODES[mode]))
+    want, audit = generated(model, x, plan, seed=4, **dict(MODES[mode], max_new_tokens=5))
     assert torch.equal(out.sequences, want.tokens)
     assert [e.positions for e in out.audit] == [e.positions for e in audit]
     expand = len(out) // 2
@@ -102,6 +102,7 @@ def test_what_is_kept_is_what_a_run_of_the_text_keeps(family: str, mode: str) ->
         )
     # The logits of every step are those of the token before.
     steps = run.logits[:, x.width - 1 :]
+    assert out.logits is not None
     assert_equal([out.logits], [steps.float()], 1e-4 if steps.dtype == torch.float32 else 1e-6)
 
 
@@ -155,7 +156,7 @@ def test_texts_are_padded_left_and_come_back_as_texts() -> None:
 def test_a_row_that_ended_is_padding_from_there(how: str) -> None:
     model = hk.wrap(fresh("llama").module, words())
     x = prompts(model)
-    free = model.generate(x, **GREEDY | {"max_new_tokens": 6})
+    free = model.generate(x, **dict(GREEDY, max_new_tokens=6))
     first, second = free.tokens.tolist()
     n, end = next((n, one) for n, one in enumerate(second) if one > 2 and one not in (*first, *second[:n]))
     stop = (
@@ -163,14 +164,14 @@ def test_a_row_that_ended_is_padding_from_there(how: str) -> None:
         if how == "token"
         else {"eos_token_id": 63, "stopping_criteria": [lambda ids, scores, **_: ids[:, -1] == end]}
     )
-    out = model.generate(x, capture="resid_post", logits=True, **GREEDY | {"max_new_tokens": 6} | stop)
+    out = model.generate(x, capture="resid_post", logits=True, **dict(GREEDY, max_new_tokens=6, **stop))
     assert out.lengths.tolist() == [6, n + 1]
     assert (
         out.logits is not None and bool(out.logits[1, n + 1 :].isnan().all()) and not bool(out.logits[0].isnan().any())
     )
     place = site("resid_post", 1)
     assert not bool(out[place][1, x.width + n + 1 :].any()) and bool(out[place][1, x.width + n].any())
-    alone = model.generate(x.rows(slice(1, 2)), capture=place, **GREEDY | {"max_new_tokens": 6})
+    alone = model.generate(x.rows(slice(1, 2)), capture=place, **dict(GREEDY, max_new_tokens=6))
     assert_equal([out[place][1, 2 : x.width + n]], [alone[place][0, 2 : x.width + n]])
     assert out.texts is not None and out.texts[1].split()[-1] == f"w{end}"
 
@@ -181,7 +182,7 @@ def test_tokens_that_are_tried_and_rejected_are_not_kept() -> None:
     x, plan = Inputs.of(torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]])), edits(wrapped("llama"))
     sites = kept_sites(model)
     out = model.generate(
-        x, plan, capture=sites, logits=True, prompt_lookup_num_tokens=3, **GREEDY | {"max_new_tokens": 7}
+        x, plan, capture=sites, logits=True, prompt_lookup_num_tokens=3, **dict(GREEDY, max_new_tokens=7)
     )
     run = whole(model, out, plan, sites)
     for place in sites:

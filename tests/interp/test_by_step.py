@@ -45,7 +45,7 @@ def test_a_row_that_ended_has_no_number_and_the_rest_is_refused_by_name() -> Non
     free = model.generate(x, **OPTIONS)
     end = int(free.tokens[1, 0])
     assert end not in free.tokens[0]
-    out = model.generate(x, logits=True, **OPTIONS | {"eos_token_id": end})
+    out = model.generate(x, logits=True, **dict(OPTIONS, eos_token_id=end))
     got = ip.by_step(model, out, ip.prob(end))
     assert got.isnan().tolist() == [[False] * 4, [False, True, True, True]]
     refused: list[tuple[Any, Any, str]] = [
