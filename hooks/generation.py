@@ -45,7 +45,7 @@ def generate(
     options: Mapping[str, Any],
 ) -> Generated:
     """Generate from prompts under a plan; see `Model.generate`."""
-    module = _require(model, prompts, options, _draws(plan))
+    module = require_generates(model, prompts, options, plan)
     sites = _sites(model, capture, options)
     if any(place.name == "logits" for place in sites):
         sites, logits = tuple(place for place in sites if place.name != "logits"), True
@@ -64,7 +64,7 @@ def generate(
     sequences = output.sequences.to("cpu")
     rows = torch.arange(len(prompts)).repeat_interleave(len(sequences) // len(prompts))
     new = sequences[:, prompts.width :]
-    ends, pad = _ends(module, options)
+    ends, pad = ends_of(module, options)
     answered = until_end(new, ends, pad)
     whole = torch.cat([mask[rows], answered], 1)
     beams = getattr(output, "beam_indices", None)
@@ -80,7 +80,7 @@ def generate(
         sequences,
         whole,
         rows,
-        _texts(tokenizer, new, answered),
+        texts_of(tokenizer, new, answered),
         _logits(output, beams, answered) if logits else None,
         audit,
         output,
@@ -91,12 +91,12 @@ def generate(
 
 def _draws(plan: Any) -> bool:
     """Whether what a plan does may depend on the numbers of rows, as far as one can tell."""
-    if plan is None or (callable(plan) and not isinstance(plan, type)):
+    if plan is None or callable(plan):
         return plan is not None
     return any(item.op.name in _DRAWING for item in as_plan(plan))
 
 
-def _require(model: Network, prompts: Inputs, options: Mapping[str, Any], draws: bool) -> Any:
+def require_generates(model: Network, prompts: Inputs, options: Mapping[str, Any], plan: Any) -> Any:
     """The module, where it can generate from the prompts.
 
     Raises:
@@ -118,7 +118,7 @@ def _require(model: Network, prompts: Inputs, options: Mapping[str, Any], draws:
             "the prompts are padded on the right, and what a model writes follows the last column: give texts or "
             "lists of ids, or model.inputs(..., padding='left')"
         )
-    if draws and not torch.equal(prompts.row_ids, torch.arange(len(prompts))):
+    if _draws(plan) and not torch.equal(prompts.row_ids, torch.arange(len(prompts))):
         raise InputsError(
             "a generation numbers its rows 0 .. B-1, and the plan draws by these numbers: make inputs without row_ids"
         )
@@ -153,7 +153,7 @@ def _sites(model: Network, capture: Any, options: Mapping[str, Any]) -> tuple[Si
     return tuple(dict.fromkeys(Site(place.name, place.layer) for place in sites))
 
 
-def _ends(module: Any, options: Mapping[str, Any]) -> tuple[list[int], int | None]:
+def ends_of(module: Any, options: Mapping[str, Any]) -> tuple[list[int], int | None]:
     """The tokens that end a row, and what fills up rows that end otherwise."""
     told = options.get("generation_config") or module.generation_config
 
@@ -172,7 +172,8 @@ def _ends(module: Any, options: Mapping[str, Any]) -> tuple[list[int], int | Non
     return listed, int(torch.as_tensor(pad)) if listed and otherwise and pad is not None else None
 
 
-def _texts(tokenizer: Any, tokens: Tensor, answered: Tensor) -> tuple[str, ...] | None:
+def texts_of(tokenizer: Any, tokens: Tensor, answered: Tensor) -> tuple[str, ...] | None:
+    """The text of each row of tokens [R, S], of those that are its answer, without special ones."""
     if tokenizer is None:
         return None
     special = set(getattr(tokenizer, "all_special_ids", ()))

@@ -243,7 +243,7 @@ ORDER = (
     {"record"},
     {"tail"},
     {"running", "discovery", "generated", "generation"},
-    {"compiling", "compiled", "members"},
+    {"compiling", "stepping", "compiled", "members"},
     {"model"},
 )
 
