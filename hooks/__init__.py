@@ -26,6 +26,7 @@ from .errors import (
 )
 from .files import pair, read_record, read_tensors, sha256, write_all
 from .forking import Branch, Moment
+from .generated import Generated
 from .html import table
 from .members import Members
 from .meter import Meter
@@ -100,6 +101,7 @@ __all__ = [
     "Experts",
     "ForbidBack",
     "FromPositions",
+    "Generated",
     "Image",
     "Index",
     "Inputs",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .compiling import Graphs
 from .errors import InputsError, PlanError
+from .generated import Generated
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Intervention, Plan, World, as_plan
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
 from .running import Run
+from .stepping import decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,3 +69,43 @@ class Compiled:
         assert outcome.output is not None
         kept = tuple(zip(sites, outcome.values, strict=True))
         return Run(outcome.output, Tape(inputs, kept, self.model.sizes), outcome.audit, taps)
+
+    def generate(
+        self,
+        prompts: Inputs | World,
+        plan: Plan | Intervention | None = None,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        **options: Any,
+    ) -> Generated:
+        """Decode greedily with a static cache, each step a call of one graph, which a GPU replays.
+
+        It equals `Model.generate` under the same plan, greedily decoded. The prompt is run under the plan as it is
+        (not compiled). Rows go on to the last step, and `mask` says where they ended.
+
+        Args:
+            prompts: from ``Model.inputs(..., padding="left")``, or a `World`, which brings its own plan.
+            plan: another than `plan`.
+            max_new_tokens: S, one or more.
+            seed: of random interventions.
+            options: ``eos_token_id`` alone, as of `generate` of transformers.
+
+        Raises:
+            PlanError: new tokens whose scores, patterns or rotated keys are edited, or for which other worlds are read.
+            ModelError: layers that slide, images, or a model that does not generate.
+            UnfiredError: an intervention never fired.
+        """
+        if isinstance(prompts, World):
+            if plan is not None:
+                raise PlanError("a World brings its own plan")
+            prompts, plan = prompts.inputs, prompts.plan
+        if not isinstance(prompts, Inputs):
+            raise InputsError(f"a compiled model takes Inputs (from model.inputs), not {type(prompts).__name__}")
+        odd = sorted(set(options) - {"eos_token_id"})
+        if odd or max_new_tokens < 1:
+            what = f"no {', '.join(odd)}" if odd else f"no {max_new_tokens} tokens"
+            raise InputsError(f"a graph of one step decodes greedily, and knows {what}: Model.generate() takes those")
+        asked = self.plan if plan is None else as_plan(plan)
+        tokenizer = getattr(self.model, "tokenizer", None)
+        return decoded(self.graphs, asked, prompts, max_new_tokens, seed, tokenizer, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from .backends.traced import Traced
 from .errors import InterpError, ModelError
 from .hold import held
 from .layout import Layout
-from .lowering import Lowering, skeleton
+from .lowering import Lowered, Lowering, skeleton
 from .models.checks import check_inputs, check_plan, check_site
 from .models.network import Network
 from .plan.operations.custom import Custom
@@ -147,15 +147,7 @@ class Graphs:
         arguments = network.arguments(inputs.ids, inputs.mask, inputs.positions, inputs.pixels)
         key = (skeleton((lowered, captures)), tuple(arguments), expose, grad)
         graph = self._graph(key, program.touched | {place.key for place in sites}, expose, world, seed)
-        cap = graph.traced.architecture.lift_cap() if ("logits", -1, None) in graph.traced.keys else nullcontext()
-        with cap, self._counted():
-            graph.traced.twin.follow()
-            if self.options.replays:
-                torch.compiler.cudagraph_mark_step_begin()
-            logits, kept, changes = graph.compiled(arguments, len(inputs), lowered, captures)
-        if self.options.replays:
-            logits, changes = logits.clone(), {number: change.clone() for number, change in changes.items()}
-            kept = {number: value.clone() for number, value in kept.items()}
+        logits, kept, changes = self._called(graph, arguments, len(inputs), lowered, captures)
         if network.architecture.readout is not None:
             logits = logits.unsqueeze(1)
         lacking = [place for number, place in enumerate(sites) if number not in kept]
@@ -164,6 +156,43 @@ class Graphs:
         values = tuple(kept[number] for number in range(len(sites)))
         record = Record.of(program, State({}, changes))
         return Outcome(0, slice(0, len(inputs)), values, record, logits), tuple(taps)
+
+    def stepped(
+        self,
+        arguments: dict[str, Any],
+        rows: int,
+        touched: frozenset[Any],
+        lowered: Lowered,
+        tried: World,
+        seed: int,
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """One call of the model with a static cache; returns its logits and the changes that its steps made.
+
+        Args:
+            arguments: of the model.
+            touched: the sites of the program, which is `lowered`.
+            tried: a world in which functions of the user's may be tried before they are traced.
+        """
+        key = ("step", skeleton(lowered), tuple(arguments))
+        with self._lock, torch.no_grad():
+            graph = self._graph(key, touched, frozenset(), tried, seed)
+            logits, _, changes = self._called(graph, arguments, rows, lowered, ())
+        return logits, changes
+
+    def _called(
+        self, graph: _Graph, arguments: dict[str, Any], rows: int, lowered: Lowered, captures: Any
+    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, Tensor]]:
+        """Call a graph; what comes back is nobody else's."""
+        cap = graph.traced.architecture.lift_cap() if ("logits", -1, None) in graph.traced.keys else nullcontext()
+        with cap, self._counted():
+            graph.traced.twin.follow()
+            if self.options.replays:
+                torch.compiler.cudagraph_mark_step_begin()
+            logits, kept, changes = graph.compiled(arguments, rows, lowered, captures)
+        if self.options.replays:
+            logits, changes = logits.clone(), {number: change.clone() for number, change in changes.items()}
+            kept = {number: value.clone() for number, value in kept.items()}
+        return logits, kept, changes
 
     def _graph(self, key: Any, keys: frozenset[Any], expose: frozenset[int], world: World, seed: int) -> _Graph:
         """The function for a skeleton, compiled at its first call."""

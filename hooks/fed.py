@@ -210,6 +210,13 @@ class Fed:
             steps[key] = tuple(replace(s, rows=r, positions=p) for s, (r, p) in zip(found, counts, strict=True))
         return replace(program, steps=steps)
 
+    def note_counted(self, plan: Plan, entries: Sequence[Entry], sizes: dict[Key, dict[str, int]]) -> None:
+        """Note which rows an audit has counted, where another account of the text did so."""
+        for item, entry in zip(plan, entries, strict=True):
+            region = self._region(self.layout, item, sizes)
+            if region is not None:
+                self._count(region, entry)
+
     def _count(self, region: Region, entry: Entry) -> tuple[int, int]:
         """How many rows a region has, and how many tokens, that an audit's entry has not counted."""
         marks = self._marks(region)

@@ -17,6 +17,7 @@ from .fed import Decoding, Fed
 from .forking import Begin, Branch, Combine, Fork
 from .holding import Hold, Holding, applied_at
 from .holds import Holds
+from .keeping import Keeping
 from .layout import Layout
 from .models.checks import check_plan
 from .models.network import Network
@@ -76,9 +77,9 @@ def fork(
 
 
 @contextmanager
-def hold(network: Network, plan: Any, seed: int) -> Iterator[Audit]:
+def hold(network: Network, plan: Any, seed: int, keeping: Keeping | None = None) -> Iterator[Audit]:
     """Hold a plan on a model; see `Model.apply`."""
-    mine = Hold(plan, seed, gate_of(network.module).depth, applied_at())
+    mine = Hold(plan, seed, gate_of(network.module).depth, applied_at(), keeping)
     with _holding(network, mine):
         yield mine.audit
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .audit import Audit, Entry
 from .errors import UnfiredError
+from .keeping import Keeping
 from .models.checks import check_plan
 from .models.network import Network
 from .plan.inputs import Inputs
@@ -71,9 +72,11 @@ class Hold:
         by: where in the caller's code it was applied.
         read: other plans of the same text that were read, by how they were reached, and which of their interventions
             came to something.
+        keeping: what is kept of every call in it, or None.
     """
 
-    def __init__(self, plan: Any, seed: int, depth: int, by: str = "") -> None:
+    def __init__(self, plan: Any, seed: int, depth: int, by: str = "", keeping: Keeping | None = None) -> None:
+        self.keeping = keeping
         self.seed, self.thread, self.depth = seed, threading.get_ident(), depth
         self.by, self.thread_name = by, threading.current_thread().name
         self.plan: Plan | PlanOf

@@ -31,6 +31,7 @@ from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World
+from .plan.sites import Site
 from .plan.tape import Tape
 from .program import Program
 from .rereading import Rereading
@@ -88,7 +89,9 @@ class Holds:
             if holds:
                 every = [each for one in holds for each in (one.holds if isinstance(one, Fork) else (one,))]
                 plans = [World(_NOTHING, one.plan) for one in every if isinstance(one.plan, Plan)]
-                placement = Placement(self.network, touched(plans), exposed_layers(plans, ()), held=True)
+                keeps = [place for one in holds if one.keeping is not None for place in one.keeping.sites]
+                keys = touched(plans) | {place.key for place in keeps}
+                placement = Placement(self.network, keys, exposed_layers(plans, keeps), held=True)
                 placement.place()
             try:
                 if holds and not self.holds:
@@ -176,11 +179,25 @@ class Holds:
             self.begin(
                 call, views, partial(self.rereading().again, call, args, kwargs), partial(self.check, given=given)
             )
-            call.returned = partial(decodings.returned, fed)
+            call.returned = partial(self.returned, fed, call.run)
             if call.close is not None:
                 stack.callback(call.close)
             call.close = stack.pop_all().close
             return changed
+
+    def kept(self, number: int = 0) -> list[tuple[Hold, Site]]:
+        """What is kept of every call, and by whom; of several worlds, the first is kept."""
+        forced = [] if number else self.in_force()
+        return [(one, place) for one in forced if one.keeping is not None for place in one.keeping.sites]
+
+    def returned(self, fed: Fed, run: Pass, output: Any) -> None:
+        """Note that a call has returned, and what is kept of it."""
+        assert self.decodings is not None
+        self.decodings.returned(fed, output)
+        found = list(zip(self.kept(), run.values(0), strict=True)) if run.captures[0] else []
+        for one in dict.fromkeys(one for (one, _), _ in found):
+            assert one.keeping is not None
+            one.keeping.note(fed, [value for (by, _), value in found if by is one])
 
     def look(self, encode: Callable[[dict[str, Any]], Any], ids: Tensor, given: dict[str, Any]) -> tuple[Any, Seen]:
         """Run the tower of a `generate`, which looks at the images before it calls the model.
@@ -240,7 +257,9 @@ class Holds:
             assert placement is not None
             if not all(isinstance(one.plan, Plan) for number in range(len(views)) for one in self.in_force(number)):
                 wholes = [world.whole for world in worlds]
-                placement = Placement(network, touched(wholes), exposed_layers(wholes, ()))
+                keeps = [place for _, place in self.kept()]
+                keys = touched(wholes) | {place.key for place in keeps}
+                placement = Placement(network, keys, exposed_layers(wholes, keeps))
             programs = []
             for number, (world, view) in enumerate(zip(worlds, views, strict=True)):
                 tapes: dict[Any, Tape] = {}
@@ -252,7 +271,8 @@ class Holds:
                     world.now, network.sizes, tapes, device=network.device, seed=world.seeds, layout=view.layout
                 )
                 programs.append(view.counted(made, world.audit.entries, network.sizes))
-            run = Pass(placement, programs, [()] * len(programs))
+            captures = [[place for _, place in self.kept(number)] for number in range(len(programs))]
+            run = Pass(placement, programs, captures)
             if not placement.placed:
                 stack.callback(placement.remove)
                 placement.place()

@@ -14,6 +14,8 @@ from .compiled import Compiled
 from .compiling import Graphs, Options
 from .errors import InputsError, ModelError, PlanError
 from .forking import Begin, Branch, Combine
+from .generated import Generated
+from .generation import generate
 from .hold import fork, held, hold, holds_on, listing
 from .holding import Holding, PlanOf
 from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
@@ -154,6 +156,51 @@ class Model(Reader):
         """
         self._require_here()
         return hold(self, plan, seed)
+
+    def generate(
+        self,
+        prompts: Any,
+        plan: Plan | Intervention | PlanOf | None = None,
+        *,
+        capture: Sequence[Site | SiteInfo | str] | Site | SiteInfo | str = (),
+        logits: bool = False,
+        seed: int = 0,
+        mask: Tensor | None = None,
+        images: Any = None,
+        bos: bool | None = None,
+        **options: Any,
+    ) -> Generated:
+        """Generate under a plan, by the model's own `generate`; what a plan means meanwhile is said of `apply`.
+
+            out = model.generate("The sky is", steer, max_new_tokens=8, capture="blocks.3.hook_resid_post")
+            out.texts, out.tokens, out["blocks.3.hook_resid_post"]
+
+        Args:
+            prompts: a text or several, or token ids, as of `inputs`, which are padded on the left; or `Inputs` that
+                are; or a `World`, which brings its own plan.
+            plan: what is held meanwhile; None for nothing. Or a function from the `Inputs` of each call to a plan.
+            capture: sites to keep of every token that is fed, as edited.
+            logits: whether to keep those of every step.
+            seed: of random interventions. What sampling draws is torch's: ``torch.manual_seed``.
+            mask, images, bos: of the prompts, as of `inputs`.
+            options: of `generate` of transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ...
+
+        Raises:
+            ModelError: the model does not generate.
+            InputsError: prompts padded on the right, or an option that says what the prompt is.
+            UnfiredError: an intervention never fired.
+        """
+        self._require_here()
+        if isinstance(prompts, World):
+            if plan is not None:
+                raise PlanError("a World brings its own plan")
+            prompts, plan = prompts.inputs, prompts.plan
+        if not isinstance(prompts, Inputs):
+            prompts = self.inputs(prompts, mask, images=images, padding="left", bos=bos)
+        elif mask is not None or images is not None or bos is not None:
+            raise InputsError("these are Inputs already, which have their mask and images")
+        self.refresh()
+        return generate(self, prompts, plan, capture, logits, seed, self.tokenizer, options)
 
     def fork(
         self,

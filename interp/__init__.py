@@ -14,6 +14,7 @@ try:
         Context,
         CycleError,
         ElsewhereError,
+        Generated,
         Inputs,
         InputsError,
         InterpError,
@@ -72,6 +73,7 @@ from interp.activations import Activations, save_activations
 from interp.attention_view import AttentionView, attention_view
 from interp.attribution import attribution
 from interp.axes import Axis
+from interp.by_step import by_step
 from interp.checks import Conformance
 from interp.evaluation import evaluate
 from interp.grids import Grid, grid
@@ -103,6 +105,7 @@ __all__ = [
     "Context",
     "CycleError",
     "ElsewhereError",
+    "Generated",
     "Grid",
     "Inputs",
     "InputsError",
@@ -135,6 +138,7 @@ __all__ = [
     "attention",
     "attention_view",
     "attribution",
+    "by_step",
     "clamp",
     "conformance",
     "counterfactual",

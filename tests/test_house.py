@@ -239,11 +239,11 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
-    {"fed", "decoding", "holding", "forking", "rereading", "holds", "hold", "certificate"},
+    {"fed", "keeping", "decoding", "holding", "forking", "rereading", "holds", "hold", "certificate"},
     {"record"},
     {"tail"},
-    {"running", "discovery"},
-    {"compiling", "compiled", "members"},
+    {"running", "discovery", "generated", "generation"},
+    {"compiling", "stepping", "compiled", "members"},
     {"reader", "model", "wrapping"},
 )
 

@@ -1,29 +1,23 @@
-"""What one visit costs on each backend: the residual stream of every layer read or edited, in prefill and decoding.
-
-``python -m experiments.benchmarks.backends --out experiments/benchmarks/backends.json``
-"""
+"""What one visit costs on each backend: the residual stream of every layer read or edited, in prefill and decoding."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import interp as ip
 from experiments.benchmarks.setting import Setting
-from experiments.machine import describe, versions
 from experiments.timing import timed
 
 Entered = Callable[[], AbstractContextManager[Callable[[], Any]]]
 NEW = 16
 """Tokens that are generated."""
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 class Backends:
@@ -61,15 +55,23 @@ class Backends:
         return found
 
     def decoding(self) -> dict[str, dict[str, Entered]]:
-        """Generation of `NEW` tokens with a cache, with and without a plan that is held."""
+        """Generation of `NEW` tokens with a cache: without a plan, keeping every layer, under a plan that is held."""
         models = {"native": self.native, "TransformerBridge": self.bridge, "nnsight": self.nnsight}
-        return {
+        found: dict[str, dict[str, Entered]] = {
             name: {
                 "none": plain(self._generating(model.module)),
+                "read": plain(self._keeping(model)),
                 "edit": self._held(model, self._generating(model.module)),
             }
             for name, model in models.items()
         }
+        if self.compiled:
+            none, edits, inputs = self.native.compile(), self.native.compile(self.edits), self.native.inputs(self.ids)
+            found["compiled"] = {
+                "none": plain(lambda: none.generate(inputs, max_new_tokens=NEW, eos_token_id=None)),
+                "edit": plain(lambda: edits.generate(inputs, max_new_tokens=NEW, eos_token_id=None)),
+            }
+        return found
 
     def _runs(self, model: ip.Model, bare: Callable[[], Any]) -> dict[str, Entered]:
         inputs = model.inputs(self.ids)
@@ -88,8 +90,11 @@ class Backends:
         return bare
 
     def _generating(self, module: Any) -> Callable[[], Any]:
-        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        return lambda: module.generate(self.ids, **options)
+        return lambda: module.generate(self.ids, **GREEDY)
+
+    def _keeping(self, model: ip.Model) -> Callable[[], Any]:
+        inputs = model.inputs(self.ids)
+        return lambda: model.generate(inputs, capture=self.places, **GREEDY)
 
     def _held(self, model: ip.Model, run: Callable[[], Any] | None = None) -> Entered:
         call = self._bare(model.module) if run is None else run
@@ -136,53 +141,29 @@ def measured(setting: Setting, variants: dict[str, dict[str, Entered]], visits: 
     }
 
 
-def measure(setting: Setting, tokens: int, repetitions: int, compiled: bool) -> dict[str, Any]:
-    """All of it, as data."""
+def measure(setting: Setting, tokens: int, repetitions: int, compiled: bool) -> Iterator[tuple[str, Any]]:
+    """What is measured, one part after another, by its name."""
     backends = Backends(setting, tokens, compiled)
-    return {
-        "setting": {"layers": setting.layers, "width": setting.width, "tokens": tokens, "new_tokens": NEW},
-        "machine": describe(setting.device),
-        "versions": versions("transformers", "transformer-lens", "nnsight"),
-        "repetitions": repetitions,
-        "prefill": measured(setting, backends.prefill(), setting.layers, repetitions),
-        "decoding": measured(setting, backends.decoding(), setting.layers * NEW, max(3, repetitions // 3)),
-    }
+    yield "prefill", measured(setting, backends.prefill(), setting.layers, repetitions)
+    visits = setting.layers * NEW
+    yield "decoding", measured(setting, backends.decoding(), visits, max(3, repetitions // 3))
 
 
 def tables(record: dict[str, Any]) -> str:
     """The record as the table of the README."""
     lines = [
-        "| backend | prefill, without a visit | a read | an edit | decoding, a token | an edit |",
-        "|---|---|---|---|---|---|",
+        "| backend | prefill, without a visit | a read | an edit | decoding, a token | a read | an edit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in record["prefill"].items():
         each, decoded = row["microseconds_a_visit"], record["decoding"].get(name)
         cells = [f"{1e3 * row['seconds']['none']:.1f} ms"]
         cells += [f"{each[kind]:.0f} µs" if kind in each else "" for kind in ("read", "edit")]
         if decoded is None:
-            cells += ["", ""]
+            cells += ["", "", ""]
         else:
+            visits = decoded["microseconds_a_visit"]
             cells.append(f"{1e3 * decoded['seconds']['none'] / record['setting']['new_tokens']:.1f} ms")
-            cells.append(f"{decoded['microseconds_a_visit']['edit']:.0f} µs")
+            cells += [f"{visits[kind]:.0f} µs" if kind in visits else "" for kind in ("read", "edit")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, a few repetitions, nothing compiled")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    size = (2, 32, 2) if args.quick else (6, 256, 4)
-    setting = Setting(layers=size[0], width=size[1], heads=size[2], vocabulary=256, device=args.device)
-    found = measure(setting, 8 if args.quick else 32, 3 if args.quick else 12, compiled=not args.quick)
-    text = json.dumps(found, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

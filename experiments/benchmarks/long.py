@@ -88,18 +88,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.one:
         print(json.dumps(measure(int(args.one[0]), args.one[1] == "knockout", args.device)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
+    record = {"machine": describe(args.device), "versions": versions(), "lengths": rows}
     for tokens in args.lengths:
         row: dict[str, Any] = {"tokens": tokens}
         for kind in ("plain", "knockout"):
             command = [sys.executable, "-m", "experiments.benchmarks.long", "--device", args.device, "--one"]
             done = subprocess.run([*command, str(tokens), kind], capture_output=True, text=True, check=True)
             row[kind] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{tokens} tokens, {kind}: {row[kind]}", flush=True)
         rows.append(row)
-    record = {"machine": describe(args.device), "versions": versions(), "lengths": rows}
-    text = json.dumps(record, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
+        if args.out is not None:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(tables(record))
 
 

@@ -1,17 +1,25 @@
-"""What a plan costs a forward pass: the wrapped model's time over the bare model's."""
+"""What plans cost: the wrapped model's time over the bare model's, and of one visit on each backend.
+
+``python -m experiments.benchmarks.overhead --out experiments/benchmarks/overhead.json``
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import interp as ip
+from experiments.benchmarks import backends
 from experiments.benchmarks.setting import Setting
+from experiments.machine import describe, versions
 from experiments.timing import ratio, timed
 
 Entered = Callable[[], AbstractContextManager[Callable[[], Any]]]
@@ -66,3 +74,35 @@ def forward_overhead(setting: Setting, model: ip.Model, batch: int, tokens: int,
     ratios = {name: ratio(each, seconds["bare"]) for name, each in seconds.items() if name != "bare"}
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     return {"batch": batch, "tokens": tokens, "repetitions": repetitions, "seconds": medians, "over_bare": ratios}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write after each part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, a few repetitions, nothing compiled")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    layers, width, heads = (2, 32, 2) if args.quick else (6, 256, 4)
+    tokens, repetitions = (8, 3) if args.quick else (32, 12)
+    setting = Setting(layers=layers, width=width, heads=heads, vocabulary=256, device=args.device, quick=args.quick)
+    record: dict[str, Any] = {
+        "setting": {"layers": layers, "width": width, "tokens": tokens, "new_tokens": backends.NEW},
+        "machine": describe(args.device),
+        "versions": versions("transformers", "transformer-lens", "nnsight"),
+        "repetitions": repetitions,
+    }
+
+    def save(name: str, found: Any) -> None:
+        record[name] = found
+        if args.out is not None:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    save("forward", forward_overhead(setting, ip.wrap(setting.model()), 1, tokens, repetitions))
+    for name, found in backends.measure(setting, tokens, repetitions, compiled=not args.quick):
+        save(name, found)
+    print(backends.tables(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -116,6 +116,8 @@ class Outputs:
         return nn.functional.linear(x, weight[self.span], None if bias is None else bias[self.span])
 
 
+BETWEEN_POINTS = frozenset({"LinearBridge", "UnembeddingBridge"})
+"""Components of TransformerLens that are the linear layer within, between two hook points."""
 NEARLY_LINEAR = 0.05
 """How much what a quantised layer makes of parts may differ from what it makes of the whole, of the latter."""
 TRANSPOSED = frozenset({"Conv1D"})
@@ -141,6 +143,8 @@ def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     Raises:
         ModelError: the module keeps its weight in some other form (quantised, or wrapped), or computes more than that.
     """
+    if type(module).__name__ in BETWEEN_POINTS and isinstance(module.original_component, nn.Module):
+        module = module.original_component
     if not is_plain(module):
         raise ModelError(
             "a plain linear layer is needed here, to address its heads; "

@@ -225,6 +225,10 @@ def attending(cache: Any, policy: Policy | None = None) -> Iterator[Attending]:
     if cache.attending is not None:
         raise ModelError("this cache is attended to already: leave the outer ip.kv.attending() first")
     model = cache.model
+    if hasattr(model.tool, "place_hooks"):
+        raise ModelError(
+            f"{model.tool.name} computes attention itself, where nobody can evict a key: wrap the model of transformers"
+        )
     if model.holds:
         raise ModelError("a plan is held on the model: leave apply() first, it does not know which keys are kept")
     state = Attending(cache, policy or getattr(cache, "policy", None))

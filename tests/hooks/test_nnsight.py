@@ -33,43 +33,6 @@ def inputs(model: ip.Model, padded: bool = False, seed: int = 0) -> ip.Inputs:
     return model.inputs(*zoo.random_inputs(zoo.VOCAB, [7, 5] if padded else [7, 7], seed=seed))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_captures(family: str) -> None:
-    ours, theirs = bridged.native(family), bridged.traced(family)
-    places = bridged.sites(ours)
-    assert [place.key for place in places] == [place.key for place in bridged.sites(theirs)]
-    for padded in (False, True):
-        given = inputs(ours, padded)
-        one, two = ours.run(given, capture=places), theirs.run(given, capture=places)
-        close(one.logits, two.logits, given.mask)
-        for place in places:
-            a, b = one.tape[place], two.tape[place]
-            if place.name in ("scores", "pattern"):
-                a, b = a.transpose(1, 2), b.transpose(1, 2)
-            close(a, b, given.mask)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_interventions(family: str) -> None:
-    ours, theirs = bridged.native(family), bridged.traced(family)
-    given, other = inputs(ours, padded=True), inputs(ours, padded=True, seed=3)
-    base = ours.run(given).logits
-    for place in bridged.sites(theirs):
-        if place.layer == 0 and place.name not in ("resid_pre", "q_input"):
-            continue
-        width = {} if place.name in ("scores", "pattern") else {"dim": 1}
-        plans = [
-            ip.patch(place, source=ip.World(other)),
-            ip.scale(place.at(pos=-1, **width), -2.0) + ip.scale(place.at(pos=0), 1.5),
-        ]
-        for plan in plans:
-            one, two = ours.run(given, plan), theirs.run(given, plan)
-            close(one.logits, two.logits, given.mask, 2e-5)
-            inert = place.name == "pos_embed" and plan is plans[0]
-            assert inert == (float((one.logits - base)[given.mask].abs().max()) < 1e-4), plan
-            assert [e.positions for e in one.audit] == [e.positions for e in two.audit]
-
-
 def test_together() -> None:
     """Sites, reads of this world, user's functions, strengths and random draws in one trace."""
     ours, theirs = bridged.native("llama"), bridged.traced("llama")
@@ -87,31 +50,6 @@ def test_together() -> None:
     one, two = (model.run(given, plan, capture=places, seed=5) for model in (ours, theirs))
     close(one.logits, two.logits, given.mask, 2e-5)
     assert [entry.status for entry in two.audit] == ["fired"] * 5
-
-
-def test_gradients() -> None:
-    ours, theirs = bridged.native("gpt2"), bridged.traced("gpt2")
-    given = inputs(ours)
-    keep = [ip.site(name, 1) for name in ("resid_pre", "q", "pattern", "z", "resid_mid", "mlp_out")]
-    found = []
-    for model in (ours, theirs):
-        run = model.run(given, ip.scale(ip.site("z", 0, head=1), 2.0), capture=keep, grad=True)
-        found.append(run.gradient(run.logits[:, -1, 3]))
-    for one, two in zip(*found, strict=True):
-        assert float(one.abs().max()) > 1e-4
-        close(one, two, atol=1e-4)
-
-
-def test_sweep() -> None:
-    ours, theirs = bridged.native("llama"), bridged.traced("llama")
-    clean, corrupt = inputs(ours), inputs(ours, seed=3)
-    metric = ip.logit_diff([3, 4], [5, 6])
-    for grid in (ip.grid("resid_pre", layer="all", pos=[2, 6]), ip.grid("pattern", layer=[0], head="all")):
-        one, two = (ip.sweep(model, clean, corrupt, grid, metric=metric) for model in (ours, theirs))
-        three = ip.sweep(theirs, clean, corrupt, grid, metric=metric, executor="sequential")
-        assert float(abs(one.effect).max()) > 1e-2
-        assert abs(one.effect - two.effect).max() <= 1e-4
-        assert abs(three.effect - two.effect).max() <= 1e-4
 
 
 def test_held_over_traces_of_the_users() -> None:

@@ -35,6 +35,7 @@ PARTS = (
     Part("masks", parts.masks, 40),
     Part("edges", parts.edges, 40),
     Part("deep", deep, 70),
+    Part("decoding", parts.decoding, 60),
     Part("callbacks", parts.callbacks, 30),
     Part("ensemble", ensemble, 100),
 )

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import torch
 
 import interp as ip
 from experiments.benchmarks import callbacks as training
@@ -21,9 +22,10 @@ from experiments.benchmarks.overhead import forward_overhead
 from experiments.benchmarks.patching import Models, measure_sweep
 from experiments.benchmarks.setting import EDGE_TOKENS, Setting
 from experiments.benchmarks.work import prompt_operations
-from experiments.timing import interleaved
+from experiments.timing import interleaved, ratio
 
 DTYPES = ("float32", "bfloat16")
+_ENDLESS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": None}
 
 
 def peaks(bench: Bench) -> Iterator[Row]:
@@ -122,6 +124,39 @@ def edges(bench: Bench) -> Iterator[Row]:
             "difference": scores["largest_difference"],
             "of": scores["largest_score"],
         }
+
+
+def decoding(bench: Bench) -> Iterator[Row]:
+    """Decoding under a plan, every step a replay of one graph, beside plain decoding that is replayed too."""
+    setting = bench.setting
+    model = ip.wrap(setting.model())
+    vector = torch.full((setting.width,), 1e-3, device=model.device, dtype=model.dtype)
+    sites = [ip.site("resid_post", layer=layer, pos="new") for layer in range(setting.layers)]
+    plan = ip.Plan(tuple(ip.steer(place, vector, 50.0) for place in sites))
+    inputs, new = model.inputs(setting.ids(1, 16)), 4 if bench.quick else 64
+    graph: dict[str, Any] = {"backend": "eager"} if bench.quick else {"mode": "reduce-overhead"}
+    fast = model.compile(**graph)
+
+    def replayed(todo: ip.Plan) -> Any:
+        return fast.generate(inputs, todo, max_new_tokens=new, eos_token_id=None)
+
+    def called() -> Any:
+        return model.generate(inputs, plan, logits=True, max_new_tokens=new, do_sample=False, **_ENDLESS)
+
+    runs = {"plain": partial(replayed, ip.Plan()), "held": partial(replayed, plan), "apply": called}
+    for name in ("plain", "held"):  # made, recorded
+        runs[name](), runs[name]()
+    seconds, found = interleaved(runs, 1 if bench.quick else 7, bench.device)
+    middle = {name: statistics.median(each) for name, each in seconds.items()}
+    yield {
+        "what": f"decoding {new} tokens, {len(plan)} edits a token, replayed",
+        "dtype": "float32",
+        "seconds": middle["held"],
+        "over_bare": ratio(seconds["held"], seconds["plain"]),
+        "times_ours": {"generate() under apply": middle["apply"] / middle["held"]},
+        "difference": float((found["held"].logits.float() - found["apply"].logits.float()).abs().max()),
+        "of": float((found["held"].logits - found["plain"].logits).abs().max()),
+    }
 
 
 def callbacks(bench: Bench) -> Iterator[Row]:
