@@ -139,7 +139,7 @@ class Model(Network):
         if arch.images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
-            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids)
+            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids, arch.images.prefix)
         if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
             raise InputsError(
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"
@@ -216,7 +216,7 @@ class Model(Network):
         outcome.audit.require_fired()
         assert outcome.output is not None
         kept = tuple(zip(sites, outcome.values, strict=True))
-        return Run(outcome.output, Tape(inputs, kept, self.sizes), outcome.audit)
+        return Run(outcome.output, Tape(inputs, kept, self.sizes), outcome.audit, headless=self.architecture.headless)
 
     def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> AbstractContextManager[Audit]:
         """Hold a plan on the model while the user calls it: any forward, `generate`, or a training step.
@@ -282,6 +282,8 @@ class Model(Network):
             PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
         """
         self._require_here()
+        if self.architecture.headless:
+            raise ModelError(f"worlds are combined by their logits, and there are none: {self.architecture.headless}")
         return fork(self, [own or Branch(), *branches], combine, seed, begin)
 
     def compile(
