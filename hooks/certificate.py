@@ -33,7 +33,6 @@ LENGTH = 8
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference that is taken for rounding, relative to the largest logit. Models of float64 have parts in
 float32."""
-_LOGITS = Site("logits", pos=Span())
 
 
 def distrust(network: Network, inputs: Inputs) -> str:
@@ -79,7 +78,7 @@ def compare(network: Network, row: Inputs) -> str:
         except SiteError as error:
             return f"the model's description is of parts that it does not call: {error}"
         worlds = [World(row), *_edits(row, network, streams)]
-        truth = [_native(network, world, [_LOGITS])[0][0] for world in worlds]
+        truth = [_native(network, world, [_end(network)])[0][0] for world in worlds]
         if not _close(truth[0], output, row, network.dtype):
             return "the logits that the model returns are not what its unembedding gives"
         try:
@@ -124,9 +123,21 @@ def _edits(row: Inputs, network: Network, streams: list[Tensor]) -> list[World]:
 def _packed(network: Network, row: Inputs, worlds: list[World]) -> list[Tensor]:
     """The logits of the base and of worlds, as the copy-on-write executor has them."""
     keys = record_keys({item.site.key for world in worlds for item in world.plan})
-    base = Base(network, row, slice(0, 1), [_LOGITS], frozenset(), keys)
-    plain = run_base(base)
-    return [plain[0], *run_against(base, worlds).values[0]]
+    base = Base(network, row, slice(0, 1), [_end(network)], frozenset(), keys | {_end(network).key})
+    return [_ended(base, row), *run_against(base, worlds).values[0]]
+
+
+def _end(network: Network) -> Site:
+    """What is compared: the logits of all real tokens, or the last states of a model without a head."""
+    return network.architecture.end.at(pos=Span())
+
+
+def _ended(base: Base, row: Inputs) -> Tensor:
+    """Run a base of one row, and return what is compared of it."""
+    logits, end = run_base(base), _end(base.network)
+    if end.name == "logits":
+        return logits[0]
+    return base.values[end.key][row.mask[0].to(base.device)][None]
 
 
 def _taken_apart(network: Network, row: Inputs) -> Tensor:
@@ -135,8 +146,8 @@ def _taken_apart(network: Network, row: Inputs) -> Tensor:
     inside = [Site(name, layer).key for layer in range(len(blocks)) for name in ("mlp_post", "expert_out")]
     keys = {key for key in inside if key in network.sizes}
     shown = frozenset(layer for layer, block in enumerate(blocks) if not block.attention.opaque)
-    base = Base(network, row, slice(0, 1), [_LOGITS], shown, record_keys(keys))
-    return run_base(base)[0]
+    base = Base(network, row, slice(0, 1), [_end(network)], shown, record_keys(keys | {_end(network).key}))
+    return _ended(base, row)
 
 
 def _close(read: Tensor, output: Tensor, row: Inputs, dtype: torch.dtype) -> bool:

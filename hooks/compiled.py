@@ -68,7 +68,9 @@ class Compiled:
         outcome.audit.require_fired()
         assert outcome.output is not None
         kept = tuple(zip(sites, outcome.values, strict=True))
-        return Run(outcome.output, Tape(inputs, kept, self.model.sizes), outcome.audit, taps)
+        return Run(
+            outcome.output, Tape(inputs, kept, self.model.sizes), outcome.audit, taps, self.model.architecture.headless
+        )
 
     def generate(
         self,

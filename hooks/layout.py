@@ -194,6 +194,7 @@ class Layout:
         return Context(
             site=site.name,
             layer=site.layer,
+            stack=site.key[2],
             axes=site.axes,
             single=tuple(axis != ROW and isinstance(getattr(site, axis), int) for axis in site.axes),
             row=on(self.rows[window]),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
+
 from .audit import Audit
 from .backends.gate import gate_of
 from .capturing import captured
@@ -121,7 +123,7 @@ class Model(Reader):
         outcome.audit.require_fired()
         assert outcome.output is not None
         kept = tuple(zip(sites, outcome.values, strict=True))
-        return Run(outcome.output, Tape(inputs, kept, self.sizes), outcome.audit)
+        return Run(outcome.output, Tape(inputs, kept, self.sizes), outcome.audit, headless=self.architecture.headless)
 
     def apply(self, plan: Plan | Intervention | PlanOf, *, seed: int = 0) -> AbstractContextManager[Audit]:
         """Hold a plan on the model while the user calls it: any forward, `generate`, or a training step.
@@ -232,6 +234,8 @@ class Model(Reader):
             PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
         """
         self._require_here()
+        if self.architecture.headless:
+            raise ModelError(f"worlds are combined by their logits, and there are none: {self.architecture.headless}")
         return fork(self, [own or Branch(), *branches], combine, seed, begin)
 
     def compile(

@@ -73,7 +73,7 @@ class Reader(Network):
         if arch.images is not None:
             if mask is not None:
                 raise InputsError("an image has no padding, so there is no mask to give")
-            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids)
+            return Inputs.of_images(check_pixels(prompts, arch.images), arch.images.patch, row_ids, arch.images.prefix)
         if isinstance(prompts, Tensor) and prompts.is_floating_point() and prompts.ndim > 2:
             raise InputsError(
                 f"{self!r} is a language model: it takes texts or token ids, not pixels {list(prompts.shape)}"

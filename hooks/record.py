@@ -74,15 +74,19 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto", re
 
 
 def _looks(network: Network, worlds: Sequence[World], reads: Sequence[Site]) -> str:
-    """Why worlds of a model that sees are not shared; empty where they may be."""
+    """Why worlds that look at what is outside the language model are not shared; empty where they may be."""
     tower = network.architecture.tower
-    if tower is None:
+    if tower is None and network.architecture.pooler is None:
         return ""
     sites, everything = [*reads], [*worlds]
     for source, found in all_reads(worlds).values():
         sites += found
         everything.append(source)
     sites += [site for world in everything for item in world.plan for site in (item.site, *item.read_sites)]
+    if any(site.name == "pooled" for site in sites):
+        return "the pooled vector is made by a module of the model's own, of whole rows"
+    if tower is None:
+        return ""
     there = next((site for site in sites if site.key[2] is not None), None)
     if there is not None:
         return f"{there} is in the tower, which has no keys and values to share"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .audit import Audit
-from .errors import PlanError, SiteError, nearest
+from .errors import ModelError, PlanError, SiteError, nearest
 from .html import table
 from .plan.sites import Site, sites_of
 from .plan.tape import Tape
@@ -19,16 +19,30 @@ class Run:
     """What a run gives back.
 
     Attributes:
-        logits: [B, T, V]; [B, 1, V] of a classifier.
+        output: what the model returned, for every token: the logits, or the last states [B, T, M] of a model without a
+            head.
         tape: the activations that were asked for.
         audit: what each intervention did.
         taps: what gets the gradient of each value on the tape where a compiler hides the path to it; see `gradient`.
+        headless: why there are no logits; empty where there are.
     """
 
-    logits: Tensor
+    output: Tensor
     tape: Tape
     audit: Audit
     taps: tuple[Tensor, ...] = ()
+    headless: str = ""
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, T, V]; [B, 1, V] of a classifier.
+
+        Raises:
+            ModelError: the model has no head.
+        """
+        if self.headless:
+            raise ModelError(f"there are no logits: {self.headless}")
+        return self.output
 
     def gradient(self, measured: Tensor, *where: Site | str) -> tuple[Tensor, ...]:
         """The gradient of a number at captured sites, of a run with ``grad=True``, compiled or not.
@@ -61,7 +75,11 @@ class Run:
     def _repr_html_(self) -> str:
         kept = table(("kept", "shape"), [(place, list(value.shape)) for place, value in self.tape.values])
         did = self.audit._repr_html_() if len(self.audit) else ""
-        return f"<div><code>Run(logits {list(self.logits.shape)})</code></div>{did}{kept if len(self.tape) else ''}"
+        return f"<div><code>Run({self._told})</code></div>{did}{kept if len(self.tape) else ''}"
 
     def __repr__(self) -> str:
-        return f"Run(logits {list(self.logits.shape)}, {self.tape}, {self.audit})"
+        return f"Run({self._told}, {self.tape}, {self.audit})"
+
+    @property
+    def _told(self) -> str:
+        return f"{'states' if self.headless else 'logits'} {list(self.output.shape)}"

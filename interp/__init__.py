@@ -92,6 +92,7 @@ from interp.metrics import (
     rank,
 )
 from interp.results import Result
+from interp.similarity import similarity
 from interp.suite import conformance
 from interp.sweeps import sweep
 from interp.version import __version__
@@ -173,6 +174,7 @@ __all__ = [
     "run_worlds",
     "save_activations",
     "scale",
+    "similarity",
     "site",
     "steer",
     "sweep",

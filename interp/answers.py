@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks import MetricError, Model
+from hooks import MetricError, Model, Site
 
 Token = int | str
 Tokens = Token | Sequence[Token] | Sequence[Sequence[Token]] | Sequence[Tensor] | Tensor
@@ -22,7 +22,9 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
     Raises:
         MetricError: not as many as rows, rows of different numbers of tokens, or ids outside the vocabulary.
         InputsError: a text that is not one token; the message shows its pieces.
+        SiteError: the model has no logits.
     """
+    model.require(Site("logits"))
 
     def one(token: Any) -> int:
         if isinstance(token, str):

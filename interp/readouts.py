@@ -58,6 +58,7 @@ class Places:
         """
         # All positions as a slice: a site without restriction has the columns of the batch, padding and all.
         place = Site("logits", pos=Span() if pos is None else pos)
+        model.require(place.whole)
         sizes = model.sizes[place.key]
         region = resolve(place, inputs.columns, sizes)
         real = None if region.valid is None else region.valid[..., 0]

@@ -20,6 +20,7 @@ from hooks import (
     Intervention,
     Model,
     Plan,
+    Run,
     Site,
     World,
     choose,
@@ -72,7 +73,7 @@ def _inputs(model: Model, seed: int) -> Inputs:
     special = {one for value in told for one in (value if isinstance(value, (list, tuple)) else [value])}
     usable = torch.tensor([i for i in range(model.architecture.token_ids) if i not in special])
     rows = [usable[torch.randint(len(usable), (n,), generator=generator)].tolist() for n in LENGTHS]
-    return model.inputs(rows)
+    return model.inputs(rows, padding="left" if model.architecture.pools_last else "right")
 
 
 class _Suite:
@@ -81,7 +82,7 @@ class _Suite:
         self.model, self.inputs, self.seed = model, inputs, seed
         depth = model.n_layers
         self.layers = sorted({0, depth // 2, depth - 1})
-        self.logits = Site("logits")
+        self.ends = [model.architecture.end, *([Site("pooled")] if model.architecture.pooler is not None else [])]
         kinds = [(s.name, bool(s.layers)) for s in model.sites()]
         self.places = [Site(name, layer) for name, inside in kinds for layer in (self.layers if inside else [None])
                        if Site(name, layer).key in model.sizes]  # fmt: skip
@@ -102,6 +103,11 @@ class _Suite:
     def real(self, logits: Tensor) -> Tensor:
         """The logits of tokens that are real."""
         return logits if logits.shape[1] == 1 else logits[self.inputs.mask.to(logits.device)]
+
+    def returned(self, plan: Plan | Intervention | None = None, capture: Sequence[Site] = ()) -> tuple[Run, Tensor]:
+        """A run, and what a model returns of real tokens: logits, or states and pooled vectors."""
+        run = self.model.run(self.inputs, plan, capture=[*capture, *self.ends[1:]])
+        return run, torch.cat([self.real(x).flatten() for x in (run.output, *(run.tape[s] for s in self.ends[1:]))])
 
     def compared(self, group: str, name: str, a: Tensor, b: Tensor) -> Check:
         gap = self.near(a, b)
@@ -128,14 +134,14 @@ class _Suite:
         return steer(where, vector.to(value.dtype))
 
     def has_pos(self, place: Site) -> bool:
-        return not (place.name == "logits" and self.model.architecture.readout is not None)
+        return "pos" not in self.model.sizes[place.key]
 
     # -- sites
 
     def sites(self) -> list[Check]:
         """Each kind of site is read, put back without effect, and edited with one."""
         model, found = self.model, []
-        self.plain = model.run(self.inputs).logits
+        _, self.plain = self.returned()
         for place in self.places:
             found.append(self.tried("sites", str(place), lambda place=place: self.site(place)))
         offered = {s.name for s in model.sites()}
@@ -147,31 +153,31 @@ class _Suite:
 
     def site(self, place: Site) -> Check:
         model, name = self.model, str(place)
-        run = model.run(self.inputs, capture=[place])
+        run, read = self.returned(capture=[place])
         value = self.values[place] = run.tape[place]
         wanted = [model.sizes[place.key].get(axis, None) for axis in place.axes]
         if any(n is not None and n != size for n, size in zip(wanted, value.shape, strict=True)):
             return Check("sites", name, False, f"its shape is {list(value.shape)}, announced {wanted}")
         assert self.plain is not None
-        if (gap := self.near(self.real(run.logits), self.real(self.plain))) > self.allowed:
+        if (gap := self.near(read, self.plain)) > self.allowed:
             return Check("sites", name, False, f"reading it changes the logits by {gap:.1e}")
-        same = model.run(self.inputs, patch(place, World(self.inputs))).logits
-        if (gap := self.near(self.real(same), self.real(self.plain))) > self.allowed:
+        _, same = self.returned(patch(place, World(self.inputs)))
+        if (gap := self.near(same, self.plain)) > self.allowed:
             return Check("sites", name, False, f"putting back what was read changes the logits by {gap:.1e}")
         if not place.axes.count(HEAD) and place.name == "router" and model.sizes[place.key]["dim"] < 2:
             return Check("sites", name, True)
-        edited = model.run(self.inputs, self.edit(place)).logits
-        gap = self.near(self.real(edited), self.real(self.plain))
-        return Check("sites", name, gap > 0, "" if gap > 0 else "an edit of it changes no logit")
+        _, edited = self.returned(self.edit(place))
+        gap = self.near(edited, self.plain)
+        return Check("sites", name, gap > 0, "" if gap > 0 else "an edit of it changes nothing that is returned")
 
     # -- executors
 
     def executors(self) -> list[Check]:
         """The executors read the same everywhere, and make the same of an edit of every kind."""
         model, x = self.model, self.inputs
-        places = [place for place in self.places if place in self.values]
+        places = [place for place in self.places if place in self.values and place.name != "pooled"]
         worlds = [World(x), *(World(x, Plan((self.edit(place),))) for place in places)]
-        reads = [self.logits, *places]
+        reads = [self.ends[0], *places]
         choice = choose(model, worlds)
         found, base = [], None
         for executor in EXECUTORS:
@@ -183,7 +189,7 @@ class _Suite:
                 nonlocal base
                 got: list[Sequence[Tensor]] = [()] * len(worlds)
                 for index, world in ((0, worlds[:1]), (1, worlds[1:])):
-                    wanted = reads if index == 0 else [self.logits]
+                    wanted = reads if index == 0 else self.ends[:1]
                     for outcome in run_worlds(model, world, wanted, executor=executor):
                         got[index + outcome.index] = outcome.values
                 if base is None:
@@ -201,7 +207,7 @@ class _Suite:
 
     def seen(self, place: Site, value: Tensor) -> Tensor:
         """The entries of a site that are of real tokens."""
-        if value.shape[1] == 1 and place.name == "logits":
+        if value.shape[1] == 1 and place.name in ("logits", "pooled"):
             return value
         mask = self.inputs.mask.to(value.device)
         if place.name in ("scores", "pattern"):
@@ -282,6 +288,8 @@ class _Suite:
     def unembedding(self) -> Check:
         arch = self.model.architecture
         last = Site("resid_post", self.model.n_layers - 1)
+        if arch.headless:
+            return Check("identities", "logits", None, "-")
         states = self.get("ln_final") if Site("ln_final") in self.values else self.values[last]
         states = states if arch.readout is None else states[:, arch.readout : arch.readout + 1]
         return self.compared("identities", "logits", self.real(arch.logits(states)), self.real(self.get("logits")))
@@ -294,12 +302,12 @@ class _Suite:
         if x.pixels is not None:
             return []
         rows = [x.ids[row][x.mask[row]].tolist() for row in range(len(x))]
-        alone = [self.model.run(self.model.inputs([row])).logits[0] for row in rows]
+        alone = [self.model.run(self.model.inputs([row])).output[0] for row in rows]
 
         def beside(side: str) -> Check:
             padded = self.model.inputs(rows, padding=side)
             try:
-                logits = self.model.run(padded).logits
+                logits = self.model.run(padded).output
             except InputsError as error:
                 return Check("identities", f"{side} padding", None, str(error))
             mine = torch.cat([logits[r][padded.mask[r].to(logits.device)] for r in range(len(rows))])
@@ -339,6 +347,8 @@ class _Suite:
 
     def paths(self) -> list[Check]:
         """Whether the residual stream is the sum of what the graph of paths has for writers."""
+        if self.model.architecture.headless:
+            return [Check("paths", "a graph of writers and readers", None, "it ends with logits, and there is no head")]
         try:
             check_additive(self.model, self.inputs, tolerance=self.allowed)
         except InterpError as error:

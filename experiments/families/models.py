@@ -23,6 +23,10 @@ _FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_
            **_SPECIAL}  # fmt: skip
 _OPT = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": 0.0, **_SPECIAL}  # fmt: skip
+_SIDES = {"projection_dim": 24, "image_size": 16, "patch_size": 4}
+_VISION = {**{key: value for key, value in _PLAIN.items() if key not in ("vocab_size", *_SPECIAL)}, **_SIDES}
+_TEXT = {**{key: value for key, value in _PLAIN.items() if key not in _SPECIAL}, "projection_dim": 24,
+         "projection_size": 24, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 0}  # fmt: skip
 _BERT = {key: value for key, value in _PLAIN.items() if key not in _SPECIAL}
 
 
@@ -96,6 +100,13 @@ FAMILIES: dict[str, Family] = {
                                  "layer_types": _SLIDING}),
     "BERT": Family("Bert", _BERT, "ForMaskedLM"),
     "BERT, tokens": Family("Bert", {**_BERT, "num_labels": 5}, "ForTokenClassification"),
+    "BERT, no head": Family("Bert", _BERT, "Model"),
+    "Llama, no head": Family("Llama", _GROUPED, "Model"),
+    "GPT-2, no head": Family("GPT2", _GPT, "Model"),
+    "CLIP, images": Family("CLIP", _VISION, "VisionModel", "CLIPVisionConfig"),
+    "CLIP, texts": Family("CLIP", _TEXT, "TextModelWithProjection", "CLIPTextConfig"),
+    "SigLIP, images": Family("Siglip", _VISION, "VisionModel", "SiglipVisionConfig"),
+    "SigLIP, texts": Family("Siglip", _TEXT, "TextModel", "SiglipTextConfig"),
     "Llama, sequences": Family(
         "Llama", {**_GROUPED, "num_labels": 3, "pad_token_id": 0}, "ForSequenceClassification"
     ),

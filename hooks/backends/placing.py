@@ -69,6 +69,10 @@ def place_hooks(
             _BlockHooks(hooks, block, layer, inside).place()
     if "ln_final" in names:
         hooks.on_output(arch.norm, show("ln_final"))
+    if "pooled" in names:
+        assert arch.pooler is not None
+        pooled = show("pooled")
+        hooks.on_output(arch.pooler, lambda run, x: pooled(run, x.unsqueeze(1)).squeeze(1))
     if "logits" in names:
         # A classifier unembeds one position of each row, which its output has no axis for.
         one = show("logits")

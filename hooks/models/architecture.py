@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..plan.images import ImageFormat
 from ..plan.pictures import Pictures
-from ..plan.sites import VISION
+from ..plan.sites import VISION, Site
 from .blocks import Block
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -88,7 +89,12 @@ class Architecture:
         pooled: whether the model returns the logits of one token of each row, though it computes those of all.
         bounds: numbers of tokens past which the model may do something else, besides its windows.
         ids: how many token ids the model takes, where those are not as many as its logits.
-        missing: sites that the model cannot show, by name, and why.
+        missing: sites that the model cannot show, by name, and why. A model without a head has no logits, and its last
+            states, after `norm` where there is one, are what it returns.
+        pooler: what makes one vector of the states of a row, in a model that returns one; `pooled_width`: of how many
+            numbers.
+        pools_last: whether the pooled vector is of a row's last column, be it padding.
+        look: what makes of pixels what `embed` returns, where that is not `embed` itself, called on them.
         unshared: why the copy-on-write executor cannot compute the model; empty where it may.
     """
 
@@ -127,6 +133,22 @@ class Architecture:
     bounds: tuple[int, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     unshared: str = ""
+    pooler: nn.Module | None = None
+    pooled_width: int = 0
+    pools_last: bool = False
+    look: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def headless(self) -> str:
+        """Why there are no logits; empty where there are."""
+        return self.missing.get("logits", "")
+
+    @property
+    def end(self) -> Site:
+        """Where what the model returns stands: its logits, or the last states of one that has no head."""
+        if not self.headless:
+            return Site("logits")
+        return Site("resid_post", len(self.blocks) - 1) if "ln_final" in self.missing else Site("ln_final")
 
     @property
     def token_ids(self) -> int:
@@ -142,7 +164,13 @@ class Architecture:
         return self.norm(stream) if self.to_final is None else self.to_final(stream)
 
     def logits(self, final: Tensor) -> Tensor:
-        """Logits [..., V] of the final norm's output [..., M]."""
+        """Logits [..., V] of the final norm's output [..., M].
+
+        Raises:
+            ModelError: the model has no head.
+        """
+        if self.headless:
+            raise ModelError(f"there are no logits: {self.headless}")
         return self.capped(self.unembed(final))
 
     def capped(self, out: Tensor) -> Tensor:

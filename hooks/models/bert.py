@@ -1,4 +1,5 @@
-"""BERT (`BertForMaskedLM`, `BertForTokenClassification`): tokens that all see each other, norms after the addition.
+"""BERT (`BertForMaskedLM`, `BertForTokenClassification`, `BertModel`): tokens that all see each other, norms after the
+addition.
 
 The embeddings module adds positions and types of tokens and norms the sum, so `embed` is all of it.
 """
@@ -13,21 +14,25 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import swap_attention
+from .huggingface import headless, inner, swap_attention
 from .projections import Projection, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
-    """Find the parts of a BERT with a head that reads every token.
+    """Find the parts of a BERT with a head that reads every token, or with none.
 
     Raises:
         ModelError: it has another head, or is a decoder.
     """
-    body, config = model.bert, model.config
+    body, config = inner(model, "bert"), model.config
     if config.is_decoder or config.add_cross_attention:
         raise ModelError("this BERT is a decoder; the family is known as an encoder")
-    missing = {}
-    if hasattr(model, "cls") and hasattr(model.cls, "predictions"):
+    missing, pooler = {}, None
+    if model is body:
+        norm, pooler, head = nn.Identity(), body.pooler, nn.Identity()
+        missing = headless(model, "load it with AutoModelForMaskedLM")["missing"]
+        missing["ln_final"] = "the last block norms its output by itself"
+    elif hasattr(model, "cls") and hasattr(model.cls, "predictions"):
         norm, head = model.cls.predictions.transform, model.cls.predictions.decoder
     elif body.pooler is None and isinstance(getattr(model, "classifier", None), nn.Linear):
         norm, head = nn.Identity(), model.classifier
@@ -45,11 +50,13 @@ def describe(model: Any) -> Architecture:
         norm=norm,
         unembed=head,
         width=config.hidden_size,
-        vocabulary=linear_outputs(head),
+        vocabulary=0 if model is body else linear_outputs(head),
         swap_attention=swap_attention,
         missing=missing,
         positioned=True,
         ids=body.embeddings.word_embeddings.num_embeddings,
+        pooler=pooler,
+        pooled_width=config.hidden_size,
     )
 
 

@@ -12,7 +12,7 @@ from ..errors import ModelError
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
 from .falcon import ALIBI, OPAQUE
-from .huggingface import headed, swap_attention
+from .huggingface import headed, inner, swap_attention
 from .projections import Projection, linear_outputs
 
 
@@ -23,7 +23,7 @@ def describe(model: Any) -> Architecture:
         ModelError: its residual stream goes on from the norms, or its products are sliced.
     """
     head = headed(model)
-    body, config = model.transformer, model.config
+    body, config = inner(model, "transformer"), model.config
     if config.apply_residual_connection_post_layernorm or (config.pretraining_tp > 1 and config.slow_but_exact):
         raise ModelError(
             "a BLOOM is known whose residual stream goes on from before the norms, and whose products are whole "

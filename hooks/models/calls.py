@@ -127,4 +127,4 @@ def inputs_of_call(call: dict[str, Any], images: ImageFormat) -> Inputs:
     if isinstance(mask, Tensor) and not bool(mask.bool().all()):
         raise InputsError("a plan counts every patch of an image, and this call masks some of them")
     down, across = patch_grid(pixels, images.patch)
-    return Inputs.of(torch.zeros(len(pixels), 1 + down * across, dtype=torch.int64))
+    return Inputs.of(torch.zeros(len(pixels), images.prefix + down * across, dtype=torch.int64))

@@ -61,7 +61,10 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
         sizes |= _stack_sizes(part, stack)
     if arch.pos_embed is not None:
         sizes["pos_embed", -1, None] = {DIM: arch.width}
-    sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
+    if arch.pooler is not None:
+        sizes["pooled", -1, None] = {DIM: arch.pooled_width, POS: 1}
+    if not arch.headless:
+        sizes["logits", -1, None] = {DIM: arch.vocabulary} | ({} if arch.readout is None else {POS: 1})
     return sizes
 
 

@@ -85,6 +85,11 @@ def check_inputs(model: Network, inputs: Inputs) -> None:
         raise InputsError(f"{inputs!r} holds {given}, and {model!r} takes {takes}: prepare them with its inputs()")
     if images is not None and inputs.pixels is not None:
         require_size(inputs.pixels, images)
+        if (inputs.patch, inputs.prefix) != (images.patch, images.prefix):
+            raise InputsError(
+                f"{inputs!r} is cut into patches of {inputs.patch} after {inputs.prefix} tokens, and the model's "
+                f"images into {images.patch} after {images.prefix}: prepare them with its inputs()"
+            )
     else:
         require_vocabulary(inputs, model.architecture.token_ids)
         check_pictures(model.architecture.tower, inputs)

@@ -1,4 +1,4 @@
-"""Towers of CLIP and SigLIP: tokens of an image that all see each other, LayerNorm before each sublayer."""
+"""Blocks of CLIP and SigLIP: tokens of an image that all see each other (or of a text), LayerNorm before sublayers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .blocks import Attention, Block, Mlp, Sublayer
 from .projections import Projection
 
 
-def blocks(tower: Any) -> tuple[Block, ...]:
-    """The blocks of a vision model that keeps them in ``encoder.layers``.
+def blocks(tower: Any, causal: bool = False) -> tuple[Block, ...]:
+    """The blocks of a tower that keeps them in ``encoder.layers``, whose tokens see all others, or those before them.
 
     Raises:
         ModelError: it is another kind of tower.
@@ -18,10 +18,10 @@ def blocks(tower: Any) -> tuple[Block, ...]:
     layers: Any = getattr(getattr(tower, "encoder", None), "layers", ())
     if not len(layers) or not all(hasattr(layers[0], name) for name in ("layer_norm1", "self_attn", "mlp")):
         raise ModelError(f"a {type(tower).__name__} is no tower of CLIP's or SigLIP's kind, which are known here")
-    return tuple(_block(layer) for layer in tower.encoder.layers)
+    return tuple(_block(layer, causal) for layer in tower.encoder.layers)
 
 
-def _block(layer: Any) -> Block:
+def _block(layer: Any, causal: bool) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     heads, width = attention.num_heads, attention.head_dim
     attend = Attention(
@@ -31,7 +31,7 @@ def _block(layer: Any) -> Block:
         v=Projection(attention.v_proj, heads, width),
         out=attention.out_proj,
         scaling=attention.scale,
-        causal=False,
+        causal=causal,
     )
     feed = Mlp(mlp, mlp.fc1, mlp.fc2, mlp.activation_fn, width=mlp.fc1.out_features)
     return Block(layer, (Sublayer(layer.layer_norm1, attend), Sublayer(layer.layer_norm2, feed)))

@@ -12,7 +12,7 @@ from torch import nn
 
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import headed, swap_attention
+from .huggingface import headed, inner, swap_attention
 from .positions import Rotary
 from .projections import Projection, linear_outputs
 
@@ -23,7 +23,7 @@ ALIBI = "its attention adds a bias by distance (ALiBi) to the scores, which this
 def describe(model: Any) -> Architecture:
     """Find the parts of a Falcon with a language-model head."""
     head = headed(model)
-    body, config = model.transformer, model.config
+    body, config = inner(model, "transformer"), model.config
     rotary = None if config.alibi else Rotary.of(body.rotary_emb)
     return Architecture(
         family=config.model_type,

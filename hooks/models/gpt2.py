@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import headed, swap_attention
+from .huggingface import headed, inner, swap_attention
 from .projections import Projection, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-2 with a language-model head."""
     head = headed(model)
-    body = model.transformer
+    body = inner(model, "transformer")
     return Architecture(
         family="gpt2",
         embed=body.wte,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .architecture import Architecture, AttentionFunction
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import headed
+from .huggingface import headed, inner
 from .positions import Rotary, rotate_pairs
 from .projections import Projection, linear_outputs
 
@@ -25,7 +25,7 @@ from .projections import Projection, linear_outputs
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-J with a language-model head."""
     head = headed(model)
-    body, config = model.transformer, model.config
+    body, config = inner(model, "transformer"), model.config
     return Architecture(
         family=config.model_type,
         embed=body.wte,

@@ -42,10 +42,27 @@ def unembedding(model: Any) -> Any:
     return head
 
 
+def inner(model: Any, name: str) -> Any:
+    """The layers of a model: what it keeps under a name, or itself where it is no more than they."""
+    return getattr(model, name, model)
+
+
+def headless(model: Any, instead: str, ids: int | None = None) -> dict[str, Any]:
+    """What an `Architecture` says of the head of a model that has none, and what is to be done for one."""
+    why = f"a {type(model).__name__} has no head, so it returns the states of its last layer and no logits; {instead}"
+    return {"unembed": nn.Identity(), "vocabulary": 0, "ids": ids, "missing": {"logits": why}}
+
+
 def headed(model: Any) -> dict[str, Any]:
-    """What an `Architecture` says of a model's head: itself, how many logits it returns, and of which tokens."""
-    head = unembedding(model)
+    """What an `Architecture` says of a model's head: itself, how many logits it returns, and of which tokens.
+
+    Raises:
+        ModelError: it has a head of another kind.
+    """
     ids = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if getattr(model, "base_model", None) is model and not hasattr(model, "lm_head"):
+        return headless(model, "load it with AutoModelForCausalLM", ids)
+    head = unembedding(model)
     return {"unembed": head, "vocabulary": linear_outputs(head), "ids": ids,
             "pooled": "SequenceClassification" in type(model).__name__}  # fmt: skip
 

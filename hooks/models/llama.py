@@ -15,7 +15,7 @@ from ..errors import ModelError
 from . import moe
 from .architecture import Architecture
 from .blocks import Attention, Block, Feed, Map, Mlp, Sublayer
-from .huggingface import headed, swap_attention
+from .huggingface import headed, inner, swap_attention
 from .positions import Rotary
 from .projections import Outputs, Projection, is_plain, linear_outputs
 
@@ -27,7 +27,7 @@ def describe(model: Any) -> Architecture:
         ModelError: it attends to later tokens too.
     """
     head = headed(model)
-    body, config = model.model, model.config
+    body, config = inner(model, "model"), model.config
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError(
             f"this {type(model).__name__} attends to later tokens too (use_bidirectional_attention); "

@@ -7,7 +7,7 @@ from typing import Any
 
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import headed, swap_attention
+from .huggingface import headed, inner, swap_attention
 from .positions import Rotary
 from .projections import Projection
 
@@ -15,7 +15,7 @@ from .projections import Projection
 def describe(model: Any) -> Architecture:
     """Find the parts of a GPT-NeoX with a language-model head."""
     head = headed(model)
-    body, config = model.gpt_neox, model.config
+    body, config = inner(model, "gpt_neox"), model.config
     rotary = Rotary.of(body.rotary_emb)
     return Architecture(
         family="gpt_neox",

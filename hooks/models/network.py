@@ -94,6 +94,7 @@ class Network:
         heads, groups = attention.q.heads, attention.k.heads
         told = f"{heads} heads" + (f" ({groups} key/value)" if groups != heads else "")
         out = f"vocabulary {arch.vocabulary}" if arch.readout is None else f"{arch.vocabulary} classes"
+        out = "no head" if arch.headless else out
         return f"Model({arch.family}: {self.n_layers} layers, {told}, width {arch.width}, {out})"
 
     def forward(
@@ -104,7 +105,10 @@ class Network:
         pixels: Tensor | None = None,
         pictures: Pictures | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier."""
+        """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier.
+
+        Of a model without a head, its last states [B, T, M].
+        """
         arguments = self.arguments(ids, mask, positions, pixels, pictures)
         if self.architecture.pooled:
             return self._every(arguments)
@@ -136,6 +140,11 @@ class Network:
             return {"pixel_values": pixels.to(self.device, self.dtype)}
         if self.tool is not None:
             self.tool.require(ids, mask)
+        if self.architecture.pools_last and not bool(mask[:, -1].all()):
+            raise InputsError(
+                f"{type(self.module).__name__} pools the last column, which is padding in some rows: pad them on the "
+                "left, or, as it was trained, give ids that the padding is part of, without a mask"
+            )
         arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not bool(mask.all()):
             positions = positions + self.architecture.first_position
@@ -260,7 +269,9 @@ def _users(hooks: dict[int, Any]) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits among what a model returns: alone, by name, or first in a tuple."""
+    """The logits among what a model returns: alone, by name, or first in a tuple; of one without a head its states."""
     if isinstance(output, tuple):
         output = output[0]
-    return output if isinstance(output, Tensor) else output.logits
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state

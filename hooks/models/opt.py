@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import headed, swap_attention
+from .huggingface import headed, inner, swap_attention
 from .projections import Projection, linear_outputs
 
 
@@ -24,13 +24,13 @@ def describe(model: Any) -> Architecture:
         ModelError: its embeddings are narrower than its stream.
     """
     head = headed(model)
-    body, config = model.model.decoder, model.config
+    body, config = inner(model, "model").decoder, model.config
     if body.project_in is not None or body.project_out is not None:
         raise ModelError(
             f"the embeddings of this OPT have {config.word_embed_proj_dim} numbers and its stream has "
             f"{config.hidden_size}: what projects one to the other is at no site"
         )
-    norm = body.final_layer_norm
+    norm, missing = body.final_layer_norm, head.pop("missing", {})
     return Architecture(
         family=config.model_type,
         embed=body.embed_tokens,
@@ -41,7 +41,7 @@ def describe(model: Any) -> Architecture:
         width=config.hidden_size,
         swap_attention=swap_attention,
         at_positions=partial(_at, body.embed_positions),
-        missing={} if norm is not None else {"ln_final": "the last block norms what is unembedded"},
+        missing=missing if norm is not None else {**missing, "ln_final": "the last block norms what is unembedded"},
     )
 
 

@@ -1,4 +1,5 @@
-"""Vision transformers (`ViTForImageClassification`): patches and a class token that all see each other, LayerNorm.
+"""Vision transformers (`ViTForImageClassification`, `ViTModel`): patches and a class token that all see each other,
+LayerNorm.
 
 The embeddings module adds the class token and the positions, so `embed` is all of it. The classifier reads the class
 token.
@@ -14,17 +15,22 @@ from ..errors import ModelError
 from ..plan.images import ImageFormat
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
-from .huggingface import swap_attention
+from .huggingface import headless, inner, swap_attention
 from .projections import Projection
 
 
 def describe(model: Any) -> Architecture:
-    """Find the parts of a vision transformer with a classifier."""
-    if not isinstance(getattr(model, "classifier", None), nn.Linear):
+    """Find the parts of a vision transformer with a classifier, or with no head.
+
+    Raises:
+        ModelError: it has another head.
+    """
+    body, config = inner(model, "vit"), model.config
+    bare = model is body
+    if not bare and not isinstance(getattr(model, "classifier", None), nn.Linear):
         raise ModelError(
             f"{type(model).__name__} has no classifier; load it with AutoModelForImageClassification, and with labels"
         )
-    body, config = model.vit, model.config
     if not hasattr(body, "layers"):
         raise ModelError("this version of transformers keeps the layers of a ViT elsewhere; 5.23 is known to fit")
     patches = body.embeddings.patch_embeddings
@@ -34,13 +40,17 @@ def describe(model: Any) -> Architecture:
         pos_embed=None,
         blocks=tuple(_block(layer, config) for layer in body.layers),
         norm=body.layernorm,
-        unembed=model.classifier,
+        **(headless(model, "load it with AutoModelForImageClassification") if bare else _classifier(model)),
         width=config.hidden_size,
-        vocabulary=model.classifier.out_features,
         swap_attention=swap_attention,
-        readout=0,
         images=ImageFormat(patches.num_channels, *patches.image_size, patch=tuple(patches.patch_size)),
+        pooler=getattr(model, "pooler", None),
+        pooled_width=getattr(config, "pooler_output_size", config.hidden_size),
     )
+
+
+def _classifier(model: Any) -> dict[str, Any]:
+    return {"unembed": model.classifier, "vocabulary": model.classifier.out_features, "readout": 0}
 
 
 def _block(layer: Any, config: Any) -> Block:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, Site
+from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, STACKS, Site
 
-_LATER = ("router", "expert_out")
+_LATER = ("router", "expert_out", "pooled")
 """Kinds of sites that came after numbers had been drawn at the others, whose draws are to stay what they were."""
-_BEYOND = 1 << 32
+_BEYOND, _STACK = 1 << 32, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Context:
     """Where a function is applied. Everything here is known before the run, so using it never waits for the device.
 
     Attributes:
-        site: name of the site, and `layer` its block (None outside the blocks).
+        site: name of the site, `layer` its block (None outside the blocks) and `stack` which of several, None of the
+            main one.
         axes: names of the axes of `x`, in order.
         single: for each axis, whether the site selected it with one int (such an axis has size 1 in `x`, and a value
             given for it may leave it out).
@@ -78,15 +79,17 @@ class Context:
     total: int
     references: tuple[Reference | None, ...] = ()
     allowed: Tensor | None = None
+    stack: str | None = None
 
     @property
     def salt(self) -> int:
-        """A number of the site and layer, so that draws at different places differ."""
-        name, layer, _ = Site(self.site, self.layer).key
+        """A number of the site, layer and stack, so that draws at different places differ."""
+        name, layer, stack = Site(self.site, self.layer, self.stack).key
+        beyond = 0 if stack is None else (STACKS.index(stack) + 1) * _STACK
         if name in _LATER:
-            return (_LATER.index(name) + 1) * _BEYOND + layer
+            return beyond + (_LATER.index(name) + 1) * _BEYOND + layer
         first = [kind for kind in KINDS if kind not in _LATER]
-        return first.index(name) + len(first) * (layer + 1)
+        return beyond + first.index(name) + len(first) * (layer + 1)
 
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""

@@ -18,12 +18,14 @@ class ImageFormat:
     Attributes:
         channels, height, width: of an image, in numbers and pixels.
         patch: height and width of a patch, in pixels; what is left over on the right and below belongs to none.
+        prefix: how many tokens stand before the patches: one of class, or none.
     """
 
     channels: int
     height: int
     width: int
     patch: tuple[int, int]
+    prefix: int = 1
 
 
 def patch_grid(pixels: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
@@ -38,10 +40,10 @@ def patch_pixels(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def patch_labels(pixels: Tensor, patch: tuple[int, int]) -> tuple[str, ...]:
-    """What the tokens of an image are called: the class token, then each patch by its row and column."""
+def patch_labels(pixels: Tensor, patch: tuple[int, int], prefix: int = 1) -> tuple[str, ...]:
+    """What the tokens of an image are called: the class token, if any, then each patch by its row and column."""
     down, across = patch_grid(pixels, patch)
-    return ("[cls]", *(f"{row},{column}" for row in range(down) for column in range(across)))
+    return (*("[cls]",) * prefix, *(f"{row},{column}" for row in range(down) for column in range(across)))
 
 
 def check_pixels(given: Any, expected: ImageFormat) -> Tensor:

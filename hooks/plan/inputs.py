@@ -31,7 +31,7 @@ class Inputs:
         tokens: the text of each real token, one tuple a row, or None without a tokenizer. Of an image ``"[cls]"``, and
             each patch as ``"row,column"``.
         pixels: [B, C, height, width], floating point, or None where the rows are prompts.
-        patch: height and width of a patch in pixels, with images.
+        patch: height and width of a patch in pixels, with images; `prefix`: how many tokens stand before the patches.
         pictures: the images of prompts that have some; None where no row has.
         bos_id: the token that texts begin with, where there is one.
     """
@@ -44,6 +44,7 @@ class Inputs:
     patch: tuple[int, int] | None = None
     pictures: Pictures | None = None
     bos_id: int | None = None
+    prefix: int = 1
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
@@ -81,8 +82,12 @@ class Inputs:
         return cls(ids, mask, row_ids, tokens)
 
     @classmethod
-    def of_images(cls, pixels: Tensor, patch: tuple[int, int], row_ids: Tensor | None = None) -> Inputs:
+    def of_images(
+        cls, pixels: Tensor, patch: tuple[int, int], row_ids: Tensor | None = None, prefix: int = 1
+    ) -> Inputs:
         """Complete pixels [B, C, height, width] that are cut into patches of [height, width] pixels.
+
+        Before them stand `prefix` tokens, of class or none.
 
         Raises:
             InputsError: the pixels are of another shape, or no numbers.
@@ -90,13 +95,16 @@ class Inputs:
         if pixels.ndim != 4 or not pixels.is_floating_point() or len(patch) != 2 or min(patch) < 1:
             raise InputsError(f"no images: pixels {pixels.dtype} {list(pixels.shape)} in patches of {patch}")
         down, across = patch_grid(pixels, patch)
-        made = cls.of(torch.zeros(len(pixels), 1 + down * across, dtype=torch.int64), None, row_ids)
-        return replace(made, tokens=(patch_labels(pixels, patch),) * len(pixels), pixels=pixels, patch=tuple(patch))
+        made = cls.of(torch.zeros(len(pixels), prefix + down * across, dtype=torch.int64), None, row_ids)
+        labels = (patch_labels(pixels, patch, prefix),) * len(pixels)
+        return replace(made, tokens=labels, pixels=pixels, patch=tuple(patch), prefix=prefix)
 
     def encoded(self, put: Put) -> dict[str, Any]:
         """The inputs as data."""
         kind = TOKENS if self.pictures is None else SEEN
-        return (kind if self.pixels is None else IMAGES).encoded(self, put)
+        # What saves images that have a class token stays as it was.
+        images = IMAGES if self.prefix == 1 else PATCHES
+        return (kind if self.pixels is None else images).encoded(self, put)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -205,7 +213,7 @@ class Inputs:
         if self.pixels is None or self.patch is None:
             seen = torch.full_like(self.ids, -1) if self.pictures is None else self.pictures.seen()
             return torch.stack([self.ids, seen], -1)
-        return torch.nn.functional.pad(patch_pixels(self.pixels, self.patch), (0, 0, 1, 0))
+        return torch.nn.functional.pad(patch_pixels(self.pixels, self.patch), (0, 0, self.prefix, 0))
 
     def same_as(self, other: Inputs) -> bool:
         """Whether these are the same prompts or images, padded and numbered in the same way."""
@@ -269,7 +277,7 @@ def align(clean: Inputs, corrupt: Inputs) -> Alignment:
         InputsError: they do not; the message prints the tokens from the first difference on. Or prompts stand beside
             images, or images beside others of another size.
     """
-    shapes = [None if x.pixels is None else (list(x.pixels.shape[1:]), x.patch) for x in (clean, corrupt)]
+    shapes = [None if x.pixels is None else (list(x.pixels.shape[1:]), x.patch, x.prefix) for x in (clean, corrupt)]
     if shapes[0] != shapes[1]:
         raise InputsError(f"rows that do not correspond: clean is {clean!r}, corrupt {corrupt!r}")
     if len(clean) != len(corrupt):
@@ -310,6 +318,8 @@ SEEN = Record(
     },
     lambda ids, mask, row_ids, tokens, pictures: replace(Inputs.of(ids, mask, row_ids, tokens), pictures=pictures),
 )
-IMAGES = Record("images", {"pixels": (Tensor,), "patch": (tuple,), "row_ids": (Tensor,)}, Inputs.of_images)
-INPUTS_RECORDS = (TOKENS, IMAGES, SEEN, PICTURES)
+_PIXELS = {"pixels": (Tensor,), "patch": (tuple,), "row_ids": (Tensor,)}
+IMAGES = Record("images", _PIXELS, Inputs.of_images)
+PATCHES = Record("patches", {**_PIXELS, "prefix": (int,)}, Inputs.of_images)
+INPUTS_RECORDS = (TOKENS, IMAGES, SEEN, PICTURES, PATCHES)
 """How inputs stand in a file."""

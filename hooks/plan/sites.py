@@ -22,6 +22,11 @@ from .spans import IMAGE, NEW, SPAN, Image, New, Span
 ROW, POS, KEY, HEAD, DIM = "row", "pos", "key_pos", "head", "dim"
 TEXT, VISION = "text", "vision"
 """Stacks of layers in a model that has several: the language model, which is meant where none is named, and a tower."""
+DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
+"""The same in one that decodes what it has encoded: the decoder, which is meant where none is named, the encoder, and
+the attention of the decoder's layers to what is encoded."""
+STACKS = (VISION, ENCODER, CROSS)
+"""Those besides the one that is meant where none is named."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ KINDS: dict[str, Kind] = {
         Kind("mlp_out", _RESID, "BTM", "hook_mlp_out"),
         Kind("resid_post", _RESID, "BTM", "hook_resid_post"),
         Kind("ln_final", _RESID, "BTM", "ln_final.hook_out", per_layer=False),
+        Kind("pooled", _RESID, "BTM", "pooler.hook_out", per_layer=False),
         Kind("logits", _RESID, "BTV", "unembed.hook_out", per_layer=False),
     )
 }
@@ -144,7 +150,7 @@ class Site:
     @property
     def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
-        stack = None if self.stack == TEXT else self.stack
+        stack = None if self.stack in (TEXT, DECODER) else self.stack
         if self.name == "resid_pre" and self.layer:
             return ("resid_post", self.layer - 1, stack)
         return (self.name, -1 if self.layer is None else self.layer, stack)

@@ -136,7 +136,7 @@ def repeated_tokens(model: Model, rows: int, length: int, *, seed: int = 0, firs
     Raises:
         MetricError: the vocabulary is too small.
     """
-    vocabulary = model.architecture.vocabulary
+    vocabulary = model.architecture.token_ids
     if not 0 < length < vocabulary - (first is not None) + 1 or rows < 1:
         raise MetricError(f"{rows} rows of {length} different tokens cannot be drawn from {vocabulary}")
     generator = torch.Generator().manual_seed(seed)

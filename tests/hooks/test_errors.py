@@ -472,7 +472,7 @@ class Headless(nn.Module):
 
 
 def test_what_cannot_be_wrapped():
-    from transformers import BertConfig, BertForNextSentencePrediction, GPT2Model, LlamaModel
+    from transformers import BertConfig, BertForNextSentencePrediction
 
     for given in ("gpt2", None, 3, zoo.make, {"model": 1}):
         with says(ModelError, "torch module", type(given).__name__):
@@ -484,10 +484,6 @@ def test_what_cannot_be_wrapped():
     )
     with says(ModelError, "NextSentence", "AutoModelForMaskedLM"):
         hk.wrap(bert)
-    gpt2, llama = zoo.make("gpt2").config, zoo.make("llama").config
-    for kind, config in ((GPT2Model, gpt2), (LlamaModel, llama)):
-        with says(ModelError, kind.__name__, "head"):
-            hk.wrap(kind(config))
     model = wrapped("gpt2")
     assert hk.wrap(model) is model
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import hooks
-from hooks import Inputs, Span, World, run_worlds, site
+from hooks import KINDS, Inputs, Span, World, run_worlds, site
+from hooks.plan.context import Context
+from hooks.plan.sites import STACKS
 from hooks.random import choice, normal, uniform
 from tests import zoo
 from tests.hooks.formulas import reference
@@ -210,3 +212,16 @@ def test_counters_to_numbers():
     picks = choice(7, grid[0], 3)
     assert picks.dtype == torch.int64 and set(picks.flatten().tolist()) == set(range(7))
     assert normal(torch.arange(10_000)).isfinite().all()
+
+
+def test_stacks_draw_numbers_of_their_own():
+    """The same site and layer of another stack is another place; that of the main stack keeps its numbers."""
+    one = {"axes": ("row",), "single": (False,), "row": torch.arange(2), "pos": torch.zeros(2, 1, dtype=torch.int64),
+           "key_pos": None, "head": None, "dim": None, "seed": 0, "window": slice(0, 2), "total": 2}  # fmt: skip
+    salts = {stack: Context("z", 3, stack=stack, **one).salt for stack in (None, "text", "vision", "encoder", "cross")}
+    assert salts[None] == salts["text"] and len(set(salts.values())) == 4
+    kinds = [kind for kind in KINDS if kind not in ("router", "expert_out", "pooled")]
+    assert salts[None] == kinds.index("z") + len(kinds) * 4 and len(kinds) == 25
+    layers = {kind: 3 if KINDS[kind].per_layer else None for kind in KINDS}
+    everywhere = {Context(kind, layers[kind], stack=stack, **one).salt for kind in KINDS for stack in STACKS}
+    assert len(everywhere) == len(KINDS) * len(STACKS)

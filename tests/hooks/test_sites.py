@@ -42,9 +42,10 @@ TRANSFORMER_LENS = {
     "mlp_out": "blocks.3.hook_mlp_out",
     "resid_post": "blocks.3.hook_resid_post",
     "ln_final": "ln_final.hook_out",
+    "pooled": "pooler.hook_out",
     "logits": "unembed.hook_out",
 }
-OUTSIDE = {"embed", "pos_embed", "ln_final", "logits"}
+OUTSIDE = {"embed", "pos_embed", "ln_final", "pooled", "logits"}
 AXES = {
     "head": "q_input k_input v_input q k v rot_q rot_k scores pattern z result expert_out",
     "key_pos": "scores pattern",
@@ -268,7 +269,7 @@ def test_nearest():
 def test_a_model_offers_what_it_has(family):
     module = zoo.make(family)
     model = hooks.wrap(module)
-    absent = {"router", "expert_out"}  # of mixtures of experts
+    absent = {"router", "expert_out", "pooled"}  # of mixtures of experts and of towers
     if family not in ("gpt2", "small_ln_learned", "small_qk_norm"):
         absent.add("pos_embed")
     else:

@@ -153,7 +153,7 @@ class Base:
             return self.arch.embedded(inputs.ids[chosen].to(self.device))
         rows = chosen.any(1)
         like = next(self.arch.embed.parameters())
-        whole = self.arch.embed(inputs.pixels[rows].to(self.device, like.dtype))
+        whole = (self.arch.look or self.arch.embed)(inputs.pixels[rows].to(self.device, like.dtype))
         return whole.flatten(0, 1).index_select(0, chosen[rows].flatten().nonzero().squeeze(1).to(self.device))
 
     def with_features(self, inputs: Inputs, chosen: Tensor) -> Tensor:
