@@ -31,7 +31,7 @@ from .forking import Begin, Branch, Combine, Fork
 from .holding import Hold, Holding, applied_at
 from .layout import Layout
 from .models.calls import arguments_of_call, keeps_listed_logits
-from .models.checks import check_plan
+from .models.checks import check_norms, check_plan
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World
@@ -266,6 +266,7 @@ class Holds:
     def world(self, fed: Fed, number: int, check: Callable[[Fed, Plan, int], None]) -> Held:
         """What is held in one of several worlds, on the tokens of a call."""
         plan, audit, seeds = self.on(fed.inputs, number)
+        check_norms(self.network, plan)
         check(fed, plan, number)
         # Tokens that an intervention means may be in other calls of the text.
         now = fed.live(plan, self.network.sizes)

@@ -23,7 +23,7 @@ from .hold import fork, held, hold, holds_on, listing
 from .holding import Holding, PlanOf
 from .models import adapter_of
 from .models.architecture import Architecture
-from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
+from .models.catalogue import SiteInfo, SiteTable, has_none, site_table, why_missing
 from .models.checks import check_inputs, check_pictures, check_plan, check_site
 from .models.network import Network, without_wrapper
 from .models.sight import inputs_with_images
@@ -65,8 +65,8 @@ class Model(Network):
         return site_table(self.sizes, self.n_layers)
 
     def why_not(self, name: str) -> str:
-        """Why the model has no site of some kind, where there is more to say than that it has none."""
-        return why_missing(self.architecture, name, 0)
+        """Why the model has no site of some kind, where it might have; empty where nothing of the kind is there."""
+        return "" if has_none(self.architecture, name) else why_missing(self.architecture, name, 0)
 
     def require(self, where: Site) -> None:
         """Check that the model has a site, and the heads and dimensions that it names.

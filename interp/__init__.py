@@ -89,6 +89,7 @@ from interp.metrics import (
     prob,
     rank,
 )
+from interp.pairing import paired
 from interp.results import Result
 from interp.suite import conformance
 from interp.sweeps import sweep
@@ -158,6 +159,7 @@ __all__ = [
     "metric",
     "new",
     "noise",
+    "paired",
     "patch",
     "paths",
     "plots",

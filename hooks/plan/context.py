@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, Site
+from .kinds import LATER, ROW
+from .sites import DIM, HEAD, KEY, KINDS, POS, Site
 
-_LATER = ("router", "expert_out")
-"""Kinds of sites that came after numbers had been drawn at the others, whose draws are to stay what they were."""
 _BEYOND = 1 << 32
 
 
@@ -83,9 +82,9 @@ class Context:
     def salt(self) -> int:
         """A number of the site and layer, so that draws at different places differ."""
         name, layer, _ = Site(self.site, self.layer).key
-        if name in _LATER:
-            return (_LATER.index(name) + 1) * _BEYOND + layer
-        first = [kind for kind in KINDS if kind not in _LATER]
+        if name in LATER:
+            return (LATER.index(name) + 1) * _BEYOND + layer
+        first = [kind for kind in KINDS if kind not in LATER]
         return first.index(name) + len(first) * (layer + 1)
 
     def counters(self, ndim: int) -> list[Tensor]:

@@ -51,7 +51,7 @@ def test_interventions(family: str) -> None:
     for place in bridged.sites(theirs):
         if place.layer == 0 and place.name not in ("resid_pre", "attn_in", "scores"):
             continue
-        width = {} if place.name in ("scores", "pattern") else {"dim": 1}
+        width = {} if place.name in ("scores", "pattern") else {"dim": -1}
         plans = [
             ip.patch(place, source=ip.World(other)),
             ip.scale(place.at(pos=-1, **width), -2.0) + ip.scale(place.at(pos=0), 1.5),
