@@ -63,6 +63,7 @@ from .plan.operations.attention import Attend, AttendBack, ForbidBack
 from .plan.operations.moving import CopyScores, FromPositions
 from .plan.pieces import joined
 from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
+from .plan.prompts import text_ids
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
 from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
@@ -184,6 +185,7 @@ __all__ = [
     "structure",
     "swap_method",
     "table",
+    "text_ids",
     "uniform",
     "wrap",
     "write_all",

@@ -21,7 +21,7 @@ from .errors import InterpError, ModelError
 from .hold import held
 from .layout import Layout
 from .lowering import Lowered, Lowering, skeleton
-from .models.checks import check_inputs, check_plan, check_site
+from .models.checks import check_inputs, check_norms, check_plan, check_site
 from .models.network import Network
 from .plan.operations.custom import Custom
 from .plan.plan import World
@@ -109,6 +109,7 @@ class Graphs:
             check_site(network, place)
         plan, record_of_held = held(network, world.inputs)
         mine = World(world.inputs, plan + world.plan) if len(plan) else world
+        check_norms(network, mine.plan)
         try:
             with self._lock, torch.set_grad_enabled(grad):
                 outcome, taps = self._run(mine, sites, exposed_layers([mine], sites), seed)

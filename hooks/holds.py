@@ -28,6 +28,7 @@ from .fed import Fed
 from .forking import Fork
 from .holding import Hold
 from .models.calls import arguments_of_call, keeps_listed_logits
+from .models.checks import check_norms
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World
@@ -287,6 +288,7 @@ class Holds:
     def world(self, fed: Fed, number: int, check: Callable[[Fed, Plan, int], None]) -> Held:
         """What is held in one of several worlds, on the tokens of a call."""
         plan, audit, seeds = self.on(fed.inputs, number)
+        check_norms(self.network, plan)
         check(fed, plan, number)
         # Tokens that an intervention means may be in other calls of the text.
         now = fed.live(plan, self.network.sizes)

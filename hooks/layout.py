@@ -14,9 +14,10 @@ from .errors import ElsewhereError
 from .plan.columns import Columns
 from .plan.context import Context
 from .plan.inputs import Inputs
+from .plan.kinds import ROW
 from .plan.pictures import Pictures
 from .plan.region import Region, entire, resolve
-from .plan.sites import DIM, HEAD, ROW, TEXT, VISION, Site
+from .plan.sites import DIM, HEAD, TEXT, VISION, Site
 
 
 @dataclass(frozen=True, eq=False)

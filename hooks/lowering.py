@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .layout import Layout
 from .plan.context import Context, Reference
+from .plan.kinds import ROW
 from .plan.operation import Op
 from .plan.operations.custom import Custom
 from .plan.plan import Intervention, Origin, Read
 from .plan.region import Entries, Region, listed
-from .plan.sites import KEY, POS, ROW, Index, Key, Site
+from .plan.sites import KEY, POS, Index, Key, Site
 from .program import Here, Program, Step, Whole
 
 

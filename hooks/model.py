@@ -20,7 +20,7 @@ from .generated import Generated
 from .generation import generate
 from .hold import fork, held, hold, holds_on, listing
 from .holding import Holding, PlanOf
-from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
+from .models.catalogue import SiteInfo, SiteTable, has_none, site_table, why_missing
 from .models.checks import check_inputs, check_plan, check_site
 from .plan.inputs import Inputs
 from .plan.plan import Intervention, Plan, World, as_plan
@@ -52,8 +52,8 @@ class Model(Reader):
         return site_table(self.sizes, self.n_layers)
 
     def why_not(self, name: str) -> str:
-        """Why the model has no site of some kind, where there is more to say than that it has none."""
-        return why_missing(self.architecture, name, 0)
+        """Why the model has no site of some kind, where it might have; empty where nothing of the kind is there."""
+        return "" if has_none(self.architecture, name) else why_missing(self.architecture, name, 0)
 
     def require(self, where: Site) -> None:
         """Check that the model has a site, and the heads and dimensions that it names.

@@ -26,10 +26,10 @@ from .certificate import distrust
 from .errors import ModelError, PlanError, nearest
 from .hold import held
 from .meter import Meter
-from .models.checks import check_inputs, check_plan, check_site
+from .models.checks import check_inputs, check_norms, check_plan, check_site
 from .models.network import Network
 from .plan.plan import World
-from .plan.sites import Site, sites_of
+from .plan.sites import TEXT, Site, sites_of
 from .plan.tape import Tape
 from .program import State, visit
 from .resolving import resolve
@@ -58,8 +58,8 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto", re
     if executor in ("sequential", "batched"):
         return Choice(executor)
     network.refresh()
-    reason = network.unshareable() or _looks(network, worlds, reads)
     everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
+    reason = network.unshareable() or _looks(network, worlds, reads) or _one_norm(network, everything, reads)
     mixing = next((item for w in everything for item in w.plan if item.op.mixes), None)
     if not reason and mixing is not None:
         reason = f"{mixing} mixes {' and '.join(sorted(mixing.op.mixes))}"
@@ -71,6 +71,16 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto", re
             seen.add(id(world.inputs))
             reason = distrust(network, world.inputs)
     return Choice("shared") if not reason else Choice("batched", f"batched instead of shared: {reason}")
+
+
+def _one_norm(network: Network, worlds: Sequence[World], reads: Sequence[Site]) -> str:
+    """Why worlds that look at a norm of both attention and MLP are run beside one another; empty where none does."""
+    blocks = network.architecture.blocks
+    sites = [*reads, *(item.site for world in worlds for item in world.plan)]
+    for site in sites:
+        if site.name in ("ln1", "ln1_scale") and site.stack in (None, TEXT) and blocks[site.layer or 0].shares_norm:
+            return f"{site.whole} is read by attention and MLP alike"
+    return ""
 
 
 def _looks(network: Network, worlds: Sequence[World], reads: Sequence[Site]) -> str:
@@ -155,6 +165,8 @@ def record_chunks(
         limit = limit / network.n_layers
     under = [held(network, world.inputs) for world in worlds]
     mine = [World(w.inputs, plan + w.plan) if len(plan) else w for (plan, _), w in zip(under, worlds, strict=True)]
+    for world in mine:
+        check_norms(network, world.plan)
     gate = gate_of(network.module)
     with gate.suspended():
         choice = (

@@ -15,10 +15,12 @@ from .placed import placed
 from .plan.columns import Columns
 from .plan.context import Reference, with_references
 from .plan.inputs import Inputs
+from .plan.kinds import ROW
 from .plan.plan import Intervention, Origin, Plan, Read, World
 from .plan.region import Region, corresponding, listed
 from .plan.region import resolve as resolve_site
-from .plan.sites import KEY, POS, ROW, Index, Key, Site
+from .plan.sites import KEY, POS, Index, Key, Site
+from .plan.spans import Image, Span
 from .plan.tape import Tape
 from .program import Here, Program, Step, Whole
 
@@ -178,7 +180,7 @@ class Resolver:
             found = full
         else:
             found = resolve_site(layout.for_rows(place), there, self.sizes[place.key])
-            self.require_alike(item, region, place, found)
+            self.require_alike(item, region, place, found.rows(self.window))
         # A tape may hold a part of a larger batch, which is run against this world row by row.
         assert tape.window is None or tape.window == self.window
         return (whole[self.window] if tape.window is None else whole), found.rows(self.window)
@@ -195,29 +197,46 @@ class Resolver:
         for axis in (POS, KEY) if place.axes == item.site.axes else ():
             if found.shape.get(axis) != region.shape.get(axis):
                 raise ShapeError(f"{item}: {found.shape[axis]} positions are read, the site has {region.shape[axis]}")
+            if axis not in item.site.axes:
+                continue
+            mine, theirs = (counted(one, axis) for one in (region, found))
+            odd = ((mine != theirs) & (mine > 0)).nonzero().flatten().tolist()
+            if odd:
+                row, read, edited = odd[0], int(theirs[odd[0]]), int(mine[odd[0]])
+                raise ShapeError(f"{item}: in row {row} {read} positions are read, the site has {edited}")
 
-    def pooled(self, item: Intervention, index: Index, inputs: Inputs) -> dict[str, Tensor]:
+    def pooled(self, item: Intervention, index: Index, inputs: Inputs) -> dict[str, Index]:
         """The positions of a reference set that a mean over positions is over, where they are not those of the site."""
         but_bos = getattr(item.op, "but_bos", False)
         if but_bos and inputs.bos_id is None:
             raise SiteError(f"{item}: nobody knows of a BOS in the reference set; leave but_bos out")
         if but_bos and listed(index):
             raise SiteError(f"{item}: but_bos is for a mean over all positions, and this site lists its own")
-        return {POS: inputs.but_bos} if but_bos else {}
+        if but_bos and isinstance(index, (Span, Image)):
+            raise SiteError(f"{item}: but_bos is for a mean over all positions, and this site has its own, {index}")
+        if but_bos:
+            return {POS: inputs.but_bos}
+        return {POS: index} if isinstance(index, (Span, Image)) else {}
 
     def reference(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
         """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""
         place, tape = item.site if read.site is None else read.site, self.tape(read, item)
         whole = tape.whole(place)
         if whole is None:
-            return tape[place], Reference(None, ())
+            part, kept = tape[place], resolve_site(place, tape.inputs.along(place.stack), self.sizes[place.key])
+            if kept.valid is not None and item.op.needs_full_rows:
+                raise ShapeError(f"{item}: some rows of the tape have fewer of the positions that it kept, {place}")
+            return part, Reference(kept.valid, ())
         given = {axis: getattr(place, axis) for axis in (POS, KEY) if axis in place.axes}
         pools = item.op.pools_positions
-        loose: dict[str, Tensor | None] = {axis: None for axis, index in given.items() if not listed(index)}
+        loose: dict[str, Index] = {axis: None for axis, index in given.items() if not listed(index)}
         if pools and POS in given:
             loose |= self.pooled(item, given[POS], tape.inputs)
         along = tape.inputs.along(place.stack)
-        there = resolve_site(place.at(**loose), along, self.sizes[place.key])
+        if pools and POS in given and POS not in loose:
+            there = pooled_entries(place, along, self.sizes[place.key], item)
+        else:
+            there = resolve_site(place.at(**loose), along, self.sizes[place.key])
         queries, keys = self.layout.columns(item.site)
         wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
@@ -234,6 +253,35 @@ class Resolver:
         return there.get(whole), Reference(there.valid, tuple(sorted(place.axes.index(axis) for axis in loose)))
 
 
+def pooled_entries(place: Site, tokens: Columns, sizes: dict[str, int], item: Intervention) -> Region:
+    """The positions that a site lists in the rows of a reference set, of which each has what it has.
+
+    Raises:
+        SiteError: no row has any.
+        ShapeError: positions for each of another number of rows.
+    """
+    region, rows = resolve_site(place.at(pos=None), tokens, sizes), len(tokens.real)
+    if isinstance(place.pos, Tensor) and len(place.pos) != rows:
+        raise ShapeError(
+            f"{item}: pos is given for {len(place.pos)} rows, the reference set has {rows}: name its own positions "
+            "with source_site="
+        )
+    index = place.pos if isinstance(place.pos, (Tensor, tuple)) else (place.pos,)
+    at = index.long().cpu().reshape(rows, -1) if isinstance(index, Tensor) else torch.tensor(index).expand(rows, -1)
+    numbers = torch.where(at < 0, at + tokens.lengths[:, None], at)
+    cols, there = tokens.find(numbers)
+    # A token that is listed twice, from either end of a short row, counts once.
+    there &= ~((numbers[:, :, None] == numbers[:, None, :]).tril(-1).any(2))
+    if not bool(there.any()):
+        raise SiteError(f"{item}: no row of the reference set has position {place.pos}")
+    axis = place.axes.index(POS)
+    shape = [1] * len(place.axes)
+    shape[0], shape[axis] = there.shape
+    steps = ((axis, cols), *(step for step in region.steps if step[0] != axis))
+    valid = None if bool(there.all()) else there.reshape(shape)
+    return Region(place, region.shape | {POS: at.shape[1]}, steps, valid, cols, region.key_cols)
+
+
 def touched(region: Region) -> tuple[int, int]:
     """How many rows a region has, and how many (row, position) pairs."""
     if region.valid is None:
@@ -242,6 +290,14 @@ def touched(region: Region) -> tuple[int, int]:
     marks = region.full_valid()
     marks = marks.amax(dim=axes) if axes else marks
     return int(marks.any(1).sum()), int(marks.sum())
+
+
+def counted(region: Region, axis: str) -> Tensor:
+    """How many positions each row of a region has along an axis, int64 [B]."""
+    if region.valid is None:
+        return torch.full((region.shape[ROW],), region.shape[axis])
+    others = [i for i, name in enumerate(region.site.axes) if i and name != axis]
+    return region.full_valid().amax(others).sum(1)
 
 
 def _checked(value: Tensor, item: Intervention, region: Region, rows: int) -> Tensor:

@@ -91,6 +91,7 @@ from interp.metrics import (
     prob,
     rank,
 )
+from interp.pairing import paired
 from interp.results import Result
 from interp.similarity import similarity
 from interp.suite import conformance
@@ -163,6 +164,7 @@ __all__ = [
     "metric",
     "new",
     "noise",
+    "paired",
     "patch",
     "paths",
     "plots",

@@ -26,28 +26,19 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
     """
     model.require(Site("logits"))
 
-    def one(token: Any) -> int:
-        if isinstance(token, str):
-            return model.token(token)
-        if isinstance(token, (int, np.integer)) and not isinstance(token, bool):
-            return int(token)
-        raise MetricError(f"an answer is a token's text or its id, not {token!r}")
-
-    def listed(given: Any) -> Any:
-        return given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
-
-    plain: Any = listed(tokens)
+    given: Any = plain(tokens)
     single = (int, str, np.integer)
-    if isinstance(plain, single):
-        table = [[one(plain)]] * rows
-    elif isinstance(plain, Sequence):
-        entries = [listed(t) for t in plain]
+    if isinstance(given, single):
+        table = [[token_id(model, given)]] * rows
+    elif isinstance(given, Sequence):
         table = [
-            [one(listed(i)) for i in t] if isinstance(t, Sequence) and not isinstance(t, str) else [one(t)]
-            for t in entries
+            [token_id(model, plain(i)) for i in t]
+            if isinstance(t, Sequence) and not isinstance(t, str)
+            else [token_id(model, t)]
+            for t in map(plain, given)
         ]
     else:
-        raise MetricError(f"answers are a token, or one entry for each row, not {plain!r}")
+        raise MetricError(f"answers are a token, or one entry for each row, not {given!r}")
     if len(table) != rows:
         raise MetricError(f"{len(table)} answers for {rows} rows: give one token for all, or one entry for each row")
     if len({len(row) for row in table}) != 1 or not table[0]:
@@ -57,6 +48,25 @@ def token_ids(model: Model, tokens: Tokens, rows: int) -> Tensor:
         things = "tokens" if model.architecture.readout is None else "classes"
         raise MetricError(f"an answer is outside the vocabulary of {vocabulary} {things}")
     return torch.tensor(table)
+
+
+def token_id(model: Model, token: Any) -> int:
+    """The id of a token given by its text or its id.
+
+    Raises:
+        MetricError: it is neither.
+        InputsError: a text that is not one token.
+    """
+    if isinstance(token, str):
+        return model.token(token)
+    if isinstance(token, (int, np.integer)) and not isinstance(token, bool):
+        return int(token)
+    raise MetricError(f"an answer is a token's text or its id, not {token!r}")
+
+
+def plain(given: Any) -> Any:
+    """Python's own numbers and lists in the place of arrays and tensors."""
+    return given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
 
 
 def repeats(ids: Tensor) -> Tensor:

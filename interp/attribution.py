@@ -52,9 +52,11 @@ def attribution(
     require_grid(grid)
     direction = check_model(model, stated(model, direction, clean, corrupt, grid, intervention))
     check_metrics([metric])
-    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention, grid)
+    base_inputs, source, factory, on = source_of(
+        model, clean, corrupt, direction, intervention, grid, seed, budget=budget
+    )
     model.check_inputs(base_inputs)
-    axes, cells = grid.cells(model, base_inputs)
+    axes, cells = on.cells(model, base_inputs)
     plans = [cell.plan(factory) for cell in cells]
     bound = metric.bind(model, base_inputs)
     reference = references(model, [metric], [bound], source, base_inputs, seed)[0]

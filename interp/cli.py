@@ -11,10 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hooks import KINDS, InputsError, InterpError, Model, UnfiredError, nearest
+from hooks import KINDS, InputsError, InterpError, Model, UnfiredError, nearest, text_ids
 from interp.tasks import shipped_task, smollm2_task
 
 AXES = ("layer", "head", "pos", "key_pos")
@@ -171,8 +172,18 @@ def _prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corrupt", action="append", metavar="TEXT", help="the same prompt, changed so that it does not"
     )
-    parser.add_argument("--answer", action="append", metavar="TOKEN", help="the token that the clean prompt calls for")
-    parser.add_argument("--foil", action="append", metavar="TOKEN", help="the token that the corrupt prompt calls for")
+    parser.add_argument(
+        "--answer",
+        action="append",
+        metavar="TEXT",
+        help="what the clean prompt calls for, a token; to `patch` it may be several, which are put after both prompts",
+    )
+    parser.add_argument(
+        "--foil",
+        action="append",
+        metavar="TEXT",
+        help="the token that the corrupt prompt calls for; without it, `patch` measures the answer's log-probability",
+    )
 
 
 def _load(options: argparse.Namespace) -> Model:
@@ -184,7 +195,7 @@ def _load(options: argparse.Namespace) -> Model:
         raise InputsError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _task(options: argparse.Namespace) -> Any:
+def _task(options: argparse.Namespace, needs_foil: bool = True) -> Any:
     from interp.demo import Task
 
     given = {name: getattr(options, name) or [] for name in ("clean", "corrupt", "answer", "foil")}
@@ -197,15 +208,16 @@ def _task(options: argparse.Namespace) -> Any:
         if options.model != "ioi-mini":
             raise InputsError("another model needs prompts: give --clean, --corrupt, --answer and --foil")
         return shipped_task(48 if pairs is None else pairs)
-    missing = [name for name, value in given.items() if not value]
+    missing = [name for name, value in given.items() if not value and (needs_foil or name != "foil")]
     if missing:
-        raise InputsError(
-            f"--{' and --'.join(missing)} missing: a pair needs all of --clean, --corrupt, --answer, --foil"
-        )
+        wanted = "all of --clean, --corrupt, --answer, --foil" if needs_foil else "--clean, --corrupt and --answer"
+        raise InputsError(f"--{' and --'.join(missing)} missing: a pair needs {wanted}")
     n = len(given["clean"])
     if len(given["corrupt"]) != n:
         raise InputsError(f"{n} times --clean and {len(given['corrupt'])} times --corrupt: give one of each for a pair")
     for name in ("answer", "foil"):
+        if name == "foil" and not given[name]:
+            continue
         if len(given[name]) not in (1, n):
             raise InputsError(f"{len(given[name])} times --{name} for {n} pairs: give it once, or once for each")
         given[name] = given[name] * n if len(given[name]) == 1 else given[name]
@@ -244,7 +256,6 @@ def _sites(options: argparse.Namespace) -> int:
 def _patch(options: argparse.Namespace) -> int:
     from hooks import zero
     from interp.grids import grid
-    from interp.metrics import logit_diff
     from interp.sweeps import sweep
 
     _require_figure(options.figure)
@@ -253,14 +264,15 @@ def _patch(options: argparse.Namespace) -> int:
         raise InputsError(f"--site {options.site!r} is not a site{nearest(options.site, KINDS)}")
     axes = [axis.strip() for axis in options.axes.split(",") if axis.strip()]
     cells = grid(options.site, **{axis: "all" for axis in axes})
-    task, model = _task(options), _load(options)
+    task, model = _task(options, needs_foil=False), _load(options)
+    task, metric = _measured(task, model)
     clean, corrupt = model.inputs(task.clean), None if options.zero else model.inputs(task.corrupt)
     result = sweep(
         model,
         clean,
         corrupt,
         cells,
-        metric=logit_diff(list(task.answer), list(task.foil)),
+        metric=metric,
         intervention=zero if options.zero else None,
         direction=options.direction,
         path=options.save,
@@ -270,6 +282,35 @@ def _patch(options: argparse.Namespace) -> int:
         result.figure().savefig(options.figure, dpi=200)
     print(_as_json(result) if options.json else _as_table(result, options.top))
     return 0
+
+
+def _measured(task: Any, model: Model) -> tuple[Any, Any]:
+    """What is run and measured: answers of several tokens stand at the end of both prompts."""
+    from interp.metrics import log_prob, logit_diff
+
+    words = task.answer + task.foil
+    one = model.architecture.readout is not None or all(len(text_ids(model.tokenizer, word)) == 1 for word in words)
+    pos = -1 if one else "answer"
+    if not one:
+        clean, corrupt = (
+            tuple(_going_on(model, *pair) for pair in zip(side, task.answer, strict=True))
+            for side in (task.clean, task.corrupt)
+        )
+        task = replace(task, clean=clean, corrupt=corrupt)
+    answer, foil = list(task.answer), list(task.foil)
+    return task, logit_diff(answer, foil, pos=pos) if foil else log_prob(answer, pos=pos)
+
+
+def _going_on(model: Model, prompt: str, answer: str) -> str:
+    """The text of a prompt and its answer, whose tokens it ends with."""
+    wanted = text_ids(model.tokenizer, answer)
+    for text in (prompt + answer, f"{prompt} {answer}"):
+        try:
+            if model.inputs([text]).ids[0, -len(wanted) :].tolist() == wanted:
+                return text
+        except InterpError:  # a word that only the other text has
+            continue
+    raise InputsError(f"{answer!r} after {prompt!r} is not in the tokens that it is alone; mind its first space")
 
 
 def _as_json(result: Any) -> str:

@@ -31,6 +31,7 @@ from hooks import (
     nearest,
 )
 from interp.axes import Axis
+from interp.pairing import Corresponding, Matched, Paired, require_own_reads
 from interp.positions import BUT_BOS, positions_but_bos, row_positions, token_labels
 
 Factory = Callable[[Site], Intervention]
@@ -47,15 +48,21 @@ class Cell:
         index: place along each axis of the grid.
         sites: what is edited, all at once.
         present: bool [B], False for rows without such a position; None where every row has it.
+        match: what in the source corresponds to its positions, where that is not the same positions.
     """
 
     index: tuple[int, ...]
     sites: tuple[Site, ...]
     present: Tensor | None = None
+    match: Matched | None = None
 
     def plan(self, factory: Factory) -> Plan:
         """What is done in this cell."""
-        return Plan(tuple(factory(place) for place in self.sites))
+        if self.match is None:
+            return Plan(tuple(factory(place) for place in self.sites))
+        if isinstance(factory, Corresponding):
+            return Plan(tuple(factory.matched(place, self.match) for place in self.sites))
+        return Plan(tuple(require_own_reads(factory(place)) for place in self.sites))
 
 
 class FromArray(tuple):
@@ -93,7 +100,38 @@ class Grid:
             return (value.start or 0) < 0 and (value.stop is None or value.stop < 0)
         listed = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
         each = [place for entry in listed for place in (entry if isinstance(entry, tuple) else (entry,))]
-        return all(isinstance(place, int) and place < 0 for place in each)
+        return all(isinstance(place, (Paired, Matched)) or (isinstance(place, int) and place < 0) for place in each)
+
+    @property
+    def paired(self) -> bool:
+        """Whether some of its positions are a pair's."""
+        value = dict(self.axes).get(POS)
+        return any(isinstance(v, Paired) for v in (value.values() if isinstance(value, Mapping) else [value]))
+
+    @property
+    def matches(self) -> list[Matched]:
+        """Its positions that are a pair's, as they correspond; see `on`."""
+        value = dict(self.axes).get(POS)
+        return [v for v in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(v, Matched)]
+
+    def on(self, edited: Inputs, source: Inputs, clean: bool, read: bool) -> Grid:
+        """The grid with the positions of pairs as they correspond in a run that is edited and its source.
+
+        Raises:
+            SiteError: they do not.
+        """
+        if any(KEY in KINDS[name].axes for name in self.names):
+            raise SiteError(f"{self!r}: between queries and keys, positions that are paired would be edges; list them")
+
+        def found(name: str, value: Any) -> Any:
+            paired = isinstance(value, Paired)
+            return value.matched(name, edited, source, clean, self.stack, read) if paired else value
+
+        axes = (
+            (axis, {k: found(k, v) for k, v in value.items()} if isinstance(value, Mapping) else found(POS, value))
+            for axis, value in self.axes
+        )
+        return Grid(self.names, tuple(axes), self.several, self.stack)
 
     def cells(self, model: Model, inputs: Inputs) -> tuple[tuple[Axis, ...], list[Cell]]:
         """The axes with their values on a model and inputs, and every cell, the last axis fastest.
@@ -101,11 +139,13 @@ class Grid:
         Raises:
             SiteError: the model lacks a site, layer, head or position.
         """
+        if self.paired:
+            raise SiteError(f"{self!r}: positions that are paired are of a sweep over clean and corrupt prompts")
         fixed: dict[str, Any] = {}
         axes: list[Axis] = [Axis("site", self.names)] if self.several else []
         entries: list[Sequence[Any]] = [self.names] if self.several else []
         for name, value in self.axes:
-            if isinstance(value, (int, Span, Image)) or (isinstance(value, Tensor) and name in (POS, KEY)):
+            if isinstance(value, (int, Span, Image, Matched)) or (isinstance(value, Tensor) and name in (POS, KEY)):
                 fixed[name] = value
             else:
                 axis, meant = self._axis(name, value, model, inputs)
@@ -142,7 +182,8 @@ class Grid:
             labels = token_labels(values, inputs if self._in_text else None)
         # Positions that differ between rows are known by their name.
         shown = (
-            label if isinstance(v, (Tensor, Image)) else v for v, label in zip(values, labels or values, strict=True)
+            label if isinstance(v, (Tensor, Image, Matched)) else v
+            for v, label in zip(values, labels or values, strict=True)
         )
         return Axis(name, tuple(shown), labels), values
 
@@ -179,9 +220,11 @@ class Grid:
     def _cell(self, index: tuple[int, ...], chosen: dict[str, Any], model: Model, inputs: Inputs) -> Cell:
         names = (chosen.pop("site"),) if "site" in chosen else self.names
         layers = chosen.pop("layer", None)
-        present = None
+        present = match = None
         parts: dict[str, Any] = {}
         for axis, value in chosen.items():
+            if isinstance(value, Matched):
+                match, value = value, value.pos
             if axis in (POS, KEY):
                 value, rows = row_positions(value, inputs, self.stack)
                 if rows is not None:
@@ -203,7 +246,7 @@ class Grid:
             some = inputs.along(self.stack).lengths > 0
             if not bool(some.all()):
                 present = some if present is None else present & some
-        return Cell(index, tuple(sites), present)
+        return Cell(index, tuple(sites), present, match)
 
 
 def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -> Grid:
@@ -224,7 +267,8 @@ def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -
     [B, n], or a mask bool [B, T]; in a dict, where it has a name, also a list with a list of ints for each row. As the
     one value of `pos` or `key_pos`, int [B, n] or a mask restricts every cell; an array [n] is n values of an axis, and
     is refused where there are n rows, so that it might be one a row. ``"image"`` and ``"image 0"`` are the tokens of a
-    row's images, as the one value or among others.
+    row's images, as the one value or among others. `interp.paired` says where one thing stands in each of two runs,
+    which then may have other lengths.
 
     Raises:
         SiteError: an unknown site or axis, or one that the sites lack; positions of which it is not clear whether they
@@ -269,6 +313,8 @@ def _freeze(axis: str, value: Any) -> Any:
         return {str(name): _named(axis, v) for name, v in value.items()}
     if isinstance(value, str) and axis in (POS, KEY):
         return Image.named(value) or value
+    if isinstance(value, Paired) and axis == POS:
+        return value
     if isinstance(value, (str, Span, Image)) or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, (list, tuple, range)):
@@ -281,6 +327,8 @@ def _named(axis: str, value: Any) -> Any:
     if axis in (POS, KEY):
         if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
             return _by_row(axis, value)
+        if isinstance(value, Paired):
+            return value
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple, range)) for v in value):
             rows = [_entry(axis, tuple(v)) for v in value]
             if len({len(row) for row in rows}) > 1:

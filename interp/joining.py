@@ -1,4 +1,4 @@
-"""Several results made one: batches of rows, or shards of a grid."""
+"""Several results made one: batches of rows, shards of a grid, or the difference of two."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def concat(results: Sequence[E], along: str = "row") -> E:
     return _rows(results) if along == "row" else _shards(results, names.index(along))
 
 
-def _require_alike(first: Effects, other: Effects) -> None:
+def _require_alike(first: Effects, other: Effects, *free: str) -> None:
+    """Raise ResultError where results are not of one kind, but for what is free."""
     for what, a, b in (
         ("metrics", (first.metrics, first.several), (other.metrics, other.several)),
         ("axes", [axis.name for axis in first.axes], [axis.name for axis in other.axes]),
         ("a source", first.source is not None, other.source is not None),
         *((name, first.config.get(name), other.config.get(name)) for name in ALIKE),
     ):
-        if a != b:
+        if a != b and what not in free:
             raise ResultError(f"results that are not of one sweep: they differ in {what}, {a!r} and {b!r}")
 
 
@@ -69,6 +70,50 @@ def _rows(results: list[E]) -> E:
         noise_floor=np.max([r.noise_floor for r in results], 0),
         rows=_labels(results),
         config=_config(results, tokens=_tokens(results)),
+    )
+
+
+def difference(first: E, second: E, name: str | None = None) -> E:
+    """One result less another, cell by cell and row by row; see `Result.minus`."""
+    if not isinstance(second, Effects):
+        raise ResultError(f"a result is taken from a result, not {type(second).__name__}")
+    _require_alike(first, second, "metrics")
+    for mine, theirs in zip(first.axes, second.axes, strict=True):
+        if mine.values != theirs.values:
+            raise ResultError(
+                f"results of the same cells, and axis {mine.name!r} is {some(mine.values)} in one, "
+                f"{some(theirs.values)} in the other"
+            )
+    if len(first.rows) != len(second.rows) or len(first.metrics) != len(second.metrics):
+        counts = [(len(r.rows), len(r.metrics)) for r in (first, second)]
+        raise ResultError(f"results of as many rows and metrics, not {counts[0]} and {counts[1]}")
+    arrays = {}
+    for what in ("effect", "base", "source"):
+        a, b = getattr(first, what), getattr(second, what)
+        if a is None:
+            continue
+        with np.errstate(invalid="ignore"):
+            arrays[what] = a - b
+        lost = np.isnan(arrays[what]) & ~np.isnan(a) & ~np.isnan(b)
+        if lost.any():
+            raise ResultError(f"both results are infinite in {int(lost.sum())} entries of {what}: no difference")
+    names = [x if x == y else f"{x} - {y}" for x, y in zip(first.metrics, second.metrics, strict=True)]
+    if name is not None:
+        names = [name] if not first.several else [f"{name} ({n})" for n in names]
+    each = [zip(a.labels, b.labels, strict=True) for a, b in zip(first.axes, second.axes, strict=True)]
+    axes = (
+        replace(axis, labels=tuple(x if x == y else x.rstrip("…") + "…" for x, y in pair))
+        for axis, pair in zip(first.axes, each, strict=True)
+    )
+    return replace(
+        first,
+        **arrays,
+        axes=tuple(axes),
+        metrics=tuple(names),
+        status=_together([first.status, second.status]),
+        noise_floor=first.noise_floor + second.noise_floor,
+        rows=tuple(a if a == b else f"{a} | {b}" for a, b in zip(first.rows, second.rows, strict=True)),
+        config=_config([first, second]),
     )
 
 

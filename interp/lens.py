@@ -24,7 +24,7 @@ from interp.sweeps import assemble
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-READOUT = ("ln_final", "logits")
+READOUT = ("ln_final_scale", "ln_final", "logits")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hooks import Index, Inputs, MetricError, Model, Site, World, sites_of
 from interp import readouts
-from interp.answers import Tokens, repeats, token_ids
-from interp.readouts import Places
+from interp.answers import Tokens, repeats
+from interp.readouts import Places, Spelling
+from interp.spelling import asked, foil_of, require_positions
 
 Function = Callable[..., Tensor]
 
@@ -87,18 +88,23 @@ class _Own:
         return Bound(self.reads, readouts.Own(self.fn))
 
 
-def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
-    """Logit of the answer minus logit of the foil, in nats.
+def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index | str = -1) -> Metric:
+    """Logit of the answer minus logit of the foil, in nats; of answers of several tokens, the difference of their
+    summed log-probabilities (for one token that is the same number).
 
     Args:
-        answer: a token (id or text) for all rows; one for each row; or several for each row [B, n], whose mean is
-            taken. Of a classifier, classes: ids or labels.
+        answer: a token (id or text) for all rows; one for each row; or several for each row [B, n]. At one position
+            these are alternatives, whose mean is taken; at n positions they are one token for each. Of a classifier,
+            classes: ids or labels.
         foil: the same.
-        pos: the position read; the mean where there are several. A classifier's logits have one, 0 and -1.
+        pos: the position read; of one token the mean where there are several. A classifier's logits have one, 0 and -1.
+            ``"answer"``: each row's text ends with its answer, of one token or several (a text, or a list of tokens; as
+            many in each row as it has), and each token is read at the position before it. A foil is scored in the same
+            text, so it has the answer's tokens up to its own last one.
 
     Raises:
-        MetricError: on use, where a text is not one token, there are not as many as rows, or a row has no such
-            position.
+        MetricError: on use, where a text is not one token, there are not as many as rows, a row has no such position,
+            or a text does not end with its answer.
     """
     return Metric("logit_diff", _LogitDiff(answer, foil, pos), stated=(answer, foil, pos))
 
@@ -107,45 +113,58 @@ def logit_diff(answer: Tokens, foil: Tokens, *, pos: Index = -1) -> Metric:
 class _LogitDiff:
     answer: Tokens
     foil: Tokens
-    pos: Index
+    pos: Index | str
 
     def __call__(self, model: Model, inputs: Inputs) -> Bound:
-        good, bad = (token_ids(model, tokens, len(inputs)) for tokens in (self.answer, self.foil))
-        places = Places.of(model, inputs, self.pos)
-        reads = places.site(torch.cat([good, bad], 1))
-        return Bound((reads,), readouts.LogitDiff(good.shape[1], places.mean))
+        good = asked(model, inputs, self.answer, self.pos)
+        bad = foil_of(model, inputs, self.foil, good, self.pos)
+        if good.spelled:
+            return Bound((good.places.site(),), readouts.SpelledDiff(*(Spelling(x.ids, x.real) for x in (good, bad))))
+        reads = good.places.site(torch.cat([good.ids, bad.ids], 1))
+        return Bound((reads,), readouts.LogitDiff(good.ids.shape[1], good.places.mean))
 
 
-def logit(answer: Tokens, *, pos: Index = -1) -> Metric:
-    """Logit of the answer, in nats; see `logit_diff` for the arguments."""
+def logit(answer: Tokens, *, pos: Index | str = -1) -> Metric:
+    """Logit of the answer, in nats; see `logit_diff` for the arguments.
+
+    Raises:
+        MetricError: on use, as `logit_diff`; or an answer of several tokens, whose logits at different positions have
+            different constants, so that their sum says nothing.
+    """
     return Metric("logit", _Logit(answer, pos), stated=(answer, pos))
 
 
 @dataclass(frozen=True, eq=False)
 class _Logit:
     answer: Tokens
-    pos: Index
+    pos: Index | str
 
     def __call__(self, model: Model, inputs: Inputs) -> Bound:
-        places = Places.of(model, inputs, self.pos)
-        return Bound((places.site(token_ids(model, self.answer, len(inputs))),), readouts.Logit(places.mean))
+        one = asked(model, inputs, self.answer, self.pos)
+        if one.spelled and one.ids.shape[1] > 1:
+            raise MetricError(
+                "logit is of one token: logits at different positions have different constants, so their sum says "
+                "nothing; measure log_prob, which adds up"
+            )
+        return Bound((one.places.site(one.ids),), readouts.Logit(one.places.mean))
 
 
-def log_prob(answer: Tokens, *, pos: Index = -1) -> Metric:
+def log_prob(answer: Tokens, *, pos: Index | str = -1) -> Metric:
     """Log-probability of the answer, in nats.
 
     At one position (an int, a slice of length 1, one for each row) several tokens of a row are alternatives, and the
     probabilities of different ones add. At n positions an answer has n tokens, one for each, and their
     log-probabilities add: an answer of several tokens that stands in the prompt is measured at the positions *before*
-    each of them.
+    each of them. ``pos="answer"`` says so of texts that end with it, whatever the lengths; see `logit_diff`.
 
     Raises:
-        MetricError: on use, where a row has another number of positions than an answer has tokens.
+        MetricError: on use, where a row has another number of positions than an answer has tokens, or a text does not
+            end with its answer.
     """
     return Metric("log_prob", _LogProb(answer, pos), stated=(answer, pos))
 
 
-def prob(answer: Tokens, *, pos: Index = -1) -> Metric:
+def prob(answer: Tokens, *, pos: Index | str = -1) -> Metric:
     """Probability of the answer; see `log_prob`."""
     return Metric("prob", _LogProb(answer, pos, exp=True), stated=(answer, pos))
 
@@ -153,46 +172,57 @@ def prob(answer: Tokens, *, pos: Index = -1) -> Metric:
 @dataclass(frozen=True, eq=False)
 class _LogProb:
     answer: Tokens
-    pos: Index
+    pos: Index | str
     exp: bool = False
 
     def __call__(self, model: Model, inputs: Inputs) -> Bound:
-        chosen, places = token_ids(model, self.answer, len(inputs)), Places.of(model, inputs, self.pos)
-        if places.single:
-            again = repeats(chosen)
-            return Bound((places.site(),), readouts.LogProb(chosen, again if bool(again.any()) else None, self.exp))
-        places.require(chosen.shape[1])
-        return Bound((places.site(),), readouts.SpelledLogProb(chosen, self.exp))
+        one = asked(model, inputs, self.answer, self.pos)
+        if one.spelled:
+            return Bound((one.places.site(),), readouts.SpelledLogProb(Spelling(one.ids, one.real), self.exp))
+        if not one.places.single:
+            one.places.require(1)
+        again = repeats(one.ids)
+        return Bound((one.places.site(),), readouts.LogProb(one.ids, again if bool(again.any()) else None, self.exp))
 
 
-def rank(answer: Tokens, *, pos: Index = -1) -> Metric:
-    """Number of tokens with a higher logit than the best of the answer's (0 is the top), the mean over positions."""
+def rank(answer: Tokens, *, pos: Index | str = -1) -> Metric:
+    """Number of tokens with a higher logit than the best of the answer's (0 is the top), the mean over positions.
+
+    Of an answer of several tokens (see `logit_diff`), that of the token which has most above it: 0 where it is what is
+    decoded greedily.
+    """
     return Metric("rank", _Rank(answer, pos), stated=(answer, pos))
 
 
 @dataclass(frozen=True, eq=False)
 class _Rank:
     answer: Tokens
-    pos: Index
+    pos: Index | str
 
     def __call__(self, model: Model, inputs: Inputs) -> Bound:
-        chosen, places = token_ids(model, self.answer, len(inputs)), Places.of(model, inputs, self.pos)
-        return Bound((places.site(),), readouts.Rank(chosen, places.mean))
+        one = asked(model, inputs, self.answer, self.pos)
+        spelled = readouts.SpelledRank(Spelling(one.ids, one.real))
+        return Bound((one.places.site(),), spelled if one.spelled else readouts.Rank(one.ids, one.places.mean))
 
 
-def accuracy(answer: Tokens, *, pos: Index = -1) -> Metric:
-    """1 where one of the answer's tokens has the highest logit, else 0; the mean over positions."""
+def accuracy(answer: Tokens, *, pos: Index | str = -1) -> Metric:
+    """1 where one of the answer's tokens has the highest logit, else 0; the mean over positions.
+
+    Of an answer of several tokens (see `logit_diff`), 1 where each of them has in its turn, so that it is what is
+    decoded greedily.
+    """
     return Metric("accuracy", _Accuracy(answer, pos), stated=(answer, pos))
 
 
 @dataclass(frozen=True, eq=False)
 class _Accuracy:
     answer: Tokens
-    pos: Index
+    pos: Index | str
 
     def __call__(self, model: Model, inputs: Inputs) -> Bound:
-        chosen, places = token_ids(model, self.answer, len(inputs)), Places.of(model, inputs, self.pos)
-        return Bound((places.site(),), readouts.Accuracy(chosen, places.mean))
+        one = asked(model, inputs, self.answer, self.pos)
+        spelled = readouts.SpelledAccuracy(Spelling(one.ids, one.real))
+        return Bound((one.places.site(),), spelled if one.spelled else readouts.Accuracy(one.ids, one.places.mean))
 
 
 def kl(reference: World | str = "source", *, pos: Index = -1) -> Metric:
@@ -200,11 +230,12 @@ def kl(reference: World | str = "source", *, pos: Index = -1) -> Metric:
 
     Args:
         reference: a world, or ``"source"`` for the world that a sweep patches from.
-        pos: the positions read, over which the mean is taken.
+        pos: the positions read, over which the mean is taken; those of no answer, since it knows of none.
     """
     if not isinstance(reference, World) and reference != "source":
         raise MetricError(f"kl compares with a World or with 'source', not {reference!r}")
-    return Metric("kl", _Divergence(pos), reference, stated=(pos,))
+    place = require_positions("kl", pos, "it compares distributions and knows of no answer; list the positions")
+    return Metric("kl", _Divergence(place), reference, stated=(place,))
 
 
 @dataclass(frozen=True, eq=False)

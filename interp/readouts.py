@@ -80,7 +80,8 @@ class Places:
             some = f"{low} positions" if low == high else f"{low} to {high} positions, depending on the row"
             raise MetricError(
                 f"{tokens} answer tokens for {some}: an answer has one token for each position that is read; list the "
-                "positions, as pos=(-3, -2), or name one, pos=-1, at which several tokens are alternatives"
+                "positions, as pos=(-3, -2), name one, pos=-1, at which several tokens are alternatives, or say "
+                "pos='answer' of texts that end with it"
             )
 
 
@@ -151,16 +152,74 @@ class LogProb:
 
 
 @dataclass(frozen=True, eq=False)
-class SpelledLogProb:
-    """Log-probability of the tokens [B, n], one at each of n positions."""
+class Spelling:
+    """The tokens [B, n] of answers, one at each of n positions.
+
+    Attributes:
+        chosen: int64 [B, n].
+        real: bool [B, n], False where a row's answer is shorter, and so is filled up.
+    """
 
     chosen: Tensor
+    real: Tensor
+
+    def of(self, rows: Rows, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Both for some rows, beside logits."""
+        return self.chosen[rows].to(like.device), self.real[rows].to(like.device)
+
+    def log_prob(self, rows: Rows, logp: Tensor) -> Tensor:
+        """The summed log-probability [b] of the answers, of log-probabilities [b, m, V] at m >= n positions."""
+        chosen, real = self.of(rows, logp)
+        each = logp[:, : chosen.shape[1]].gather(2, chosen[:, :, None])[:, :, 0]
+        return torch.where(real, each, 0).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class SpelledLogProb:
+    """Log-probability of answers of several tokens."""
+
+    answer: Spelling
     exp: bool
 
     def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
-        logp = wide(logits).log_softmax(-1)
-        found = logp.gather(2, self.chosen[rows].to(logits.device)[:, :, None])[:, :, 0].sum(1)
+        found = self.answer.log_prob(rows, wide(logits).log_softmax(-1))
         return found.exp() if self.exp else found
+
+
+@dataclass(frozen=True, eq=False)
+class SpelledDiff:
+    """Log-probability of answers of several tokens minus that of foils."""
+
+    answer: Spelling
+    foil: Spelling
+
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
+        logp = wide(logits).log_softmax(-1)
+        return self.answer.log_prob(rows, logp) - self.foil.log_prob(rows, logp)
+
+
+@dataclass(frozen=True, eq=False)
+class SpelledRank:
+    """How many logits are higher than that of an answer's token, for the token of which that is most."""
+
+    answer: Spelling
+
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
+        chosen, real = self.answer.of(rows, logits)
+        higher = _counted((logits > logits.gather(2, chosen[:, :, None])).sum(2), logits)
+        return torch.where(real, higher, 0).amax(1)
+
+
+@dataclass(frozen=True, eq=False)
+class SpelledAccuracy:
+    """Whether each of an answer's tokens has the highest logit in its turn."""
+
+    answer: Spelling
+
+    def __call__(self, rows: Rows, logits: Tensor) -> Tensor:
+        chosen, real = self.answer.of(rows, logits)
+        hit = _counted(logits.argmax(-1) == chosen, logits)
+        return torch.where(real, hit, 1).amin(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from interp import plots, selection
 from interp.datasets import of_dataset, to_dataset
 from interp.effects import STATUS, Effects
 from interp.frames import frame
-from interp.joining import concat
+from interp.joining import concat, difference
 from interp.result_files import load_result, save_result
 
 if TYPE_CHECKING:
@@ -109,6 +109,19 @@ class Result(Effects):
             ResultError: the dataset lacks a variable, an axis or an attribute of a result.
         """
         return of_dataset(dataset, cls)
+
+    def minus(self, other: Result, name: str | None = None) -> Result:
+        """Return this result less another one of the same cells, row by row: what an intervention does to one metric
+        beyond what it does to the other, or to an answer beyond a foil that stands in a text of its own.
+
+        Args:
+            other: of as many rows, of which each belongs to the same row here.
+            name: what the metric of the difference is called.
+
+        Raises:
+            ResultError: other axes, rows, ways of intervening, or values that are infinite in both.
+        """
+        return difference(self, other, name)
 
     @classmethod
     def concat(cls, results: Sequence[Result], along: str = "row") -> Result:

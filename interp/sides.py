@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from torch import Tensor
-
-from hooks import Inputs, InputsError, Intervention, Model, PlanError, Site, SiteError, World, align, nearest, patch
+from hooks import Inputs, InputsError, Model, PlanError, World, align, nearest
 from interp.evaluation import require_eval
 from interp.grids import Factory, Grid
+from interp.pairing import Corresponding
 from interp.provenance import name_of
 
 DIRECTIONS = ("denoising", "noising")
@@ -39,7 +37,7 @@ def stated(
     if not isinstance(clean, Inputs) or not isinstance(corrupt, Inputs) or not callable(intervention):
         return "denoising"
     require_eval(model, "a sweep")
-    _, cells = grid.cells(model, clean)
+    _, cells = (grid.on(clean, corrupt, True, False) if grid.paired else grid).cells(model, clean)
     sources = [read.source for item in cells[0].plan(intervention) for read in item.reads]
     taken = [source.inputs for source in sources if isinstance(source, World)]
     if any(inputs is clean for inputs in taken) != any(inputs is corrupt for inputs in taken):
@@ -71,15 +69,19 @@ def source_of(
     corrupt: Inputs | None,
     direction: str,
     intervention: Factory | None,
-    grid: Grid | None = None,
-) -> tuple[Inputs, World | None, Factory]:
-    """The inputs that are edited, the world that values are taken from, and what is done at a site.
+    grid: Grid,
+    seed: int = 0,
+    executor: str = "auto",
+    budget: int | None = None,
+) -> tuple[Inputs, World | None, Factory, Grid]:
+    """The inputs that are edited, the world that values are taken from, what is done at a site, and the grid on them.
 
     A plan that is held on the model is in that world too: of a pair of runs, both are under it. Rows of a pair may have
-    other lengths where the grid counts its positions from the end.
+    other lengths where the grid says which positions correspond: counts them from the end, or pairs them.
 
     Raises:
         InputsError: prompts that are not Inputs, are missing, or do not correspond.
+        SiteError: positions that are paired and do not correspond.
     """
     if intervention is not None and not callable(intervention):
         raise PlanError(f"intervention is a function of a site, such as ip.zero, not {intervention!r}")
@@ -89,28 +91,18 @@ def source_of(
     if corrupt is None:
         if intervention is None:
             raise InputsError("patching takes values from another run: give corrupt prompts, or an intervention=")
-        return clean, None, intervention
-    apart = intervention is None and grid is not None and grid.from_the_end and not _alike(clean, corrupt)
+        return clean, None, intervention, grid
+    apart = grid.from_the_end and (intervention is None or grid.paired) and not _alike(clean, corrupt)
     if not apart:
         align(clean, corrupt)
-    base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
+    denoising = direction == "denoising"
+    base, other = (corrupt, clean) if denoising else (clean, corrupt)
     source = World(other, model.held_on(other)[0])
-    if apart:
-        return base, source, partial(_from_the_end, source=source)
-    return base, source, intervention or partial(patch, source=source)
+    grid = grid.on(base, other, not denoising, intervention is None) if grid.paired else grid
+    options = {"seed": seed, "executor": executor, "budget": budget}
+    return base, source, intervention or Corresponding(model, source, apart, grid.matches, options), grid
 
 
 def _alike(clean: Inputs, corrupt: Inputs) -> bool:
     """Whether rows have the same lengths, or do not correspond for another reason, which `align` tells."""
     return len(clean) != len(corrupt) or clean.pixels is not None or bool((clean.lengths == corrupt.lengths).all())
-
-
-def _from_the_end(site: Site, source: World) -> Intervention:
-    """Patch positions that are counted from the end, each run's own.
-
-    Raises:
-        SiteError: some rows lack them, so that they stand as a mask, of columns of one of the two runs.
-    """
-    if isinstance(site.pos, Tensor):
-        raise SiteError(f"{site.name}: rows lack a position; in pairs of other lengths every row has each of them")
-    return patch(site, source, source_site=site)

@@ -61,9 +61,9 @@ def sweep(
     Args:
         model: a wrapped model, in evaluation mode.
         clean: the prompts (or images) that show the behaviour.
-        corrupt: the prompts that do not, row by row of the same lengths (of any where the grid counts its positions
-            from the end, ``pos=[-1, -2]``); None where `intervention` needs no other prompts, which then is applied to
-            `clean`.
+        corrupt: the prompts that do not, row by row of the same lengths (of any where the grid says what corresponds:
+            ``pos=[-1, -2]``, counted from the end, or ``pos={"name": ip.paired(...)}``); None where `intervention`
+            needs no other prompts, which then is applied to `clean`.
         grid: the cells; see `interp.grid`.
         metric: what is measured; a sequence adds a first axis to the result.
         intervention: from a site to what is done there, in place of patching from the other prompts: ``ip.zero``,
@@ -96,9 +96,11 @@ def sweep(
     several = isinstance(metric, (list, tuple))
     metrics: list[Metric] = list(metric) if isinstance(metric, (list, tuple)) else [metric]  # type: ignore[list-item]
     check_metrics(metrics)
-    base_inputs, source, factory = source_of(model, clean, corrupt, direction, intervention, grid)
+    base_inputs, source, factory, on = source_of(
+        model, clean, corrupt, direction, intervention, grid, seed, executor, budget
+    )
     model.check_inputs(base_inputs)
-    axes, cells = grid.cells(model, base_inputs)
+    axes, cells = on.cells(model, base_inputs)
     worlds = _cell_worlds(cells, factory, base_inputs)
     bound = [m.bind(model, base_inputs) for m in metrics]
     compared = references(model, metrics, bound, source, base_inputs, seed, executor)

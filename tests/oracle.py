@@ -37,9 +37,19 @@ class Norm:
     centered: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.divided(x, self.scale(x))
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What x is divided by, [..., 1]."""
         if self.centered:
             x = x - x.mean(-1, keepdim=True)
-        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        return torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
+
+    def divided(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The output, where x is divided by this."""
+        if self.centered:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / scale * self.weight
         return x if self.bias is None else x + self.bias
 
 
@@ -475,6 +485,12 @@ def forward(
     if spec.W_pos is not None and not images:
         resid = resid + at("pos_embed", None, spec.W_pos[position])
 
+    def normed(name: str, layer: int | None, norm: Norm | NoNorm, x: Tensor) -> Tensor:
+        """The output of a norm, by way of what it divides by."""
+        if isinstance(norm, NoNorm):
+            return at(name, layer, x)
+        return at(name, layer, norm.divided(x, at(f"{name}_scale", layer, norm.scale(x))))
+
     for layer, w in enumerate(spec.layers):
         resid = at("resid_pre", layer, resid)
         if layer > 0:
@@ -486,9 +502,11 @@ def forward(
         q_input = at("q_input", layer, attn_in[:, :, None, :].expand(-1, -1, H, -1))
         k_input = at("k_input", layer, attn_in[:, :, None, :].expand(-1, -1, K, -1))
         v_input = at("v_input", layer, attn_in[:, :, None, :].expand(-1, -1, K, -1))
-        q = at("q", layer, torch.einsum("bthm,hdm->bthd", w.norm1(q_input), a.W_Q) + a.b_Q)
-        k = at("k", layer, torch.einsum("bskm,kdm->bskd", w.norm1(k_input), a.W_K) + a.b_K)
-        v = at("v", layer, torch.einsum("bskm,kdm->bskd", w.norm1(v_input), a.W_V) + a.b_V)
+        # Heads read one output of the norm, but for those whose own input is edited.
+        change = (normed("ln1", layer, w.norm1, attn_in) - w.norm1(attn_in))[:, :, None]
+        q = at("q", layer, torch.einsum("bthm,hdm->bthd", w.norm1(q_input) + change, a.W_Q) + a.b_Q)
+        k = at("k", layer, torch.einsum("bskm,kdm->bskd", w.norm1(k_input) + change, a.W_K) + a.b_K)
+        v = at("v", layer, torch.einsum("bskm,kdm->bskd", w.norm1(v_input) + change, a.W_V) + a.b_V)
         if a.q_norm is not None and a.k_norm is not None:
             q, k = a.q_norm(q), a.k_norm(k)
         if spec.rotary_base is not None:
@@ -517,18 +535,19 @@ def forward(
         if not w.parallel:
             mid = at("resid_mid", layer, mid)
         m = w.mlp
-        normed = w.norm2(at("mlp_in", layer, resid if w.parallel else mid))
-        up = torch.einsum("btm,fm->btf", normed, m.W_up) + m.b_up
+        read_by = normed("ln2", layer, w.norm2, at("mlp_in", layer, resid if w.parallel else mid))
+        up = torch.einsum("btm,fm->btf", read_by, m.W_up) + m.b_up
         if m.W_gate is None or m.b_gate is None:
             hidden = m.act(at("mlp_pre", layer, up))
         else:
-            hidden = m.act(at("mlp_pre", layer, torch.einsum("btm,fm->btf", normed, m.W_gate) + m.b_gate)) * up
+            gate = at("mlp_pre", layer, torch.einsum("btm,fm->btf", read_by, m.W_gate) + m.b_gate)
+            hidden = m.act(gate) * at("mlp_pre_linear", layer, up)
         hidden = at("mlp_post", layer, hidden)
         mlp_out = torch.einsum("btf,mf->btm", hidden, m.W_down) + m.b_down
         mlp_out = at("mlp_out", layer, mlp_out if w.post2 is None else w.post2(mlp_out))
         resid = at("resid_post", layer, mid + mlp_out)
 
-    final = at("ln_final", None, spec.norm(resid))
+    final = normed("ln_final", None, spec.norm, resid)
     logits = at("logits", None, spec.logits(final[:, :1] if images else final))
     if pending:
         raise ValueError(f"{type(model).__name__} has no sites {sorted(pending, key=str)}")

@@ -26,6 +26,13 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def scale_of(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm divides by."""
+    centered = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    return (centered.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
 class Oracle:
     """One model under some edits, and every value that it computes, by stack, site and layer."""
 
@@ -38,6 +45,12 @@ class Oracle:
         x = x if edit is None else edit(x)
         self.values[stack, name, layer] = x.detach().clone()
         return x
+
+    def normed(self, stack: str, name: str, layer: int | None, norm: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """What a norm returns of x, where what it divides by, and that itself, may be edited."""
+        old, bias = scale_of(norm, x), getattr(norm, "bias", None)
+        new, bias = self.note(stack, f"{name}_scale", layer, old), 0 if bias is None else bias
+        return self.note(stack, name, layer, out if new is old else (out - bias) * old / new + bias)
 
     @torch.no_grad()
     def __call__(self, **call: Any) -> Tensor:
@@ -58,13 +71,15 @@ class Oracle:
             changed.append(block)
 
         handles = [
-            text.norm.register_forward_hook(lambda m, a, out: self.note("text", "ln_final", None, out)),
+            text.norm.register_forward_hook(lambda m, a, out: self.normed("text", "ln_final", None, m, a[0], out)),
             self.module.lm_head.register_forward_hook(lambda m, a, out: self.note("text", "logits", None, out)),
         ]
         embed = getattr(tower, "embeddings", getattr(tower, "patch_embed", None))
         handles.append(embed.register_forward_hook(lambda m, a, out: self.note("vision", "embed", None, out)))
         norm = tower.merger.ln_q if hasattr(tower, "merger") else tower.post_layernorm
-        handles.append(norm.register_forward_hook(lambda m, a, out: self.note("vision", "ln_final", None, out)))
+        handles.append(
+            norm.register_forward_hook(lambda m, a, out: self.normed("vision", "ln_final", None, m, a[0], out))
+        )
         for stack, blocks in (("text", text.layers), ("vision", blocks_of(tower))):
             for layer, block in enumerate(blocks):
                 put(block, stack, layer)
@@ -87,9 +102,11 @@ class Oracle:
         read = note("attn_in", x)
         out = self.attention(parts, stack, layer, read, *args, **kwargs)
         x = note("resid_mid", x + note("attn_out", parts.post1(out)))
-        read = parts.norm2(note("mlp_in", x))
-        pre = note("mlp_pre", linear(parts.pre, read))
-        hidden = parts.act(pre) if parts.up is None else parts.act(pre) * linear(parts.up, read)
+        read = note("mlp_in", x)
+        read = self.normed(stack, "ln2", layer, parts.norm2, read, parts.norm2(read))
+        hidden = parts.act(note("mlp_pre", linear(parts.pre, read)))
+        if parts.up is not None:
+            hidden = hidden * note("mlp_pre_linear", linear(parts.up, read))
         out = linear(parts.down, note("mlp_post", hidden))
         return note("resid_post", x + note("mlp_out", parts.post2(out)))
 
@@ -100,8 +117,14 @@ class Oracle:
         attn = parts.attention
         heads = getattr(attn, "num_heads", None) or attn.config.num_attention_heads
         weights, biases, out = projections(attn)
+        plain = parts.norm1(x)
+        change = self.normed(stack, "ln1", layer, parts.norm1, x, plain) - plain
+
+        def norm1(copies: Tensor) -> Tensor:
+            return parts.norm1(copies) + change.unsqueeze(-2)
+
         q, k, v = (
-            note(name, self.projected(note, name, parts.norm1, x, weight, bias, width(attn, heads)))
+            note(name, self.projected(note, name, norm1, x, weight, bias, width(attn, heads)))
             for name, weight, bias in zip("qkv", weights, biases, strict=True)
         )
         if hasattr(attn, "q_norm"):

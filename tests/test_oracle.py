@@ -168,6 +168,8 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
             "attn": "attn_out",
             "<attn.c_proj": "z",
             "<ln_2": "resid_mid",
+            "ln_1": "ln1",
+            "ln_2": "ln2",
             "mlp.c_fc": "mlp_pre",
             "mlp.act": "mlp_post",
             "mlp": "mlp_out",
@@ -186,7 +188,10 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
             "<self_attn.o_proj": "z",
             "self_attn": "attn_out",
             "<post_attention_layernorm": "resid_mid",
+            "input_layernorm": "ln1",
+            "post_attention_layernorm": "ln2",
             "mlp.gate_proj": "mlp_pre",
+            "mlp.up_proj": "mlp_pre_linear",
             "<mlp.down_proj": "mlp_post",
             "mlp": "mlp_out",
         },
@@ -201,6 +206,8 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
             "<attention.dense": "z",
             "attention": "attn_out",
             "<post_attention_layernorm": "mlp_in",
+            "input_layernorm": "ln1",
+            "post_attention_layernorm": "ln2",
             "mlp.dense_h_to_4h": "mlp_pre",
             "<mlp.dense_4h_to_h": "mlp_post",
             "mlp": "mlp_out",
@@ -219,6 +226,9 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
             "<self_attn.o_proj": "z",
             "post_attention_layernorm": "attn_out",
             "<pre_feedforward_layernorm": "resid_mid",
+            "input_layernorm": "ln1",
+            "pre_feedforward_layernorm": "ln2",
+            "mlp.up_proj": "mlp_pre_linear",
             "mlp.gate_proj": "mlp_pre",
             "<mlp.down_proj": "mlp_post",
             "post_feedforward_layernorm": "mlp_out",
@@ -237,6 +247,8 @@ BOUNDARIES: dict[str, tuple[Boundaries, str, Boundaries]] = {
             "<attn.o_proj": "z",
             "attn": "attn_out",
             "<ln2": "resid_mid",
+            "ln1": "ln1",
+            "ln2": "ln2",
             "mlp.gate": "mlp_pre",
             "<mlp.down": "mlp_post",
             "mlp": "mlp_out",
@@ -293,7 +305,8 @@ def test_cache_equals_forward_hooks(family, padding):
         logits_of(model, ids, mask)
     _, cache = oracle.forward(model, ids, mask)
 
-    in_a_layer = {"gpt2": 9, "neox": 9, "neox_sequential": 9, "small_attn_only": 8}.get(family, 12)
+    counts = {"gpt2": 11, "neox": 11, "neox_sequential": 11, "small_attn_only": 9}
+    in_a_layer = counts.get(family, 14 if family.startswith("small") else 15)
     assert len(seen) == 3 + (("pos_embed", None) in cache) + in_a_layer * layers
     for key, value in seen.items():
         torch.testing.assert_close(cache[key][mask].flatten(1), value[mask].flatten(1), **EXACT, msg=f"{key}")
@@ -385,6 +398,7 @@ def test_shapes_and_sites(family):
     shapes = dict.fromkeys(("resid_pre", "attn_in", "attn_out", "resid_post"), (B, T, M))
     shapes |= {"q_input": (B, T, H, M), "k_input": (B, T, K, M), "v_input": (B, T, K, M)}
     shapes |= {"q": (B, T, H, D), "k": (B, T, K, D), "v": (B, T, K, D), "z": (B, T, H, D), "result": (B, T, H, M)}
+    shapes |= {"ln1_scale": (B, T, 1), "ln1": (B, T, M)}
     shapes |= {"scores": (B, H, T, T), "pattern": (B, H, T, T)}
     if family in ROTARY:
         shapes |= {"rot_q": (B, T, H, D), "rot_k": (B, T, K, D)}
@@ -393,10 +407,14 @@ def test_shapes_and_sites(family):
     if mlp is not None:
         shapes |= dict.fromkeys(("mlp_in", "mlp_out"), (B, T, M))
         shapes |= dict.fromkeys(("mlp_pre", "mlp_post"), (B, T, len(mlp.W_up)))
+        shapes |= {"ln2_scale": (B, T, 1), "ln2": (B, T, M)}
+        if mlp.W_gate is not None:
+            shapes["mlp_pre_linear"] = (B, T, len(mlp.W_up))
     expected: dict[oracle.Key, tuple[int, ...]] = {
         (name, layer): shape for name, shape in shapes.items() for layer in range(len(spec.layers))
     }
-    expected |= {("embed", None): (B, T, M), ("ln_final", None): (B, T, M), ("logits", None): (B, T, V)}
+    expected |= {("embed", None): (B, T, M), ("ln_final", None): (B, T, M), ("ln_final_scale", None): (B, T, 1)}
+    expected |= {("logits", None): (B, T, V)}
     if spec.W_pos is not None:
         expected["pos_embed", None] = (B, T, M)
     assert {key: tuple(value.shape) for key, value in cache.items()} == expected

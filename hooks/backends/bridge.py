@@ -187,6 +187,7 @@ class _Points:
             "embed": lambda run, x: run.visit(("embed", -1, None), x),
             # Positions that all rows share come as one row, which an edit could not tell apart.
             "pos_embed": lambda run, x: run.visit(("pos_embed", -1, None), x.expand(run.rows, *x.shape[1:])),
+            "ln_final_scale": lambda run, x: run.visit(("ln_final_scale", -1, None), x),
             "ln_final": lambda run, x: run.visit(("ln_final", -1, None), x),
             "logits": lambda run, x: run.visit(("logits", -1, None), capped(x)),
         }
@@ -207,6 +208,7 @@ class _Points:
             self.on(Site(name, layer).hook, edit or show(name))
 
         straight = {"q", "k", "v", "rot_q", "rot_k", "z", "result", "attn_out", "mlp_pre", "mlp_post", *_SPLIT}
+        straight |= {"ln1_scale", "ln1", "ln2_scale", "ln2", "mlp_pre_linear"}
         for name in KINDS:
             if name in names & straight:
                 at(name)

@@ -84,7 +84,9 @@ class Traces:
         """The parts of the model inside."""
         found = describe(module)
         require_plain(found, "an nnsight model")
-        return found
+        why = "a trace of nnsight shows what a norm returns, and not what it divides by"
+        scales = dict.fromkeys(("ln1_scale", "ln2_scale", "ln_final_scale"), why)
+        return replace(found, missing={**found.missing, **scales})
 
     def require(self, ids: Tensor, mask: Tensor) -> None:
         """Nothing that a model takes is refused here."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import PlanError, SiteError
 from ..models.network import Network
+from ..plan.kinds import ROW
 from ..plan.plan import World
-from ..plan.sites import KEY, KINDS, POS, ROW, Key, Site
+from ..plan.sites import KEY, KINDS, POS, Key, Site
 from ..program import Guard, Program, State, visit
 from . import frames, tiles
 from .exposing import swap_functions

@@ -110,7 +110,7 @@ class BlockParts:
         module, attention, out: envoys of the block, its attention and the output projection.
         pre, end: of the norms and the ends of the attention's and of the MLP's sublayer.
         projections: for q, k and v the envoy and where in its output they lie.
-        hidden: of what an MLP's hidden values come out of and go into.
+        hidden: of what an MLP's hidden values come out of and go into, and of what they are multiplied by.
         numbers: of the attention: scaling, window and cap.
         exposed: whether its inside is computed with its scores and patterns shown.
     """
@@ -123,7 +123,7 @@ class BlockParts:
     pre: tuple[Any, ...]
     end: tuple[Any, ...]
     projections: dict[str, tuple[Any, Projection]]
-    hidden: tuple[Any, Any] | None
+    hidden: tuple[Any, Any, Any] | None
     numbers: Attention
     exposed: bool
 
@@ -203,7 +203,9 @@ def _block_of(of: Any, block: Block, layer: int, names: frozenset[str], exposed:
             name: (of(projection.module), replace(projection, module=bare))
             for name, projection in (("q", attention.q), ("k", attention.k), ("v", attention.v))
         },
-        (of(mlp.pre), of(mlp.down)) if isinstance(mlp, Mlp) and isinstance(mlp.pre, nn.Module) else None,
+        (of(mlp.pre), of(mlp.down), of(mlp.up) if isinstance(mlp.up, nn.Module) else None)
+        if isinstance(mlp, Mlp) and isinstance(mlp.pre, nn.Module)
+        else None,
         replace(attention, module=bare, q=bare, k=bare, v=bare, out=bare, q_norm=None, k_norm=None, rotary=None),
         exposed,
     )
@@ -279,7 +281,17 @@ def _play_block(block: BlockParts, parts: Parts, visits: Visits) -> None:
 
     if names & {"attn_in", "q_input", "k_input", "v_input"}:
         _input(block.pre[0], attn_in)
-    _projections(block, copies, seen)
+    changes: list[Tensor] = []
+
+    def ln1(x: Tensor) -> Tensor:
+        edited = seen("ln1", x)
+        if edited is not x:
+            changes.append((edited - x).unsqueeze(2))
+        return edited
+
+    if "ln1" in names:
+        _output(block.pre[0], ln1)
+    _projections(block, copies, seen, changes)
     if block.exposed:
         _attention(block, parts.implementation, visits)
     waiting: dict[str, Tensor] = {}
@@ -313,8 +325,12 @@ def _play_block(block: BlockParts, parts: Parts, visits: Visits) -> None:
 
     if names & {"resid_mid", "mlp_in"}:
         _input(block.pre[1], mlp_in)
+    if "ln2" in names:
+        _output(block.pre[1], partial(seen, "ln2"))
     if block.hidden is not None and "mlp_pre" in names:
         _output(block.hidden[0], partial(seen, "mlp_pre"))
+    if block.hidden is not None and "mlp_pre_linear" in names:
+        _output(block.hidden[2], partial(seen, "mlp_pre_linear"))
     if block.hidden is not None and "mlp_post" in names:
         _input(block.hidden[1], partial(seen, "mlp_post"))
     if names & {"mlp_out", "resid_mid"}:
@@ -328,7 +344,7 @@ def _play_block(block: BlockParts, parts: Parts, visits: Visits) -> None:
         _output(block.module, resid_post)
 
 
-def _projections(block: BlockParts, copies: dict[str, Tensor], seen: Any) -> None:
+def _projections(block: BlockParts, copies: dict[str, Tensor], seen: Any, changes: list[Tensor]) -> None:
     shared: dict[int, list[str]] = {}
     for name in ("q", "k", "v"):
         if block.names & {name, f"{name}_input"}:
@@ -341,7 +357,9 @@ def _projections(block: BlockParts, copies: dict[str, Tensor], seen: Any) -> Non
                 projection = block.projections[name][1]
                 part = projection.read(out)
                 if name in copies:
-                    part = replace(projection, module=envoy._module).per_head(_normed(block.pre[0], copies[name]))
+                    # Rows beside those that edit what a head reads may edit what the norm returns.
+                    read = sum(changes, _normed(block.pre[0], copies[name]))
+                    part = replace(projection, module=envoy._module).per_head(read)
                 out = projection.write(out, seen(name, part))
             return out
 

@@ -82,10 +82,6 @@ class Mlp:
         """How many matrices [M, F] it multiplies a token by."""
         return 2 + (self.up is not None)
 
-    def hidden(self, pre: Tensor, x: Tensor) -> Tensor:
-        """What `down` reads [..., F], given `pre` of what the layer reads, and that."""
-        return self.act(pre) if self.up is None else self.act(pre) * self.up(x)
-
 
 Feed = Mlp | Experts
 

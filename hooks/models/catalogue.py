@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
+from torch import nn
+
 from ..html import table
 from ..plan.sites import DIM, HEAD, KINDS, POS, TEXT, Key, Site
 from .architecture import Architecture, Tower
-from .blocks import Feed
+from .blocks import Block, Feed, Mlp
 from .experts import Experts
+from .norms import scale_of
+
+_HIDDEN = ("mlp_pre", "mlp_pre_linear", "mlp_post")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ def _stack_sizes(arch: Architecture | Tower, stack: str | None) -> dict[Key, dic
             here |= {"scores": heads, "pattern": heads}
         if attention.rotary is not None and not attention.opaque:
             here |= {"rot_q": q, "rot_k": k}
+        here |= _normed("ln1", block.of_attention.pre, arch.width)
+        if block.of_mlp is not None and not block.shares_norm:
+            here |= _normed("ln2", block.of_mlp.pre, arch.width)
         if block.mlp is not None:
             here |= {name: width for name in ("mlp_in", "mlp_out")} | _inside(block.mlp, arch.width)
             if not block.parallel:
@@ -91,13 +99,25 @@ def _stack_sizes(arch: Architecture | Tower, stack: str | None) -> dict[Key, dic
                 sizes[Site(name, layer, stack).key] = size
     if arch.norm is not None and "ln_final" not in missing:
         sizes["ln_final", -1, stack] = width
+        known = "ln_final_scale" not in missing and scale_of(arch.norm, arch.width) is not None
+        if known and getattr(arch, "to_final", None) is None:
+            sizes["ln_final_scale", -1, stack] = {DIM: 1}
     return sizes
+
+
+def _normed(name: str, norm: nn.Module | None, width: int) -> dict[str, dict[str, int]]:
+    """What a norm before a sublayer returns, and what it divides by, where that is known."""
+    if norm is None:
+        return {}
+    scale = {} if scale_of(norm, width) is None else {f"{name}_scale": {DIM: 1}}
+    return {name: {DIM: width}} | scale
 
 
 def _inside(mlp: Feed, width: int) -> dict[str, dict[str, int]]:
     if isinstance(mlp, Experts):
         return {"router": {DIM: mlp.count}, "expert_out": {HEAD: mlp.count, DIM: width}}
-    return {name: {DIM: mlp.width} for name in ("mlp_pre", "mlp_post")} if mlp.width else {}
+    names = ("mlp_pre", "mlp_post") if mlp.up is None else ("mlp_pre", "mlp_pre_linear", "mlp_post")
+    return {name: {DIM: mlp.width} for name in names} if mlp.width else {}
 
 
 def why_missing(arch: Architecture | Tower, name: str, layer: int | None) -> str:
@@ -108,12 +128,38 @@ def why_missing(arch: Architecture | Tower, name: str, layer: int | None) -> str
     block = arch.blocks[layer or 0]
     if name in ("scores", "pattern", "rot_q", "rot_k"):
         return block.attention.opaque
-    if name in ("mlp_pre", "mlp_post") and isinstance(block.mlp, Experts):
+    if name in _HIDDEN and isinstance(block.mlp, Experts):
         return "its feed-forward layer is a mixture of experts, which has router and expert_out"
-    inside = ("mlp_pre", "mlp_post", "router", "expert_out")
+    if name.startswith("ln"):
+        return _why_no_norm(arch, block, name)
+    inside = (*_HIDDEN, "router", "expert_out")
     if name in inside and block.mlp is not None and not isinstance(block.mlp, Experts) and not block.mlp.width:
         return f"nobody knows how the parts of a {type(block.mlp.module).__name__} work together"
+    if name == "mlp_pre_linear":
+        return "its MLP is not gated, so nothing is multiplied with what mlp_pre becomes"
     return ""
+
+
+def has_none(arch: Architecture, name: str) -> bool:
+    """Whether a model is made without what a kind of sites is of: a gated MLP, or a norm at some place."""
+    block = arch.blocks[0]
+    if name == "mlp_pre_linear":
+        return isinstance(block.mlp, Mlp) and bool(block.mlp.width) and block.mlp.up is None
+    if name == "ln_final_scale":
+        return arch.norm is None or "ln_final" in arch.missing
+    around = block.of_attention if name.startswith("ln1") else block.of_mlp
+    missing = around is None or around.pre is None or (name.startswith("ln2") and block.shares_norm)
+    return name in ("ln1", "ln1_scale", "ln2", "ln2_scale") and missing
+
+
+def _why_no_norm(arch: Architecture | Tower, block: Block, name: str) -> str:
+    around = block.of_attention if name.startswith("ln1") else block.of_mlp
+    norm = arch.norm if name.startswith("ln_final") else None if around is None else around.pre
+    if name.startswith("ln2") and block.shares_norm:
+        return "its attention and MLP read the output of one norm, which is ln1"
+    if norm is None:
+        return "no norm stands there: the residual stream is read as it is"
+    return f"a {type(norm).__name__} divides by something that is no root of a mean square of what it reads"
 
 
 def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
@@ -127,7 +173,7 @@ def site_table(sizes: Mapping[Key, dict[str, int]], n_layers: int) -> SiteTable:
         if not keys:
             continue
         size = sizes[keys[0]]
-        numbers = dict.fromkeys("HK", size.get(HEAD)) | dict.fromkeys("VMDF", size.get(DIM))
+        numbers = dict.fromkeys("HK", size.get(HEAD)) | dict.fromkeys("VMDFU", size.get(DIM))
         numbers["E"] = size.get(HEAD, size.get(DIM))
         letters = kind.letters.replace("T", str(size[POS])) if POS in size else kind.letters
         shape = tuple(size[POS] if c.isdigit() else c if c in "BTS" else numbers[c] for c in letters)

@@ -56,6 +56,7 @@ def check_plan(model: Network, plan: Plan) -> None:
     Raises:
         SiteError, ShapeError, PlanError, InputsError: it does not.
     """
+    check_norms(model, plan)
     for item in plan:
         check_site(model, item.site)
         if isinstance(item.site.dim, Tensor) and not _distinct(item.site.dim):
@@ -71,6 +72,30 @@ def check_plan(model: Network, plan: Plan) -> None:
             elif isinstance(read.source, Plan):
                 check_plan(model, read.source)
         _check_values(model, item)
+
+
+APART = ("q_input", "k_input", "v_input")
+"""Edits of what single heads read, before the norm, so that there is one output of the norm for each."""
+
+
+def check_norms(model: Network, plan: Plan) -> None:
+    """Refuse to edit the output of a norm where a plan, with what is held, has it computed anew of something else.
+
+    Raises:
+        PlanError: a plan does both.
+    """
+    keys = {item.site.key for item in plan}
+    for name, layer, stack in keys:
+        if name not in ("ln1", "ln1_scale"):
+            continue
+        blocks = model.architecture.stacks[stack].blocks if stack in model.architecture.stacks else ()
+        shares = layer < len(blocks) and blocks[layer].shares_norm
+        for other in (*APART, *(("attn_in", "mlp_in") if shares else ())):
+            if (other, layer, stack) in keys:
+                raise PlanError(
+                    f"{name}.{layer} and {other}.{layer} in one plan: where {other} is edited the norm is computed "
+                    "anew for what reads that alone, so this does not say what becomes of its output; edit one of them"
+                )
 
 
 def check_inputs(model: Network, inputs: Inputs) -> None:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .sites import DIM, HEAD, KEY, KINDS, POS, ROW, STACKS, Site
+from .kinds import LATER, ROW
+from .sites import DIM, HEAD, KEY, KINDS, POS, STACKS, Site
 
-_LATER = ("router", "expert_out", "pooled")
-"""Kinds of sites that came after numbers had been drawn at the others, whose draws are to stay what they were."""
 _BEYOND, _STACK = 1 << 32, 1 << 40
 
 
@@ -86,9 +85,9 @@ class Context:
         """A number of the site, layer and stack, so that draws at different places differ."""
         name, layer, stack = Site(self.site, self.layer, self.stack).key
         beyond = 0 if stack is None else (STACKS.index(stack) + 1) * _STACK
-        if name in _LATER:
-            return beyond + (_LATER.index(name) + 1) * _BEYOND + layer
-        first = [kind for kind in KINDS if kind not in _LATER]
+        if name in LATER:
+            return beyond + (LATER.index(name) + 1) * _BEYOND + layer
+        first = [kind for kind in KINDS if kind not in LATER]
         return beyond + first.index(name) + len(first) * (layer + 1)
 
     def counters(self, ndim: int) -> list[Tensor]:

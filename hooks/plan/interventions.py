@@ -51,7 +51,12 @@ def zero(where: Site | str) -> Intervention:
 
 
 def mean(
-    where: Site | str, source: Source | None = None, *, pooled: bool = False, but_bos: bool = False
+    where: Site | str,
+    source: Source | None = None,
+    *,
+    pooled: bool = False,
+    but_bos: bool = False,
+    source_site: Site | str | None = None,
 ) -> Intervention:
     """Set the value at a site to its mean over a reference set.
 
@@ -59,18 +64,23 @@ def mean(
         where: the site.
         source: the reference set: a `World`, a `Tape`, or a tensor of the whole activation [R, T, ...], with any number
             of rows.
-        pooled: average over the positions too (those that `where` lists, or all of a reference set of any lengths),
-            instead of each position by itself.
+        pooled: average over the positions too, instead of each position by itself: over those of `where` in each row of
+            the reference set that has them, be they listed or a slice (positions for each row are of a reference set of
+            as many rows), or over all. Its rows may have any lengths.
         but_bos: leave BOS, which would outweigh all else, out of a mean over all positions.
+        source_site: the site of the reference set, or its positions, that a pooled mean is over, where they are others.
 
     Raises:
-        PlanError: no reference set is given, or BOS is to be left out where each position is averaged by itself.
+        PlanError: no reference set is given, other positions of it without `pooled`, or BOS is to be left out where
+            each position is averaged by itself.
     """
     if but_bos and not pooled:
         raise PlanError(
             "but_bos leaves BOS out of a mean over positions: give pooled=True; else it has a mean of its own"
         )
-    return Intervention(site(where), Mean(pooled, but_bos), (_read("mean", source, aligned=False),))
+    if source_site is not None and not pooled:
+        raise PlanError("source_site names other positions of the reference set, over which a mean is pooled=True")
+    return Intervention(site(where), Mean(pooled, but_bos), (_read("mean", source, source_site, aligned=False),))
 
 
 def resample(where: Site | str, source: Source | None = None, *, seed: int = 0) -> Intervention:

@@ -165,33 +165,57 @@ def one_token(tokenizer: Any, text: str) -> int:
     Raises:
         InputsError: it is not, and the message shows its pieces; or the tokenizer does not know it.
     """
-    if tokenizer is None:
-        raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
-    try:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except InterpError:
-        raise
-    except Exception as error:  # whatever a tokenizer raises of a word that it does not have
-        raise InputsError(f"the tokenizer does not know {text!r}: {error}") from error
+    ids = _encoded(tokenizer, text)
     if len(ids) == 1:
-        _require_known(tokenizer, text, ids[0])
+        _require_known(tokenizer, text, ids)
         return ids[0]
     pieces = [decode_ids(tokenizer, [i]) for i in ids]
     other = text.strip() if text != text.strip() else " " + text
     alternative = list(tokenizer(other, add_special_tokens=False)["input_ids"])
     hint = f"; {other!r} is one token here" if len(alternative) == 1 else ""
-    raise InputsError(f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}")
+    raise InputsError(
+        f"{text!r} is {len(ids)} tokens, {pieces}: an answer is one token{hint}; one of several stands at the "
+        "end of the text, for metrics with pos='answer'"
+    )
 
 
-def _require_known(tokenizer: Any, text: str, token: int) -> None:
-    """Raise InputsError where a token stands for any text that is not known, or for a part of this one."""
-    piece = str(tokenizer.convert_ids_to_tokens([token])[0])
-    if text.strip() == piece.strip():
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that stands within another one, without special tokens.
+
+    Raises:
+        InputsError: there are none, or the tokenizer does not know a part of it.
+    """
+    ids = _encoded(tokenizer, text)
+    if not ids:
+        raise InputsError(f"{text!r} is no token of this tokenizer")
+    _require_known(tokenizer, text, ids)
+    return ids
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    if tokenizer is None:
+        raise InputsError(f"{text!r} needs a tokenizer: wrap(model, tokenizer), or give a token id")
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except InterpError:
+        raise
+    except Exception as error:  # whatever a tokenizer raises of a word that it does not have
+        raise InputsError(f"the tokenizer does not know {text!r}: {error}") from error
+
+
+def _require_known(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
+    """Raise InputsError where one of a text's tokens stands for any text that is not known, or they leave some out."""
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
+    if text.strip() == "".join(pieces).strip():
         return
     core = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     unknown = {getattr(tokenizer, "unk_token", None), getattr(core, "unk_token", None), "<unk>", "[UNK]"} - {None}
-    if token == getattr(tokenizer, "unk_token_id", None) or piece in map(str, unknown):
-        raise InputsError(f"the tokenizer does not know {text!r}: to it that is {piece!r}, as any unknown word is")
+    for token, piece in zip(ids, pieces, strict=True):
+        if token == getattr(tokenizer, "unk_token_id", None) or piece in map(str, unknown):
+            what = "that" if len(ids) == 1 else "a part of that"
+            raise InputsError(
+                f"the tokenizer does not know {text!r}: to it {what} is {piece!r}, as any unknown word is"
+            )
     if not getattr(tokenizer, "is_fast", False):
         return
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import ShapeError, SiteError
 from .columns import Columns
-from .sites import DIM, HEAD, KEY, POS, ROW, Index, Site, Span
+from .kinds import ROW
+from .sites import DIM, HEAD, KEY, POS, Index, Site, Span
 from .spans import Image, New
 from .tokens import beyond, columns_of, listed
 

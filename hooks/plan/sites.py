@@ -1,7 +1,7 @@
 """Where: named activations of a transformer, and the part of one that an intervention or a capture means.
 
 The legend of letters used in every shape of this package: B rows, T query positions, S key positions, H heads, K
-key/value heads, D head width, M model width, F MLP width, E experts, V vocabulary, L layers, W worlds.
+key/value heads, D head width, M model width, F MLP width, E experts, U one number, V vocabulary, L layers, W worlds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import SiteError, nearest
 from .encoding import Put, Record
+from .kinds import BY_HOOK, DIM, HEAD, KEY, KINDS, POS, Kind
 from .spans import IMAGE, NEW, SPAN, Image, New, Span
 
-ROW, POS, KEY, HEAD, DIM = "row", "pos", "key_pos", "head", "dim"
 TEXT, VISION = "text", "vision"
 """Stacks of layers in a model that has several: the language model, which is meant where none is named, and a tower."""
 DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
@@ -29,61 +29,12 @@ STACKS = (VISION, ENCODER, CROSS)
 """Those besides the one that is meant where none is named."""
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A named activation: its axes in order, the letters of its sizes, and TransformerLens's name for it."""
-
-    name: str
-    axes: tuple[str, ...]
-    letters: str
-    hook: str
-    per_layer: bool = True
-
-
-_RESID, _SPLIT, _SQUARE = (ROW, POS, DIM), (ROW, POS, HEAD, DIM), (ROW, HEAD, POS, KEY)
-
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind("embed", _RESID, "BTM", "hook_embed", per_layer=False),
-        Kind("pos_embed", _RESID, "BTM", "hook_pos_embed", per_layer=False),
-        Kind("resid_pre", _RESID, "BTM", "hook_resid_pre"),
-        Kind("attn_in", _RESID, "BTM", "hook_attn_in"),
-        Kind("q_input", _SPLIT, "BTHM", "hook_q_input"),
-        Kind("k_input", _SPLIT, "BTKM", "hook_k_input"),
-        Kind("v_input", _SPLIT, "BTKM", "hook_v_input"),
-        Kind("q", _SPLIT, "BTHD", "attn.hook_q"),
-        Kind("k", _SPLIT, "BTKD", "attn.hook_k"),
-        Kind("v", _SPLIT, "BTKD", "attn.hook_v"),
-        Kind("rot_q", _SPLIT, "BTHD", "attn.hook_rot_q"),
-        Kind("rot_k", _SPLIT, "BTKD", "attn.hook_rot_k"),
-        Kind("scores", _SQUARE, "BHTS", "attn.hook_attn_scores"),
-        Kind("pattern", _SQUARE, "BHTS", "attn.hook_pattern"),
-        Kind("z", _SPLIT, "BTHD", "attn.hook_z"),
-        Kind("result", _SPLIT, "BTHM", "attn.hook_result"),
-        Kind("attn_out", _RESID, "BTM", "hook_attn_out"),
-        Kind("resid_mid", _RESID, "BTM", "hook_resid_mid"),
-        Kind("mlp_in", _RESID, "BTM", "hook_mlp_in"),
-        Kind("mlp_pre", _RESID, "BTF", "mlp.hook_pre"),
-        Kind("mlp_post", _RESID, "BTF", "mlp.hook_post"),
-        Kind("router", _RESID, "BTE", "mlp.hook_router"),
-        Kind("expert_out", _SPLIT, "BTEM", "mlp.hook_expert_out"),
-        Kind("mlp_out", _RESID, "BTM", "hook_mlp_out"),
-        Kind("resid_post", _RESID, "BTM", "hook_resid_post"),
-        Kind("ln_final", _RESID, "BTM", "ln_final.hook_out", per_layer=False),
-        Kind("pooled", _RESID, "BTM", "pooler.hook_out", per_layer=False),
-        Kind("logits", _RESID, "BTV", "unembed.hook_out", per_layer=False),
-    )
-}
-"""Every kind of site, in the order in which a block computes them, be its attention and MLP sequential or parallel."""
-
 Key = tuple[str, int, str | None]
 """What identifies a whole activation: its name, its layer (-1 outside the blocks) and its stack."""
 
 _BEFORE = 1 << 20
 """More layers than any tower has."""
 _ORDER = {name: index for index, name in enumerate(KINDS)}
-_BY_HOOK = {kind.hook: kind.name for kind in KINDS.values()} | {"hook_unembed": "logits"}
 
 
 _WORDS: dict[str, int | New | Image | None] = {"last": -1, "all": None, "new": New(), "image": Image()}
@@ -272,16 +223,16 @@ def _of_experts(name: str, restrictions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_hook(name: str) -> tuple[str, int | None] | None:
-    if name in _BY_HOOK:
-        return _BY_HOOK[name], None
+    if name in BY_HOOK:
+        return BY_HOOK[name], None
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match and match[2] in _BY_HOOK and KINDS[_BY_HOOK[match[2]]].per_layer:
-        return _BY_HOOK[match[2]], int(match[1])
+    if match and match[2] in BY_HOOK and KINDS[BY_HOOK[match[2]]].per_layer:
+        return BY_HOOK[match[2]], int(match[1])
     if match or name.startswith(("hook_", "ln_final.", "unembed.")):
         inside = bool(match)
         known = [
             f"blocks.{match[1]}.{hook}" if match else hook
-            for hook, kind in _BY_HOOK.items()
+            for hook, kind in BY_HOOK.items()
             if KINDS[kind].per_layer == inside
         ]
         raise SiteError(f"unknown hook name {name!r}{nearest(name, known)}")

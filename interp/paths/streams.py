@@ -91,18 +91,19 @@ class Streams:
         return value
 
 
+_NORM = ("ln1_scale", "ln1")
 INSIDE = {
-    **{kind: (f"{kind}_input", kind) for kind in QKV},
-    "attn": tuple(name for kind in QKV for name in (f"{kind}_input", kind)),
-    "mlp": ("mlp_pre", "mlp_post", "mlp_out"),
-    "logits": ("ln_final",),
+    **{kind: (f"{kind}_input", *_NORM, kind) for kind in QKV},
+    "attn": (*_NORM, *(name for kind in QKV for name in (f"{kind}_input", kind))),
+    "mlp": ("ln2_scale", "ln2", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out"),
+    "logits": ("ln_final_scale", "ln_final"),
 }
 """The sites between what a reader of some kind reads and what it computes of that."""
 
 
 def edits(held: Plan, kind: str, layer: int) -> bool:
     """Whether a plan edits what the readers of a kind compute from their input."""
-    keys = {Site(name, None if name == "ln_final" else layer).key for name in INSIDE[kind]}
+    keys = {Site(name, None if kind == "logits" else layer).key for name in INSIDE[kind]}
     return any(item.site.key in keys for item in held)
 
 

@@ -37,7 +37,7 @@ def test_together() -> None:
     """Sites, reads of this world, user's functions, strengths and random draws in one trace."""
     ours, theirs = bridged.native("llama"), bridged.traced("llama")
     given, other = inputs(ours, padded=True), inputs(ours, padded=True, seed=3)
-    places = [p for p in bridged.sites(ours) if p.layer in (None, 1)]
+    places = [p for p in bridged.sites(theirs) if p.layer in (None, 1)]
     plan = (
         ip.freeze(ip.site("pattern", 2))
         + ip.noise(ip.site("resid_post", 0), 0.5)

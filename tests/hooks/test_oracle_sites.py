@@ -185,7 +185,10 @@ def restrictions(s: Setting, place: Site) -> list[dict]:
         {"pos": Span(-2, None), "key_pos": Span(-3, -1)},
         {"head": 1, "key_pos": Span(1, 3), "dim": (5, 3, 0, 1, 2, 4, 6, 7)},
     ]
-    return [{axis: index for axis, index in one.items() if axis in place.axes} for one in listed]
+    # What a norm divides by is one number, of which there is no part.
+    axes = [axis for axis in place.axes if axis != "dim" or dims != 1]
+    parts = ({axis: index for axis, index in one.items() if axis in axes} for one in listed)
+    return [part for part in parts if part]
 
 
 LOGITS = [site("logits")]
@@ -459,6 +462,8 @@ def test_distinct_sites_apply_in_the_order_of_execution(family):
     keys = [key for key in s.corrupt_values if key[0] != "resid_post"]
     for step, start in ((1, 0), (3, 0), (3, 1), (7, 2), (7, 4)):
         some = keys[start::step]
+        if step < 7:  # an edit of what single heads read, and one of what all of them do, do not go together
+            some = [key for key in some if key[0] not in ("ln1_scale", "ln1")]
         plan = Plan(tuple(hooks.intervene(Site(*key), shrink) for key in reversed(some)))
         compare(s, [(plan, dict.fromkeys(some, shrink))], LOGITS)
 
@@ -506,6 +511,8 @@ def test_every_earlier_site_can_be_read_at_every_later_one(family):
     for i, later in enumerate(places):
         for j, earlier in enumerate(places):
             square = earlier.name in SQUARE
+            if len({earlier.name, later.name} & {"ln1_scale", "ln1"}) == 1 and "_input" in earlier.name + later.name:
+                continue
 
             def add(x: Tensor, read: Tensor, ctx: hooks.Context, square: bool = square) -> Tensor:
                 return x + summary(read, square, x, ctx.axes.index("pos"))

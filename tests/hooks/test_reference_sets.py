@@ -145,3 +145,58 @@ def test_resampling_never_takes_padding():
             for position, column in enumerate(s.mask[row].nonzero().flatten()):
                 options = values["resid_pre", 1][:, position][mask[:, position]]
                 assert (options - found[row, column]).abs().amax(1).min() < 1e-10
+
+
+@some_families
+def test_a_pooled_mean_is_over_what_each_row_has_of_the_listed_positions(family):
+    """Of rows of any lengths, in every executor; cells of one sweep may be of other rows of the set."""
+    s = setting(family, "none")
+    inputs, values, mask = reference(s, [2, 6, 4], "right")
+    lengths, real = mask.sum(1), mask
+    position = real.cumsum(1) - 1
+    cases = []
+    for name in ("resid_pre", "z"):
+        value = values[name, 1]
+        for pos in (3, (1, 3), (-1, -3), (0, 5), Span(-3), Span(1, 3), (1, -1)):
+            if isinstance(pos, Span):
+                low = pos.start if pos.start >= 0 else lengths[:, None] + pos.start
+                counted = real & (position >= low) & (position < (lengths[:, None] if pos.stop is None else pos.stop))
+            else:
+                each = [pos] if isinstance(pos, int) else pos
+                counted = real & sum((position == (p if p >= 0 else lengths[:, None] + p)) for p in each).bool()
+            place = site(name, 1, pos=pos)
+            mean = value[counted].mean(0)
+            full = mean.expand(*s.mask.shape, *mean.shape)
+            cases.append((as_plan(hooks.mean(place, World(inputs), pooled=True)), replaced(s, place, full)))
+    compare(s, cases, LOGITS)
+
+
+def test_positions_of_the_set_that_a_mean_is_over_are_named():
+    """Other ones than are edited; a mask of the run's columns means nothing in the set, so then they are all."""
+    s = setting("gpt2", "left")
+    inputs, values, mask = reference(s, [2, 6, 4, 3], "right")
+    edited, source = site("resid_pre", 1, pos=-1), site("resid_pre", 1, pos=(0, 3))
+    here = mask & torch.isin(mask.cumsum(1) - 1, torch.tensor([0, 3]))
+    mean = values["resid_pre", 1][here].mean(0).expand(*s.mask.shape, -1)
+    plan = as_plan(hooks.mean(edited, World(inputs), pooled=True, source_site=source))
+    compare(s, [(plan, replaced(s, edited, mean))], LOGITS)
+    with pytest.raises(hooks.PlanError, match="pooled=True"):
+        hooks.mean(edited, World(inputs), source_site=source)
+    with pytest.raises(InterpError, match="source_site"):
+        s.model.run(
+            s.corrupt, hooks.mean(edited.at(pos=torch.zeros(len(s.corrupt), dtype=int)), World(inputs), pooled=True)
+        )
+    with pytest.raises(InterpError, match="no row of the reference set has"):
+        s.model.run(s.corrupt, hooks.mean(edited.at(pos=-1), World(inputs), pooled=True, source_site=source.at(pos=8)))
+
+
+def test_a_mean_of_what_a_tape_kept_of_ragged_rows_is_over_no_filler():
+    s = setting("gpt2", "left")
+    inputs, values, mask = reference(s, [2, 6, 4], "right")
+    place = site("resid_pre", 1, pos=Span(1, 4))
+    tape = s.model.run(inputs, capture=[place]).tape
+    position = mask.cumsum(1) - 1
+    mean = values["resid_pre", 1][mask & (position >= 1) & (position < 4)].mean(0).expand(*s.mask.shape, -1)
+    compare(s, [(as_plan(hooks.mean(place, tape, pooled=True)), replaced(s, place, mean))], LOGITS)
+    with pytest.raises(InterpError, match="fewer"):
+        s.model.run(s.corrupt, hooks.resample(place, tape))

@@ -23,6 +23,8 @@ TRANSFORMER_LENS = {
     "q_input": "blocks.3.hook_q_input",
     "k_input": "blocks.3.hook_k_input",
     "v_input": "blocks.3.hook_v_input",
+    "ln1_scale": "blocks.3.ln1.hook_scale",
+    "ln1": "blocks.3.ln1.hook_out",
     "q": "blocks.3.attn.hook_q",
     "k": "blocks.3.attn.hook_k",
     "v": "blocks.3.attn.hook_v",
@@ -35,17 +37,21 @@ TRANSFORMER_LENS = {
     "attn_out": "blocks.3.hook_attn_out",
     "resid_mid": "blocks.3.hook_resid_mid",
     "mlp_in": "blocks.3.hook_mlp_in",
+    "ln2_scale": "blocks.3.ln2.hook_scale",
+    "ln2": "blocks.3.ln2.hook_out",
     "mlp_pre": "blocks.3.mlp.hook_pre",
+    "mlp_pre_linear": "blocks.3.mlp.hook_pre_linear",
     "mlp_post": "blocks.3.mlp.hook_post",
     "router": "blocks.3.mlp.hook_router",
     "expert_out": "blocks.3.mlp.hook_expert_out",
     "mlp_out": "blocks.3.hook_mlp_out",
     "resid_post": "blocks.3.hook_resid_post",
+    "ln_final_scale": "ln_final.hook_scale",
     "ln_final": "ln_final.hook_out",
     "pooled": "pooler.hook_out",
     "logits": "unembed.hook_out",
 }
-OUTSIDE = {"embed", "pos_embed", "ln_final", "pooled", "logits"}
+OUTSIDE = {"embed", "pos_embed", "ln_final_scale", "ln_final", "pooled", "logits"}
 AXES = {
     "head": "q_input k_input v_input q k v rot_q rot_k scores pattern z result expert_out",
     "key_pos": "scores pattern",
@@ -275,7 +281,9 @@ def test_a_model_offers_what_it_has(family):
     else:
         absent |= {"rot_q", "rot_k"}
     if family == "small_attn_only":
-        absent |= {"resid_mid", "mlp_in", "mlp_pre", "mlp_post", "mlp_out"}
+        absent |= {"resid_mid", "mlp_in", "ln2_scale", "ln2", "mlp_pre", "mlp_post", "mlp_out"}
+    if family in ("gpt2", "neox", "neox_sequential", "small_ln_learned", "small_attn_only", "small_qk_norm"):
+        absent.add("mlp_pre_linear")  # not gated
     if family == "neox":
         absent.add("resid_mid")  # the MLP reads what attention reads
     table = model.sites()

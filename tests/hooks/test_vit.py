@@ -318,7 +318,8 @@ def restrictions(place: Site) -> list[dict]:
         {"pos": torch.tensor([[0, 3], [2, 1], [4, 0]]), "key_pos": mask},
         {"pos": torch.tensor([4, 0, 2]), "head": Span(1, 3), "key_pos": -1},
     ]
-    return [{axis: index for axis, index in one.items() if axis in place.axes} for one in listed]
+    axes = [axis for axis in place.axes if axis != "dim" or not place.name.endswith("_scale")]
+    return [{axis: index for axis, index in one.items() if axis in axes} for one in listed]
 
 
 def where(place: Site, like: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ WRONG = {
     "more clean than corrupt": (["patch", "--clean", "Mary", *PAIR], "2 times --clean"),
     "other lengths": (["patch", *changed("--corrupt", "When Mary and John went to the store, Mary gave to")], "13"),
     "a word the model lacks": (["patch", *changed("--answer", "Zebedee")], "Zebedee"),
-    "an answer of two tokens": (["patch", *changed("--answer", "Mary John")], "Mary John"),
+    "an answer of two tokens": (["demo", *changed("--answer", "Mary John")], "Mary John"),
     "the same prompt twice": (["patch", *changed("--corrupt", PAIR[1])], "none of the 45 cells"),
     "an empty prompt": (["patch", *changed("--clean", "")], ""),
     "a negative number of rows": (["patch", *PAIR, "--top", "-3"], "-3"),

@@ -394,7 +394,7 @@ def test_only_what_is_needed_is_read():
         return [tuple(v.shape) for v in outcome.values]
 
     assert shapes(ip.logit_diff(7, 9)) == [(4, 1, 2)]
-    assert shapes(ip.logit_diff([[1, 2]] * 4, [3, 4, 5, 6], pos=(0, 1))) == [(4, 2, 3)]
+    assert shapes(ip.logit_diff([[1, 2]] * 4, [3, 4, 5, 6], pos=1)) == [(4, 1, 3)]
     assert shapes(ip.logit(7)) == [(4, 1, 1)]
     assert shapes(ip.log_prob(7)) == [(4, 1, zoo.VOCAB)]
     assert shapes(ip.kl(ip.World(inputs))) == [(4, 1, zoo.VOCAB)]

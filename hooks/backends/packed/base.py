@@ -25,7 +25,12 @@ COMPANIONS = {
     "scores": ("z", "rot_q", "rot_k", "v"),
     "pattern": ("z", "rot_q", "rot_k", "v"),
     "result": ("z",),
+    "ln1_scale": ("ln1",),
+    "ln2": ("resid_mid",),
+    "ln2_scale": ("ln2", "resid_mid"),
+    "ln_final_scale": ("ln_final",),
     "mlp_pre": ("mlp_in", "resid_mid"),
+    "mlp_pre_linear": ("mlp_in", "resid_mid", "mlp_pre"),
     "mlp_post": ("mlp_in", "resid_mid"),
     "router": ("mlp_in", "resid_mid"),
     "expert_out": ("mlp_in", "resid_mid"),
@@ -58,7 +63,8 @@ def first_spread(worlds: Iterable[World], inputs: Inputs, depth: int) -> int:
             return 0
         for item in world.plan:
             whole = not item.site.restricted and item.only is None and not item.op.still
-            if not (whole and item.site.name == "embed"):
+            # Padding stays as it is, so rows with some are never edited whole.
+            if inputs.padded or not (whole and item.site.name == "embed"):
                 first = min(first, max(0, execution_order(item.site.key, depth)[0]))
     return first
 

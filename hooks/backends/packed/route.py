@@ -7,13 +7,14 @@ anything is computed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...models.blocks import Attention, Map, Sublayer
+from ...models.blocks import Attention, Map, Mlp, Sublayer
 from ...models.experts import Experts
+from ...models.norms import rescaled, scale_of
 from ...models.projections import head_results
 from ...plan.sites import Key, execution_order
 from .attention import Sharing, reach, seen_by
@@ -23,6 +24,8 @@ from .tokens import Packed, Tokens, take, tiled
 from .trace import Value
 from .visits import Visits
 
+HIDDEN = ("mlp_pre", "mlp_pre_linear", "mlp_post")
+"""Sites inside an MLP, which is taken apart where somebody looks there."""
 TILE = {"cpu": 512}
 """Tokens that go through a block's linear layers at a time, by device type."""
 TILE_ELSEWHERE = 1 << 15
@@ -57,7 +60,7 @@ class Route(Visits):
                 x = self.block(layer, x)
         self.prune_what_is_above()
         if stop == depth:
-            x = self.visit(("ln_final", -1, None), self.flat_map(self.arch.final, x), self.needed[-1])
+            x = self.normed(("ln_final", -1, None), self.arch.norm, self.arch.final, x, self.needed[-1])
             Readout(self, self.tile).read(x)
 
     # -- the stream
@@ -139,25 +142,53 @@ class Route(Visits):
         """From the residual that the MLP reads to what it adds; it is taken apart only where a world looks inside."""
         mlp, norm, needed = sublayer.fn, sublayer.read, self.needed[layer]
         assert not isinstance(mlp, Attention)
-        x = self.visit(("mlp_in", layer, None), x, needed)
-        pre_key, post_key = ("mlp_pre", layer, None), ("mlp_post", layer, None)
+        source: Key = ("mlp_in", layer, None)
+        x = self.visit(source, x, needed)
+        key: Key = ("ln2", layer, None)
+        if self.involved(key) or self.involved(("ln2_scale", layer, None)):
+            # From here on what is read is what the norm has returned, as it is.
+            x = self.normed(key, sublayer.pre, norm, x, needed)
+            source, norm = key, _as_it_is
         if isinstance(mlp, Experts):
-            out = self.mixture(layer, sublayer, mlp, x)
-        elif self.involved(pre_key) or self.involved(post_key):
-            hidden = self.visit(pre_key, self.flat_map(lambda v: mlp.pre(norm(v)), x), needed)
-            x = self.moves.to(x, hidden.tokens, self.plain(("mlp_in", layer, None)))
-            make = self.trace.do(lambda h, v: mlp.hidden(h, norm(v)), hidden.value, x.value)
-            hidden = self.visit(post_key, Packed(hidden.tokens, make), needed)
-            out = self.flat_map(lambda v: sublayer.added(mlp.down(v)), hidden)
+            out = self.mixture(layer, sublayer, mlp, x, source, norm)
+        elif any(self.involved((name, layer, None)) for name in HIDDEN):
+            out = self.taken_apart(layer, sublayer, mlp, x, source, norm)
         else:
             out = self.flat_map(lambda v: sublayer.added(mlp(norm(v))), x)
         self.count(layer, "mlp", out)
         return self.visit(("mlp_out", layer, None), out, needed)
 
-    def mixture(self, layer: int, sublayer: Sublayer, mlp: Experts, x: Packed) -> Packed:
-        """From the residual that experts read to what they add; taken apart only where a world looks inside."""
-        router, each, norm = ("router", layer, None), ("expert_out", layer, None), sublayer.read
-        needed, source = self.needed[layer], self.plain(("mlp_in", layer, None))
+    def normed(self, key: Key, norm: nn.Module | None, apply: Map, x: Packed, needed: Tensor) -> Packed:
+        """What a norm returns of its input, with what it divides by edited."""
+        scale, out = (f"{key[0]}_scale", *key[1:]), self.flat_map(apply, x)
+        if self.involved(scale):
+            divides = scale_of(norm, self.arch.width)
+            assert norm is not None and divides is not None
+            old = Packed(x.tokens, self.trace.do(divides, x.value))
+            new = self.visit(scale, old, needed)
+            old, out = (self.moves.to(each, new.tokens, self.plain(at)) for each, at in ((old, scale), (out, key)))
+            out = Packed(new.tokens, self.trace.do(partial(rescaled, norm), out.value, old.value, new.value))
+        return self.visit(key, out, needed)
+
+    def taken_apart(self, layer: int, sublayer: Sublayer, mlp: Mlp, x: Packed, source: Key, norm: Map) -> Packed:
+        """From what an MLP reads, which is the base's site `source`, to what it adds, by its hidden values."""
+        needed, pre, up = self.needed[layer], ("mlp_pre", layer, None), ("mlp_pre_linear", layer, None)
+        hidden = self.visit(pre, self.flat_map(lambda v: mlp.pre(norm(v)), x), needed)
+        x = self.moves.to(x, hidden.tokens, self.plain(source))
+        if mlp.up is None:
+            make = self.trace.do(mlp.act, hidden.value)
+        else:
+            made: Map = mlp.up
+            linear = self.visit(up, self.flat_map(lambda v: made(norm(v)), x), needed)
+            hidden = self.moves.to(hidden, linear.tokens, self.plain(pre))
+            make = self.trace.do(lambda h, u: mlp.act(h) * u, hidden.value, linear.value)
+        hidden = self.visit(("mlp_post", layer, None), Packed(hidden.tokens, make), needed)
+        return self.flat_map(lambda v: sublayer.added(mlp.down(v)), hidden)
+
+    def mixture(self, layer: int, sublayer: Sublayer, mlp: Experts, x: Packed, key: Key, norm: Map) -> Packed:
+        """From what experts read to what they add; taken apart only where a world looks inside."""
+        router, each = ("router", layer, None), ("expert_out", layer, None)
+        needed, source = self.needed[layer], self.plain(key)
         if not self.involved(router) and not self.involved(each):
             return self.flat_map(lambda v: sublayer.added(mlp(norm(v))), x)
         logits = self.visit(router, self.flat_map(lambda v: mlp.logits(norm(v)), x), needed)
@@ -202,11 +233,14 @@ class Route(Visits):
         """From the residual that attention reads to z."""
         norm = sublayer.read
         entering = self.entering(layer)
-        asking = self.moves.to(x, x.tokens & needed, None)
-        normed = self.flat_map(norm, x)
+        if any(self.involved((name, layer, None)) for name in ("ln1", "ln1_scale")):
+            normed = self.normed(("ln1", layer, None), sublayer.pre, norm, x, entering)
+        else:
+            normed = self.flat_map(norm, x)
+        asking = normed.tokens & needed
         parts = []
         for name, need in (("q", needed), ("k", entering), ("v", entering)):
-            source = self.moves.to(normed, asking.tokens, None) if name == "q" else normed
+            source = self.moves.to(normed, asking, None) if name == "q" else normed
             part = self.flat_map(getattr(attention, name), source)
             self.count(layer, name, part)
             parts.append(self.split_inputs(name, layer, norm, attention, x, part, need))
@@ -297,6 +331,10 @@ class Route(Visits):
             return rotary.turn(v, take(cos, home), take(sin, home))
 
         return Packed(x.tokens, self.trace.do(turned, value, at=[x.tokens.home]))
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _copied(x: Tensor, heads: int) -> Tensor:

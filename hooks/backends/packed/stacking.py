@@ -16,10 +16,11 @@ from torch import Tensor
 from ...layout import Layout
 from ...plan.context import Reference
 from ...plan.inputs import Inputs
+from ...plan.kinds import ROW
 from ...plan.operation import Op
 from ...plan.plan import Origin, Read, World
 from ...plan.region import Region, listed
-from ...plan.sites import DIM, HEAD, KEY, POS, ROW, Key, Site
+from ...plan.sites import DIM, HEAD, KEY, POS, Key, Site
 from ...plan.tape import Tape
 from ...program import Whole
 from ...resolving import Resolver, Sizes
@@ -191,8 +192,11 @@ class Stacker:
             valid = [layout.valid for layout in layouts]
             alike = all(value is values[0] for value in values)
             reference = Reference(None if valid[0] is None else valid[0].to(values[0].device), layouts[0].by_position)
-            if not alike and valid[0] is not None:
-                flags = torch.stack([v for v in valid if v is not None]).to(values[0].device)
+            some = next((v for v in valid if v is not None), None)
+            if not alike and some is not None:
+                # Rows of a reference set may all have one position, and not another.
+                every = [torch.ones_like(some) if v is None else v for v in valid]
+                flags = torch.stack(every).to(values[0].device)
                 reference = Reference(flags, layouts[0].by_position)
             return Given(values[0] if alike else torch.stack(values), each=not alike), reference
         found = [maker.located(read, cell.item, cell.region) for maker, read, cell in each]
