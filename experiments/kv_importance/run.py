@@ -22,17 +22,20 @@ from interp.kv import policies
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
+HEADS = {
+    "published": "heads, published label", "interventional": "heads, interventional label", "both": "heads, both labels"
+}  # fmt: skip
 CHUNK, STABILIZERS, STREAM_BUDGETS, STREAM_ROWS = 12, 1, (5, 10, 24), 64
 
 
 def heads_of(model: ip.Model, seed: int, rows: int, steps: int) -> dict[str, ip.kv.Policy]:
-    """Retaining heads trained on either label, on the same contexts, for as many steps."""
+    """Retaining heads trained on either label and on both, on the same contexts, for as many steps."""
     task, made = draw(rows, 50_000 + seed), {}
-    for label in ("published", "interventional"):
+    for label, name in HEADS.items():
         some = ip.kv.examples(model, task.context, task.suffix, label, answer=1)
         heads = ip.kv.RetainingHeads.for_model(model, 64, seed=seed)
         ip.kv.train_heads(heads, some, steps=steps, batch=8, learning_rate=2e-3, seed=seed)
-        made[f"heads, {label} label"] = heads.policy(f"heads, {label} label")
+        made[name] = heads.policy(name)
     return made
 
 
