@@ -68,12 +68,19 @@ def examples(
     found = []
     for row in rows:
         seen = _read(model, row)
-        published = torch.stack(seen.scores)
-        labels = published if label == "published" else _scaled(_effects(model, row, how).to(published))
-        if label == "both":
-            labels = torch.stack([_scaled(published - published.mean(-1, keepdim=True)), labels])
-        found.append(Example(tuple(seen.reads), labels))
+        published = Example(tuple(seen.reads), torch.stack(seen.scores))
+        if label == "published":
+            found.append(published)
+            continue
+        causal = Example(published.reads, _scaled(_effects(model, row, how).to(published.labels)))
+        found.append(causal if label == "interventional" else paired(published, causal))
     return found
+
+
+def paired(published: Example, interventional: Example) -> Example:
+    """Both labels of one context, on one scale; see `examples`."""
+    apart = published.labels - published.labels.mean(-1, keepdim=True)
+    return Example(published.reads, torch.stack([_scaled(apart), interventional.labels]))
 
 
 def _effects(model: Model, row: Asked, how: str) -> Tensor:
