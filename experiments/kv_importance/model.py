@@ -51,7 +51,7 @@ def accuracy(model, rows: int = 500, seed: int = 10_000, arm: str | None = None)
     return float((best == task.suffix[:, -1]).float().mean())
 
 
-def train(seed: int, folder: Path = FOLDER, steps: int = 6000, rows: int = 32, goal: float = 0.995) -> ip.Model:
+def train(seed: int, folder: Path = FOLDER, steps: int = 6000, rows: int = 32, goal: float = 0.99) -> ip.Model:
     """Train the model of a seed, or load it where it was trained before."""
     from transformers import LlamaForCausalLM
 
