@@ -108,7 +108,7 @@ class Tail:
 
         Args:
             bias: [W, L, K, T], added to the scores of the tail's queries: -inf where a key is removed, the logarithm of
-                a gate elsewhere. None for the one world without.
+                a gate elsewhere; or [W, L, K, n, T], of each query its own. None for the one world without.
         """
         count = 1 if bias is None else len(bias)
         x = self.embedded.expand(count, -1, -1)
@@ -245,7 +245,8 @@ class Tail:
         if attention.softcap is not None:
             scores = softcap(scores, attention.softcap)
         if bias is not None:
-            scores = scores + bias.transpose(0, 1)[:, :, None, None]
+            own = bias.transpose(0, 1)  # of every query, or of each its own
+            scores = scores + (own[:, :, None, None] if own.ndim == 3 else own[:, :, :, None])
         scores = scores.masked_fill(~self._allowed(attention, 0), -torch.inf)
         pattern = attention_pattern(scores).to(v.dtype)
         z = (pattern[..., : self.start].flatten(1, 3) @ self.values[layer].transpose(0, 1)).unflatten(
