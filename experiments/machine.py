@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -36,6 +37,13 @@ def versions(*more: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def write(path: Path, found: dict[str, Any], device: str = "cpu") -> None:
+    """Write results as JSON, with where they were measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {**found, "machine": describe(device), "versions": versions(), "commit": commit()}
+    path.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def commit() -> str:

@@ -31,7 +31,7 @@ class Seen:
         resid: [n, M], the residual stream before the block.
         q: [n, H, D], the queries as they attend; k and v: [T, K, D], all keys and values that they may attend to.
         scores: [K, n, G, T], of the G query heads of each key/value head, -inf where a key may not be attended to.
-        pattern: [K, n, G, T], their softmax.
+        pattern: [K, n, G, T], their softmax, which sums to less than 1 where heads have sinks.
         z: [n, K, G, D], what it mixes.
     """
 
@@ -93,8 +93,6 @@ class Tail:
         choice = choose(self.network, [World(self.inputs)])
         if choice.executor != "shared":
             return choice.reason
-        if any(block.attention.sinks is not None for block in self.blocks):
-            return "batched instead of shared: its attention has sinks, which the tail of a text is not run with"
         wide = torch.promote_types(self.logits.dtype, torch.float32)
         mine, theirs = self.run()[0].to(wide), self.logits.to(wide)
         limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.logits.dtype, 0.1)
@@ -108,7 +106,7 @@ class Tail:
 
         Args:
             bias: [W, L, K, T], added to the scores of the tail's queries: -inf where a key is removed, the logarithm of
-                a gate elsewhere. None for the one world without.
+                a gate elsewhere; or [W, L, K, n, T], of each query its own. None for the one world without.
         """
         count = 1 if bias is None else len(bias)
         x = self.embedded.expand(count, -1, -1)
@@ -141,7 +139,8 @@ class Tail:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Remove every key of the prefix from one layer, for one key/value head at a time.
 
-        Removing key i from a query that gives it weight a_i leaves z + a_i / (1 - a_i) (z - v_i). Keys that no query of
+        Removing key i from a query that gives it weight a_i leaves z + a_i / (1 - a_i) (z - v_i), with sinks and
+        without. Keys that no query of
         the tail attends to are left out: removing them changes nothing.
 
         Args:
@@ -160,10 +159,10 @@ class Tail:
         if not len(heads):
             return
         for some_heads, some_keys in zip(heads.split(chunk), where.split(chunk), strict=True):
-            z = self._removed(seen, some_heads, some_keys)
+            z = self._removed(layer, seen, some_heads, some_keys)
             yield some_heads, some_keys, self.from_z(layer, seen.resid, z, bias)
 
-    def _removed(self, seen: Seen, heads: Tensor, keys: Tensor) -> Tensor:
+    def _removed(self, layer: int, seen: Seen, heads: Tensor, keys: Tensor) -> Tensor:
         """z [w, n, H, D] of worlds in which one key is removed for one key/value head each."""
         rows = torch.arange(len(heads), device=heads.device)
         weight = seen.pattern[heads, :, :, keys][..., None]  # [w, n, G, 1]
@@ -176,7 +175,8 @@ class Tail:
         if len(sharp):
             scores = seen.scores[heads[sharp]]  # [s, n, G, T], a copy
             scores[torch.arange(len(sharp), device=keys.device), :, :, keys[sharp]] = -torch.inf
-            pattern = attention_pattern(scores).to(seen.v.dtype)
+            sinks = self._sinks(layer)
+            pattern = attention_pattern(scores, None if sinks is None else sinks[heads[sharp], 0]).to(seen.v.dtype)
             new[sharp] = torch.einsum("sngt,tsd->sngd", pattern, seen.v[:, heads[sharp]])
         z = seen.z.expand(len(heads), -1, -1, -1, -1).clone()
         z[rows, :, heads] = new
@@ -245,9 +245,10 @@ class Tail:
         if attention.softcap is not None:
             scores = softcap(scores, attention.softcap)
         if bias is not None:
-            scores = scores + bias.transpose(0, 1)[:, :, None, None]
+            own = bias.transpose(0, 1)  # of every query, or of each its own
+            scores = scores + (own[:, :, None, None] if own.ndim == 3 else own[:, :, :, None])
         scores = scores.masked_fill(~self._allowed(attention, 0), -torch.inf)
-        pattern = attention_pattern(scores).to(v.dtype)
+        pattern = attention_pattern(scores, self._sinks(layer)).to(v.dtype)
         z = (pattern[..., : self.start].flatten(1, 3) @ self.values[layer].transpose(0, 1)).unflatten(
             1, asked.shape[1:4]
         )
@@ -283,7 +284,16 @@ class Tail:
         mine = (own - own_mass).exp().flatten(2, 3) @ v.permute(2, 0, 1, 3)
         share = torch.sigmoid(mass.to(own_mass.dtype) - own_mass).to(z.dtype)
         z = torch.lerp(mine.unflatten(2, asked.shape[2:4]).to(z.dtype), z, share)
+        sinks = self._sinks(layer)
+        if sinks is not None:
+            z = z * torch.sigmoid(torch.logaddexp(mass.to(own_mass.dtype), own_mass) - sinks).to(z.dtype)
         return z.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def _sinks(self, layer: int) -> Tensor | None:
+        """The sinks of a layer's heads as scores [K, W, n, G, T] have them, [K, 1, 1, G, 1]."""
+        attention = self.blocks[layer].attention
+        count = attention.k.heads
+        return None if attention.sink is None else attention.sink.view(count, 1, 1, attention.q.heads // count, 1)
 
     def _allowed(self, attention: Attention, first: int) -> Tensor:
         """bool [n, 1, T - first]: the keys from `first` on that the tail's queries may attend to."""

@@ -2,33 +2,33 @@
 experiments.benchmarks.kv``.
 
 Exact effects of every unit against a loop that deletes one unit at a time (a forward pass of the suffix against a
-cache whose
-unit is masked, timed on a sample of units); gradients against a forward pass; prefill in chunks with eviction
-against without;
-decoding from a compressed cache against a full one.
+cache whose unit is masked, timed on a sample of units); gradients against a forward pass; what scoring and letting go
+add to a chunk, and prefill in chunks with eviction against without; decoding from a compressed cache against a full
+one. The file is written anew after each of these.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 import interp as ip
-from experiments import machine
+from experiments import machine, tables
 from experiments.timing import interleaved, ratio
 from hooks import Tail
 from interp.kv import policies
 from interp.kv.asked import asked, units_of
 from interp.kv.exact import worlds_at_once
 from interp.kv.measure import Measure
+from interp.kv.seam import Attending
 
 CONTEXT, SAMPLE = 256, 24
 
@@ -127,7 +127,7 @@ def exact(model: ip.Model, suffix: int, layers: list[int] | None, repetitions: i
     }  # fmt: skip
 
 
-def gradients(model: ip.Model, context: int, suffix: int = 4) -> dict[str, Any]:
+def gradients(model: ip.Model, context: int, suffix: int = 4, repetitions: int = 3) -> dict[str, Any]:
     """First-order scores of every unit, in forward passes of the same text."""
     ids = ids_for(model, context + suffix)
     tokens = torch.tensor([ids])
@@ -140,34 +140,41 @@ def gradients(model: ip.Model, context: int, suffix: int = 4) -> dict[str, Any]:
         ip.kv.kv_effects(model, ids[:context], ids[context:], how="gradient", progress=False)
 
     forward(), ours()
-    seconds, _ = interleaved({"ours": ours, "forward": forward}, 3, "cpu")
+    seconds, _ = interleaved({"ours": ours, "forward": forward}, repetitions, "cpu")
     return {
         "what": "gradient", "context": context, "seconds": statistics.median(seconds["ours"]),
         "forward_times": ratio(seconds["ours"], seconds["forward"]),
     }  # fmt: skip
 
 
-def eviction(model: ip.Model, context: int, budget: int, chunk: int) -> list[dict[str, Any]]:
-    """What a chunk costs with each policy, above one whose keys are all kept as long as they fit."""
+def eviction(model: ip.Model, context: int, budget: int, chunk: int, repetitions: int = 3) -> Iterator[dict[str, Any]]:
+    """What a chunk costs with each policy, and how much of that is scoring and letting go; and with all keys kept."""
     inputs = model.inputs(torch.tensor([ids_for(model, context)]))
     heads = ip.kv.RetainingHeads.for_model(model)
     some = [policies.streaming_llm(), policies.h2o(), policies.snapkv(), policies.key_norm(), heads.policy()]
-    # The same keys and queries at every chunk, and no choice among them: a budget's worth of the last ones.
+    after, choosing = Attending.after, {}
+
+    def timed(self: Attending, *given: Any) -> None:
+        start = time.perf_counter()
+        after(self, *given)
+        assert self.policy is not None
+        choosing[self.policy.name] = choosing.get(self.policy.name, 0.0) + time.perf_counter() - start
+
     runs = {p.name: (lambda p=p: ip.kv.prefill(model, inputs, p, budget, chunk=chunk)) for p in some}
     runs["full cache"] = lambda: ip.kv.prefill(model, inputs, None, None, chunk=chunk)
     for run in runs.values():
         run()
-    seconds, _ = interleaved(runs, 3, "cpu")
+    with patch.object(Attending, "after", timed):
+        seconds, _ = interleaved(runs, repetitions, "cpu")
     chunks = -(-context // chunk)
     plain = statistics.median(seconds["full cache"])
-    return [
-        {
+    for name, each in seconds.items():
+        taken = statistics.median(each)
+        yield {
             "what": "eviction", "policy": name, "context": context, "budget": budget, "chunk": chunk,
-            "milliseconds_a_chunk": 1000 * statistics.median(each) / chunks,
-            "of_full_cache": statistics.median(each) / plain,
-        }
-        for name, each in seconds.items()
-    ]  # fmt: skip
+            "milliseconds_a_chunk": 1000 * taken / chunks, "of_full_cache": taken / plain,
+            "overhead_milliseconds_a_chunk": 1000 * choosing.get(name, 0.0) / repetitions / chunks,
+        }  # fmt: skip
 
 
 @torch.no_grad()
@@ -193,15 +200,72 @@ def decoding(model: ip.Model, context: int, budget: int, tokens: int = 32) -> di
     }  # fmt: skip
 
 
-def _of_small(model: ip.Model) -> Iterator[dict[str, Any]]:
+def _of_small(suffixes: list[int], length: int) -> Iterator[dict[str, Any]]:
     """What is measured of the small Llama, one row of JSON data after another."""
-    yield exact(model, 4, None)
-    yield exact(model, 4, [0])
-    yield exact(model, 8, None)
-    yield exact(model, 16, None)
-    yield gradients(model, 4096)
-    yield decoding(model, 16384, 512)
-    yield from eviction(model, 4096, 512, 256)
+    model = small()
+    yield exact(model, suffixes[0], [0])
+    for suffix in suffixes:
+        yield exact(model, suffix, None)
+    yield gradients(model, length)
+    yield decoding(model, 4 * length, length // 8)
+    yield from eviction(model, length, length // 8, length // 16)
+
+
+def _of_smollm2(suffixes: list[int], length: int, whole: bool) -> Iterator[dict[str, Any]]:
+    """The same of SmolLM2-135M, each timed once but for short ones; every layer where the `whole` is asked for."""
+    model = ip.load("smollm2-135m")
+    for suffix in suffixes:
+        yield exact(model, suffix, [model.n_layers // 2], 1)
+    yield gradients(model, length, repetitions=1)
+    yield decoding(model, length, length // 8)
+    yield from eviction(model, length // 2, length // 8, length // 16, 1)
+    if whole:  # tens of minutes
+        yield exact(model, suffixes[0], None, 1)
+
+
+def report(record: dict[str, Any]) -> str:
+    """What was measured as tables."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault(row["what"], []).append(row)
+    told = [f"Measured with {record['machine']['threads']} thread(s) of {record['machine']['cpu']}."]
+    told.append(
+        tables.table(
+            ("exact effects of", "layers", "suffix", "units", "seconds", "loop, seconds", "times faster"),
+            [
+                (
+                    r["model"], "all" if r["layers"] == "all" else ", ".join(map(str, r["layers"])), r["suffix"],
+                    f"{r['units']:,}", f"{r['seconds']:.3g}", f"{r['loop_seconds_extrapolated']:.3g}",
+                    tables.times(r["times"]),
+                )
+                for r in rows.get("exact", [])
+            ],
+        )
+    )  # fmt: skip
+    told += [
+        f"{r['model']}: gradients of every unit in a context of {r['context']:,} tokens take "
+        f"{tables.times(r['forward_times'])} forward passes."
+        for r in rows.get("gradient", [])
+    ]
+    told += [
+        f"{r['model']}: decoding from {r['budget']:,} of {r['context']:,} keys is {tables.times(r['times'])} times as "
+        f"fast as from all ({r['milliseconds_a_token']['compressed']:.3g} and "
+        f"{r['milliseconds_a_token']['full']:.3g} milliseconds a token)."
+        for r in rows.get("decoding", [])
+    ]
+    told.append(
+        tables.table(
+            ("prefill of", "policy", "context", "budget", "chunk", "ms a chunk", "of it overhead", "of full cache"),
+            [
+                (
+                    r["model"], r["policy"], r["context"], r["budget"], r["chunk"], f"{r['milliseconds_a_chunk']:.3g}",
+                    f"{r['overhead_milliseconds_a_chunk']:.2g}", f"{r['of_full_cache']:.2f}",
+                )
+                for r in rows.get("eviction", [])
+            ],
+        )
+    )  # fmt: skip
+    return "\n\n".join(told)
 
 
 def main() -> None:
@@ -209,34 +273,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip-smollm2", action="store_true")
-    parser.add_argument("--suffixes", type=int, nargs="+", default=[4, 8, 16], help="of SmolLM2, in tokens")
+    parser.add_argument("--suffixes", type=int, nargs="+", default=[4, 8, 16], help="in tokens")
+    parser.add_argument("--length", type=int, default=4096, help="of the context of all but exact effects, in tokens")
     parser.add_argument("--whole", action="store_true", help="every layer of SmolLM2, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--write-readme", action="store_true", help="measure nothing; put the tables in README.md")
     given = parser.parse_args()
+    if given.write_readme:
+        tables.written(given.out, given.out.with_name("README.md"), report)
+        return
     torch.set_num_threads(given.threads)
-    started, model = time.time(), small()
-    rows: list[dict[str, Any]] = []
-    for row in _of_small(model):
-        rows.append({"model": "small Llama", **row})
-        _write(given.out, rows, started)
+    started, rows = time.time(), []
+    parts = {"small Llama": _of_small(given.suffixes, given.length)}
     if not given.skip_smollm2:
-        real = ip.load("smollm2-135m")
-        middle = [real.n_layers // 2]
-        for suffix in given.suffixes:
-            rows.append({"model": "SmolLM2-135M", **exact(real, suffix, middle, 1)})
-            _write(given.out, rows, started)
-        if given.whole:  # tens of minutes
-            rows.append({"model": "SmolLM2-135M", **exact(real, 4, None, 1)})
-            _write(given.out, rows, started)
+        parts["SmolLM2-135M"] = _of_smollm2(given.suffixes, given.length, given.whole)
+    for name, part in parts.items():
+        for row in part:
+            rows.append({"model": name, **row})
+            machine.write(given.out, {"rows": rows, "seconds": round(time.time() - started, 1)})
     print(given.out)
-
-
-def _write(path: Path, rows: list[dict[str, Any]], started: float) -> None:
-    found = {
-        "rows": rows, "seconds": round(time.time() - started, 1), "machine": machine.describe("cpu"),
-        "versions": machine.versions(), "commit": machine.commit(),
-    }  # fmt: skip
-    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

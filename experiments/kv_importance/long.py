@@ -8,7 +8,6 @@ its own.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -111,20 +110,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens, in place of those of the device")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
     given = parser.parse_args()
-    rows = []
-    for evicting in (True, False):
-        for length in SETTINGS[given.device]["lengths"]:
+    rows, path = [], given.out / f"long_{given.device}.json"
+    for length in given.lengths or SETTINGS[given.device]["lengths"]:
+        for evicting in (True, False):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 rows.append(pool.submit(one, given.device, length, evicting, given.threads).result())
             print(rows[-1], flush=True)
-    found = {
-        "rows": rows, "machine": machine.describe(given.device), "versions": machine.versions(),
-        "commit": machine.commit(),
-    }  # fmt: skip
-    path = RESULTS / f"long_{given.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+            machine.write(path, {"rows": rows}, given.device)
     print(path)
 
 

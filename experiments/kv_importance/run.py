@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -19,20 +20,29 @@ from experiments import machine
 from experiments.kv_importance.model import FOLDER, accuracy, train
 from experiments.kv_importance.task import ARMS, Recall, draw
 from interp.kv import policies
+from interp.kv.labels import paired
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
+HEADS = {
+    "published": "heads, published label", "interventional": "heads, interventional label", "both": "heads, both labels"
+}  # fmt: skip
 CHUNK, STABILIZERS, STREAM_BUDGETS, STREAM_ROWS = 12, 1, (5, 10, 24), 64
 
 
 def heads_of(model: ip.Model, seed: int, rows: int, steps: int) -> dict[str, ip.kv.Policy]:
-    """Retaining heads trained on either label, on the same contexts, for as many steps."""
+    """Retaining heads trained on either label and on both, on the same contexts, for as many steps."""
     task, made = draw(rows, 50_000 + seed), {}
-    for label in ("published", "interventional"):
-        some = ip.kv.examples(model, task.context, task.suffix, label, answer=1)
+    said = {
+        label: ip.kv.examples(model, task.context, task.suffix, label, answer=1)
+        for label in ("published", "interventional")
+    }
+    said["both"] = [paired(*pair) for pair in zip(said["published"], said["interventional"], strict=True)]
+    for label, some in said.items():
+        name = HEADS[label]
         heads = ip.kv.RetainingHeads.for_model(model, 64, seed=seed)
         ip.kv.train_heads(heads, some, steps=steps, batch=8, learning_rate=2e-3, seed=seed)
-        made[f"heads, {label} label"] = heads.policy(f"heads, {label} label")
+        made[name] = heads.policy(name)
     return made
 
 
@@ -110,6 +120,19 @@ def study(seeds: list[int], rows: int, label_rows: int, steps: int, folder: Path
     return found
 
 
+def compact(found: dict[str, Any]) -> str:
+    """JSON with five digits of each number, and a line for each policy and budget."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [short(one) for one in value]
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    return re.sub(r' ?(\{"(?:arm|policy)":)', r"\n\1", json.dumps(short(found)))
+
+
 def main() -> None:
     """Run the study and write its results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,7 +149,7 @@ def main() -> None:
         found = study([seed], given.rows, given.label_rows, given.steps, given.models)
         found |= {"machine": machine.describe("cpu"), "versions": machine.versions(), "commit": machine.commit()}
         path = given.out / f"marked_recall_{seed}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(compact(found) + "\n")
         print(path, flush=True)
 
 

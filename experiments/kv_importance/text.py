@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -73,16 +72,13 @@ def measured(model: ip.Model, context: list[int], suffix: list[int], seed: int =
     found["policies"] = []
     for policy in every:
         scores = ip.kv.scores_of(model, inputs, policy)
-        heads = [
-            [agreement.spearman(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(scores, size, strict=True)
-        ]
         tenth = max(1, round(0.1 * len(context)))
         kept = scores.argsort(-1).argsort(-1) >= len(context) - tenth
         best = size.argsort(-1).argsort(-1) >= len(context) - tenth
         found["policies"].append(
             {
                 "policy": policy.name, "spearman": agreement.spearman(scores, size),
-                "spearman_per_head": float(np.nanmean(heads)),
+                "spearman_per_head": float(np.nanmean(agreement.per_head(scores, size))),
                 "recall_of_top_tenth": float((kept & best).sum() / best.sum()),
             }
         )  # fmt: skip
@@ -116,10 +112,8 @@ def main() -> None:
     text = STORY + STORY_SUFFIX if given.text == "story" else topic()
     context, suffix = split(model, text, given.context, given.suffix)
     found = {"model": Path(given.model).name, "text_source": given.text, **measured(model, context, suffix)}
-    found |= {"machine": machine.describe("cpu"), "versions": machine.versions(), "commit": machine.commit()}
     path = RESULTS / f"text_{given.name or Path(given.model).name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    machine.write(path, found)
     print(path)
 
 

@@ -65,13 +65,19 @@ def attention_scores(
 
 
 def attention_pattern(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """Softmax of scores [B, H, T, S], in float32 at least; zero for a query that may attend to nothing."""
+    """Softmax of scores [B, H, T, S], in float32 at least; zero for a query that may attend to nothing.
+
+    Args:
+        scores: or of other axes, the keys last.
+        sinks: [H] or [B, H]; or what has all axes of the scores, of which the last is 1.
+    """
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     # A dead row is softmaxed over zeros, so that neither its value nor its gradient is NaN, and then set to zero.
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = torch.where(dead, 0.0, scores)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores)[..., None, None].expand(*scores.shape[:3], 1)], -1)
+        sinks = sinks if sinks.ndim == scores.ndim else sinks[..., None, None]
+        scores = torch.cat([scores, sinks.to(scores).expand(*scores.shape[:-1], 1)], -1)
     pattern = scores.softmax(-1, dtype=wide)
     if sinks is not None:
         pattern = pattern[..., :-1]

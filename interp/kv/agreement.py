@@ -23,6 +23,11 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float((x * y).sum() / size) if size > 0 else float("nan")
 
 
+def per_head(scores: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation within each layer and head, [L, K], of two arrays [L, K, S]."""
+    return np.array([[spearman(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(scores, effects, strict=True)])
+
+
 def tau(a: np.ndarray, b: np.ndarray) -> float:
     """Kendall's tau-b of two arrays; nan where either is constant."""
     x, y = ranks(np.ravel(a)), ranks(np.ravel(b))

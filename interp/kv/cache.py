@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -132,12 +133,15 @@ class Kept:
         self._of_rows(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, none of which may have been before the last eviction.
+        """Take back the last tokens, -n of n of them, none of which may have been before the last eviction.
 
         Raises:
-            ModelError: some were: what was evicted then would have to come back.
+            ModelError: some were: what was evicted then would have to come back; or the number is positive, which once
+                meant how many are left.
         """
-        count = abs(int(tokens_to_remove))
+        if tokens_to_remove > 0:
+            raise ModelError(f"crop(-n) takes n tokens back, and {tokens_to_remove} is positive")
+        count = -int(tokens_to_remove)
         if count > self.fresh:
             raise ModelError(
                 f"{count} tokens are to be taken back from a cache that evicted keys {self.fresh} tokens ago, "
@@ -169,6 +173,20 @@ class Evicted:
         for layer, kept in enumerate(self.layers):  # type: ignore[attr-defined]
             kept.setup(self, layer)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A cache of the same model with keys and values of its own, to ask several questions of one context.
+
+        Raises:
+            ModelError: it is attended to.
+        """
+        if self.attending is not None:
+            raise ModelError("this cache is attended to: leave ip.kv.attending() before it is copied")
+        made = memo[id(self)] = object.__new__(type(self))
+        memo |= {id(one): one for one in (self.model, getattr(self, "policy", None))}
+        for name, value in vars(self).items():
+            setattr(made, name, deepcopy(value, memo))
+        return made
+
     def enter(self, layer: Kept, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values to a layer, and return those that are attended to.
 
@@ -185,18 +203,8 @@ class Evicted:
             )
         if self.attending is not None:
             return self.attending.enter(layer, keys, values)
-        if (
-            not layer.plain
-            or attention.window is not None
-            or self.eviction.positions == "slot"
-            or self.eviction.decoding
-        ):
-            why = (
-                "heads or rows keep different keys" if not layer.plain
-                else "its layers have windows" if attention.window is not None
-                else "positions are slots" if self.eviction.positions == "slot"
-                else "keys are evicted while decoding"
-            )  # fmt: skip
+        why = self.unlike_plain if layer.layer == 0 else ""
+        if why:
             raise ModelError(
                 f"this cache is attended to through ip.kv only ({why}): call the model within ip.kv.attending(cache)"
             )
@@ -204,6 +212,20 @@ class Evicted:
         index = index + layer.tokens[:, None] if layer.is_initialized else index
         layer.append(keys, values, index, torch.ones_like(index, dtype=torch.bool))
         return layer.keys, layer.values  # type: ignore[return-value]
+
+    @property
+    def unlike_plain(self) -> str:
+        """Why the model's own attention would attend to the wrong keys; empty where it would not."""
+        layers: list[Kept] = self.layers  # type: ignore[attr-defined]
+        if not all(layer.plain for layer in layers):
+            return "heads or rows keep different keys"
+        if len({layer.width for layer in layers}) > 1:
+            return "its layers keep different numbers of keys"
+        if any(block.attention.window is not None for block in self.model.architecture.blocks):
+            return "its layers have windows"
+        if self.eviction.positions == "slot":
+            return "positions are slots"
+        return "keys are evicted while decoding" if self.eviction.decoding else ""
 
     @property
     def seen(self) -> int:

@@ -15,7 +15,7 @@ from interp.axes import Axis
 from interp.evaluation import read_world, require_eval
 from interp.kv import drawing
 from interp.kv.asked import Asked, Text, Units, asked, units_of
-from interp.kv.exact import eviction_times, tails, through_tails, through_worlds
+from interp.kv.exact import eviction_times, tails, through_tails, through_worlds, times_of_tokens
 from interp.kv.gradients import HOWS, estimate
 from interp.kv.measure import Measure
 from interp.progress import tqdm
@@ -76,13 +76,14 @@ def kv_effects(
             strongest rival's, each a sum over the answer's tokens; several add a first axis.
         estimand: ``"post_prefill"``: the whole context is cached, a unit is removed, and only the suffix is computed
             without it; ``"streaming"``: a unit is removed when its `chunk` of the context has been read, and all later
-            context is computed without it.
+            context is computed without it. A span leaves after the chunk that it ends in; of a unit of all tokens, such
+            as a head, each token leaves after its own, so that it is as if that head attended to its chunk alone.
         how: ``"exact"``; or an estimate: ``"gradient"`` (first order in a gate on exp(score), all units in one backward
             pass), ``"rescaled"`` (a/(1-a) in place of a, which is exact up to the attention's output), ``"integrated"``
-            (over gates that close together, in `steps` steps), ``"gauss_newton"`` (of ``kl``, by `steps` directions).
+            (over gates that close together, in `steps` steps; in a stream each is for the queries after its token
+            left), ``"gauss_newton"`` (of ``kl``, by `steps` directions).
         unit: a tuple of ``"layer"``, ``"head"`` (of keys and values) and ``"token"``, along which units are taken
-            apart, or
-            ``"token"`` alone; or a list of spans of context tokens, (start, stop).
+            apart, or ``"token"`` alone; or a list of spans of context tokens, (start, stop).
         answer: how many of the suffix's last tokens are the answer; None for all but its first.
         chunk: tokens that a stream reads at a time.
         per_query: keep the effect on each answer token, on an axis "query", in place of their sum.
@@ -113,21 +114,21 @@ def kv_effects(
     longest = max(rows, key=lambda row: row.context)
     shortest = min(row.context for row in rows)
     whole = units_of(unit, model, shortest if isinstance(unit, list) else longest.context)
-    if estimand == "streaming" and (whole.spans is None or how == "integrated"):
-        what = f"unit={unit!r}" if whole.spans is None else "how='integrated'"
-        raise InputsError(f"{what} has no one time at which it leaves a stream: use estimand='post_prefill'")
     most = max(len(row.queries) for row in rows) if per_query else 1
     effect, ready = np.full((len(names), *whole.shape, most, len(rows)), np.nan), []
     bar = tqdm(rows, disable=None if progress is None else not progress, unit="row", leave=False)
     with bar, torch.no_grad():
         for number, row in enumerate(bar):
             units = units_of(unit, model, row.context)
-            times = eviction_times(units, row.context, chunk if estimand == "streaming" else None)
-            one = _prepare(model, row, min(times), names, executor)
+            step = chunk if estimand == "streaming" else None
+            times = eviction_times(units, row.context, step)
+            one = _prepare(model, row, min(step or row.context, row.context), names, executor)
             if how == "exact":
                 found = _exact(model, one, units, times, per_query)
             elif one.executor == "shared" and one.tail is not None:
-                found = estimate(one.tail, units, times, one.measure, how, steps, seed, per_query).numpy()
+                integrated = step is not None and how == "integrated"
+                gates = times_of_tokens(units, times, row.context, step) if integrated else None
+                found = estimate(one.tail, units, times, one.measure, how, steps, seed, per_query, gates=gates).numpy()
             else:
                 told = one.reason or f"executor={executor!r}"
                 raise InputsError(f"how={how!r} needs a model that is run by its description: {told}")
@@ -190,9 +191,9 @@ def _changes(
         for cells, values in through_worlds(model, ready.row, units, times, ready.measure, ready.executor):
             yield cells, values.double() - ready.again[:, None]
         return
-    for tail, chosen in tails(model, ready.row, times):
+    for tail, chosen in tails(model, ready.row, units, times):
         base = ready.measure(tail.run()).double()
-        for cells, values in through_tails(model, units, tail, chosen, ready.measure):
+        for cells, values in through_tails(model, units, tail, times, chosen, ready.measure):
             yield cells, values.double() - base
 
 

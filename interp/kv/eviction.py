@@ -103,7 +103,9 @@ def choose_kept(
         than n.
     """
     budgets = torch.as_tensor(budgets, device=scores.device)
-    rank = scores.to(torch.float64).masked_fill(forced, torch.inf).masked_fill(~valid, -torch.inf)
+    # Scores may be infinite, and still what is kept in any case comes first, and padding last.
+    most = torch.finfo(torch.float64).max
+    rank = scores.to(torch.float64).clamp(-most, most).masked_fill(forced, torch.inf).masked_fill(~valid, -torch.inf)
     _, heads, width = rank.shape
     if across == "layer":
         flat = rank.flatten(1)

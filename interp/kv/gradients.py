@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from hooks import MetricError, Seen, Tail
 from interp.kv.asked import Units
+from interp.kv.exact import asking
 from interp.kv.measure import Measure
 
 FIRST_ORDER = ("gradient", "rescaled")
@@ -21,10 +23,11 @@ def estimate(
     times: Sequence[int],
     measure: Measure,
     how: str,
-    steps: int,
-    seed: int,
+    steps: int = 8,
+    seed: int = 0,
     per_query: bool = False,
     bias: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     """Estimates [metric, *units, m or 1] of the effect of removing each unit.
 
@@ -37,13 +40,14 @@ def estimate(
     Args:
         tail: from the first time on at which something is removed.
         units: the units, whose estimates are sums over what they are made of.
-        times: the time of each value of the last axis.
+        times: the first token that no longer sees each value of the last axis, or each token where there is none.
         measure: the metrics.
         how: of `HOWS`.
         steps: points of the integral, or random directions.
         seed: of those.
         per_query: estimate each query's number by itself, with a backward pass each.
         bias: [L, K, T] of keys that are gone already, -inf.
+        gates: int64 [S], for ``integrated``: the first query that the gate of each token is for; None for all.
 
     Raises:
         MetricError: a first-order estimate of KL, whose gradient vanishes at the full cache; Gauss-Newton of
@@ -59,7 +63,7 @@ def estimate(
         raise MetricError(f"how='gauss_newton' is of 'kl' alone, not of {', '.join(measure.names)}: use 'integrated'")
     with torch.enable_grad():
         if how == "integrated":
-            return _integrated(tail, units, measure, steps, per_query, bias)
+            return _integrated(tail, units, measure, steps, per_query, bias, gates)
         layers, logits = _traced(tail, bias)
         if how == "gauss_newton":
             return _gauss_newton(tail, units, times, layers, logits, steps, seed, per_query)
@@ -84,9 +88,9 @@ def _linear(
 ) -> Tensor:
     """First-order effects [*units] on one number."""
     gradients = torch.autograd.grad(number, [seen.z for seen in layers], retain_graph=True)
-    total = units.spans[-1][1] if units.spans else tail.start
-    found = torch.zeros(units.layers, units.heads, total, dtype=torch.float64)
-    of_token = _times_of_tokens(units, times, total)
+    total = max(stop for _, stop in units.spans) if units.spans else len(times)
+    found = torch.zeros(units.layers, units.heads, len(times), dtype=torch.float64)
+    gone = asking(tail, torch.tensor(times))
     with torch.no_grad():
         for layer, (seen, g) in enumerate(zip(layers, gradients, strict=True)):
             weight = seen.pattern[..., :total]
@@ -95,50 +99,57 @@ def _linear(
             g = g.transpose(0, 1)  # [K, n, G, D]
             along = (seen.z.transpose(0, 1) * g).sum(-1, keepdim=True)
             each = weight * (along - g @ seen.v[:total].permute(1, 2, 0)[:, None])  # [K, n, G, S]
-            each = each.sum(2)
-            asking = torch.arange(tail.start, tail.total)[:, None] >= of_token
-            found[layer] = (each * asking.to(each.device)).sum(1).double().cpu()
-    return _reduced(units, found)
+            # Spans may share tokens, and leave at different times.
+            found[layer] = (_by_span(units, each.sum(2)) * gone.to(each.device)).sum(1).double().cpu()
+    return _over_units(units, found)
 
 
-def _times_of_tokens(units: Units, times: Sequence[int], total: int) -> Tensor:
-    """int64 [S]: the first query that does not see each token."""
+def _by_span(units: Units, each: Tensor) -> Tensor:
+    """Sums of [..., S] over the tokens of each span."""
+    if units.names != ("span",) or units.spans is None:
+        return each
+    return torch.stack([each[..., a:b].sum(-1) for a, b in units.spans], -1)
+
+
+def _over_units(units: Units, found: Tensor) -> Tensor:
+    """Sums of [L, K, tokens or spans] over what units are not taken apart by, [*units]."""
     if units.spans is None:
-        return torch.full((total,), times[0])
-    found = torch.full((total,), 1 << 62)  # tokens of no span are of no unit
-    for (start, stop), time in zip(units.spans, times, strict=True):
-        found[start:stop] = time
-    return found
-
-
-def _reduced(units: Units, found: Tensor) -> Tensor:
-    """Sums of [L, K, S] over what each unit is made of, [*units]."""
-    if units.spans is not None:
-        found = torch.stack([found[..., a:b].sum(-1) for a, b in units.spans], -1)
-    else:
         found = found.sum(-1)
     if "head" not in units.names:
         found = found.sum(1)
     return found if "layer" in units.names else found.sum(0)
 
 
-def _integrated(tail: Tail, units: Units, measure: Measure, steps: int, per_query: bool, gone: Tensor | None) -> Tensor:
+def _integrated(
+    tail: Tail,
+    units: Units,
+    measure: Measure,
+    steps: int,
+    per_query: bool,
+    gone: Tensor | None,
+    gates: Tensor | None,
+) -> Tensor:
     count = len(measure.names) * (len(tail.wanted) if per_query else 1)
-    total = torch.zeros(count, units.layers, units.heads, tail.start, dtype=torch.float64)
+    context = tail.start if gates is None else len(gates)
+    total = torch.zeros(count, units.layers, units.heads, context, dtype=torch.float64)
+    closing = None
+    if gates is not None:  # the queries that each key's gate is for
+        closing = torch.nn.functional.pad(asking(tail, gates), (0, tail.total - context)).to(tail.logits.device)
     for step in range(steps):
-        # Where the gates are nearly closed attention goes over to the suffix, and most happens: points are denser
+        # Where the gates are nearly closed attention goes over to what has none, and most happens: points are denser
         # there.
         along = (step + 0.5) / steps
         gate, width = along**3, 3 * along**2 / steps
-        bias = tail.logits.new_zeros(units.layers, units.heads, tail.total)
-        bias[..., : tail.start] = torch.tensor(gate, dtype=torch.float64).log()
-        bias = (bias if gone is None else bias + gone).requires_grad_()
+        logs = tail.logits.new_full((units.layers, units.heads, context), math.log(gate)).requires_grad_()
+        bias = torch.nn.functional.pad(logs, (0, tail.total - context))
+        bias = bias if gone is None else bias + gone
+        bias = bias if closing is None else torch.where(closing, bias[:, :, None], 0.0)
         numbers = measure(tail.run(bias[None]))[:, 0]
         numbers = numbers if per_query else numbers.sum(1, keepdim=True)
         for i, number in enumerate(numbers.flatten()):
-            (g,) = torch.autograd.grad(number, [bias], retain_graph=i + 1 < count)
-            total[i] -= g[..., : tail.start].double().cpu() / gate * width
-    found = torch.stack([_reduced(units, one) for one in total], -1)
+            (g,) = torch.autograd.grad(number, [logs], retain_graph=i + 1 < count)
+            total[i] -= g.double().cpu() / gate * width
+    found = torch.stack([_over_units(units, _by_span(units, one)) for one in total], -1)
     return found.unflatten(-1, (len(measure.names), -1)).movedim(-2, 0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hooks import Inputs, InputsError, Model
-from interp.kv.agreement import noise_ceiling, recall, spearman, tau
+from interp.kv.agreement import noise_ceiling, per_head, recall, spearman, tau
 from interp.kv.asked import Asked, Text, asked
 from interp.kv.cache import new_cache
 from interp.kv.effects import kv_effects
@@ -210,12 +210,7 @@ def _judged(
         "scores": scores,
         "spearman": np.array([spearman(one, size) for one in scores]),
         "kendall": np.array([tau(one, size) for one in scores]),
-        "per_head": np.stack(
-            [
-                [[spearman(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(one, size, strict=True)]
-                for one in scores
-            ]
-        ),
+        "per_head": np.stack([per_head(one, size) for one in scores]),
         "recall": np.array([[recall(~_gone(one, n).numpy(), size) for n in sizes] for one in scores]),
         "nll": nll[:-1],
         "oracle": nll[-1],

@@ -16,7 +16,7 @@ from interp.kv.policies import Policy
 from interp.kv.seam import attending
 from interp.kv.view import View
 
-LABELS = ("published", "interventional")
+LABELS = ("published", "interventional", "both")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Example:
 
     Attributes:
         reads: for each layer queries [1, H, S, D], keys and values [1, K, S, D] of the context, before rotation.
-        labels: [L, K, S].
+        labels: [L, K, S]; of both labels [2, L, K, S], the published one first.
     """
 
     reads: tuple[tuple[Tensor, Tensor, Tensor], ...]
@@ -54,7 +54,9 @@ def examples(
         model, context, suffix, answer: as in `kv_effects`.
         label: ``"published"``: the largest q k / sqrt(D) that a key has with a query whose prediction is measured, over
             the query heads of its group; ``"interventional"``: the effect on the answer's negative log-likelihood of
-            removing it, without sign, divided by its root mean square over the row.
+            removing it, without sign, divided by its root mean square over the row; ``"both"``: the two, of which the
+            published one is put on the other's scale: less its mean over each head's keys, divided by the root mean
+            square of what is left over the row. What a head's keys have in common ranks none of them.
         how: of interventional labels, as in `kv_effects`.
 
     Raises:
@@ -66,17 +68,30 @@ def examples(
     found = []
     for row in rows:
         seen = _read(model, row)
+        published = Example(tuple(seen.reads), torch.stack(seen.scores))
         if label == "published":
-            labels = torch.stack(seen.scores)
-        else:
-            ids = row.ids.tolist()
-            effects = kv_effects(
-                model, ids[: row.context], ids[row.context :], answer=len(row.queries), how=how
-            ).effect[..., 0]
-            labels = torch.from_numpy(effects).abs().to(seen.scores[0])
-            labels = labels / labels.square().mean().sqrt().clamp_min(1e-12)
-        found.append(Example(tuple(seen.reads), labels))
+            found.append(published)
+            continue
+        causal = Example(published.reads, _scaled(_effects(model, row, how).to(published.labels)))
+        found.append(causal if label == "interventional" else paired(published, causal))
     return found
+
+
+def paired(published: Example, interventional: Example) -> Example:
+    """Both labels of one context, on one scale; see `examples`."""
+    apart = published.labels - published.labels.mean(-1, keepdim=True)
+    return Example(published.reads, torch.stack([_scaled(apart), interventional.labels]))
+
+
+def _effects(model: Model, row: Asked, how: str) -> Tensor:
+    """The size of each unit's effect on the answer, [L, K, S]."""
+    ids = row.ids.tolist()
+    found = kv_effects(model, ids[: row.context], ids[row.context :], answer=len(row.queries), how=how)
+    return torch.from_numpy(found.effect[..., 0]).abs()
+
+
+def _scaled(labels: Tensor) -> Tensor:
+    return labels / labels.square().mean().sqrt().clamp_min(1e-12)
 
 
 def _read(model: Model, row: Asked) -> _Collected:

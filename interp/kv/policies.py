@@ -47,7 +47,7 @@ class Policy:
                 f"key/value heads, "
                 f"keys), or {list(shapes[0])} of the {view.new} new keys"
             )
-        found = found.detach().to(view.keys.device, torch.float32)
+        found = found.detach().to(view.keys.device, torch.promote_types(found.dtype, torch.float32))
         if found.shape[2] != width:
             found = torch.cat([view.scores[..., : width - view.new], found], 2)
         if bool((found.isnan() & view.valid).any()):
@@ -78,7 +78,12 @@ def snapkv(window: int = 64, pool: int = 5) -> Policy:
 
     def score(view: View) -> Tensor:
         received = view.attention(window).mean(2).unflatten(1, (-1, view.groups)).mean(2)
-        smooth = torch.nn.functional.avg_pool1d(received, pool, stride=1, padding=pool // 2, count_include_pad=False)
+        # The mean over neighbours that there are: padding is none.
+        there = view.valid.to(received)
+        smooth, share = (
+            torch.nn.functional.avg_pool1d(x, pool, stride=1, padding=pool // 2) for x in (received * there, there)
+        )
+        smooth = smooth / share.clamp_min(1 / (2 * pool))
         last = view.index.masked_fill(~view.valid, -1).amax(2, keepdim=True)
         return smooth[..., : received.shape[2]].masked_fill(view.index > last - min(window, view.new), torch.inf)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooks import Inputs, InputsError, Model, ModelError
 from interp.evaluation import require_eval
-from interp.kv.cache import new_cache
+from interp.kv.cache import Evicted, new_cache
 from interp.kv.eviction import Eviction
 from interp.kv.policies import Policy
 from interp.kv.seam import attending
@@ -86,7 +86,8 @@ def prefill(
             cache.logits = feed(model, cache, inputs, slice(start, min(start + eviction.chunk, before)))
             bar.update(min(start + eviction.chunk, before) - start)
         if eviction.local:
-            state.policy = None  # these are kept, whatever they would score
+            # These are kept, whatever they score, which counts where keys go while decoding.
+            state.keeping, state.prefilling = True, eviction.decoding
             cache.logits = feed(model, cache, inputs, slice(before, inputs.width))
     return cache
 
@@ -142,12 +143,28 @@ def feed(model: Model, cache: Any, inputs: Inputs, columns: slice) -> Tensor:
     return out.logits[:, -1]
 
 
+def require_own(model: Model, cache: Any) -> None:
+    """Check that a cache is of a model.
+
+    Raises:
+        ModelError: it is another one's, or none of `prefill`.
+    """
+    if not isinstance(cache, Evicted):
+        raise ModelError(f"a cache here is what ip.kv.prefill() returned, not {type(cache).__name__}")
+    if cache.model.module is not model.module:
+        raise ModelError(f"this cache was made for another model, {cache.model!r}: prefill one with {model!r}")
+
+
 @torch.no_grad()
 def follow(model: Model, cache: Any, ids: Tensor) -> Tensor:
     """Feed what follows a context, int64 [B, T], to a copy-free cache, and return its logits [B, T, V].
 
     The cache holds it afterwards.
+
+    Raises:
+        ModelError: the cache is another model's.
     """
+    require_own(model, cache)
     with attending(cache):
         return model.module(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
 
@@ -164,7 +181,9 @@ def generate(model: Model, cache: Any, inputs: Inputs, **settings: Any) -> Tenso
 
     Raises:
         InputsError: the cache has read all of them: something is to be left to feed.
+        ModelError: the cache is another model's.
     """
+    require_own(model, cache)
     if inputs.width <= cache.seen:
         raise InputsError(
             f"the cache has read {cache.seen} tokens, and {inputs.width} are given: give at least one more"

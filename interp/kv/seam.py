@@ -12,7 +12,7 @@ from torch import Tensor
 from hooks import Model, ModelError
 from interp.kv.cache import Evicted, Kept
 from interp.kv.policies import Policy
-from interp.kv.view import View
+from interp.kv.view import View, pattern_of
 
 MASKED = 1 << 22
 """Entries of a mask that are made at a time, where heads see different keys."""
@@ -24,8 +24,9 @@ class Attending:
     Attributes:
         cache: the cache.
         policy: what scores keys; None where none is scored.
-        prefilling: whether keys are scored and evicted after each call.
+        prefilling: whether keys are scored and evicted after each call; keeping: whether they are scored alone.
         stabilizers: how many of the last tokens are kept in any case, of this call.
+        due: the layers that the call has not reached yet, which get its keys once each.
         real: bool [B, T], the tokens of the call that are no padding; index: int64 [B, T], their numbers;
         positions: int64 [B, T], what the model is told of them.
     """
@@ -33,7 +34,8 @@ class Attending:
     def __init__(self, cache: Evicted, policy: Policy | None) -> None:
         self.cache, self.policy = cache, policy
         self.model: Model = cache.model
-        self.prefilling, self.stabilizers = False, 0
+        self.prefilling, self.keeping, self.stabilizers = False, False, 0
+        self.due: set[int] = set()
         self.real = self.index = self.positions = torch.zeros(0)
         self.hidden: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
@@ -67,7 +69,11 @@ class Attending:
             real = torch.ones(rows, count, dtype=torch.bool)
         else:
             raise ModelError("with an evicted cache, an attention mask is two-dimensional: which tokens are real")
-        self.real = real.to(self.model.device)
+        if len({layer.seen for layer in cache.layers}) > 1:
+            raise ModelError(
+                "a call ended halfway, and some layers of the cache hold its tokens and others do not: prefill it anew"
+            )
+        self.real, self.due = real.to(self.model.device), set(range(len(cache.layers)))
         first = cache.layers[0]
         if first.is_initialized and len(first.tokens) != rows:
             raise ModelError(f"the cache has {len(first.tokens)} rows, and {rows} are fed")
@@ -92,7 +98,17 @@ class Attending:
     # -- keys and values
 
     def enter(self, layer: Kept, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add what is fed to a layer, and return what is attended to."""
+        """Add what is fed to a layer, and return what is attended to.
+
+        Raises:
+            ModelError: nothing was fed to this cache's own model, or the layer has its keys already.
+        """
+        if layer.layer not in self.due:
+            raise ModelError(
+                f"layer {layer.layer} adds to a cache that is attended to by {self.model!r}, which was not called: it "
+                "was made for that model, and another one is called with it"
+            )
+        self.due.remove(layer.layer)
         if self.cache.eviction.positions == "slot":
             layer.append(self.turned(layer.layer, keys, self.positions, back=True), values, self.index, self.real)
             return self.at_slots(layer), layer.values  # type: ignore[return-value]
@@ -129,15 +145,14 @@ class Attending:
         ) -> tuple[Tensor, None]:
             cache: Any = self.cache
             kept: Kept = cache.layers[layer]
-            if given.get("s_aux") is not None or given.get("position_bias") is not None:
-                raise ModelError(
-                    f"attention of layer {layer} has sinks or a bias of its own, which a cache here does not know"
-                )
+            if given.get("position_bias") is not None:
+                raise ModelError(f"attention of layer {layer} has a bias of its own, which a cache here does not know")
+            sinks = attention.sink if given.get("s_aux") is None else given["s_aux"]
             scaling = given.get("scaling")
             scaling = attention.scaling if scaling is None else scaling
-            z = self.mixed(kept, q, k, v, scaling, attention.softcap, attention.window)
+            view = View(self, layer, module, q, k, v, scaling, attention.softcap, attention.window, sinks)
+            z = self.mixed(view)
             if self.policy is not None:
-                view = View(self, layer, module, q, k, v, scaling, attention.softcap, attention.window)
                 self.after(kept, view)
             return z.transpose(1, 2), None
 
@@ -157,13 +172,12 @@ class Attending:
             seen = seen & (near | (columns == own))
         return seen
 
-    def mixed(
-        self, kept: Kept, q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None, window: int | None
-    ) -> Tensor:
-        """What queries [B, H, T, D] make of keys and values [B, K, N, D], [B, H, T, D]."""
-        count, width = q.shape[2], k.shape[2]
-        groups = q.shape[1] // k.shape[1]
-        plain = kept.plain and window is None and cap is None
+    def mixed(self, view: View) -> Tensor:
+        """What a layer's queries make of its keys and values, [B, H, T, D]."""
+        kept: Kept = self.cache.layers[view.layer]  # type: ignore[attr-defined]
+        q, k, v, scaling, groups = view.queries, view.keys, view.values, view.scaling, view.groups
+        count, width, fused = q.shape[2], k.shape[2], view.cap is None and view.sinks is None
+        plain = kept.plain and view.window is None and fused
         if plain and (count == 1 or count == width):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, scale=scaling, is_causal=count > 1, enable_gqa=groups > 1
@@ -175,20 +189,18 @@ class Attending:
         pieces = []
         for start in range(0, count, step):
             some = slice(start, start + step)
-            allowed = self.allowed(kept, window, some)
+            allowed = self.allowed(kept, view.window, some)
             if allowed.shape[1] > 1:
                 allowed = allowed.repeat_interleave(groups, 1)
-            if cap is None:
+            if fused:
                 pieces.append(
                     torch.nn.functional.scaled_dot_product_attention(
                         q[:, :, some], k, v, attn_mask=allowed, scale=scaling
                     )
                 )
             else:
-                scores = cap * torch.tanh(q[:, :, some] @ k.transpose(2, 3) * scaling / cap)
-                scores = scores.masked_fill(~allowed, -torch.inf)
-                wide = torch.promote_types(q.dtype, torch.float32)
-                pieces.append(scores.softmax(-1, dtype=wide).to(q.dtype) @ v)
+                scores = q[:, :, some] @ k.transpose(2, 3) * scaling
+                pieces.append(pattern_of(scores, allowed, view.cap, view.sinks).to(q.dtype) @ v)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
     # -- scores
@@ -201,7 +213,7 @@ class Attending:
             return
         assert self.policy is not None
         kept.scores = self.policy.checked(view)
-        if budgets is None:
+        if budgets is None or self.keeping:
             return
         mine = budgets[kept.layer].to(kept.scores.device)
         most = kept.valid.sum(-1)

@@ -239,12 +239,12 @@ def _effects_under(cached: Cached, units: Units, gone: Tensor, how: str) -> Tens
     bias = as_bias(gone[None].to(cached.model.device), cached.tail)[0]
     times = [cached.row.context] * cached.row.context
     if how != "exact":
-        return estimate(cached.tail, units, times, cached.measure, how, 8, 0, bias=bias)[0, ..., 0]
+        return estimate(cached.tail, units, times, cached.measure, how, bias=bias)[0, ..., 0]
     effect = torch.zeros(gone.shape, dtype=torch.float64)
     with torch.no_grad():
         base = cached.measure(cached.tail.run(bias[None])).double().sum()
         for cells, found in through_tails(
-            cached.model, units, cached.tail, range(cached.row.context), cached.measure, bias
+            cached.model, units, cached.tail, times, range(cached.row.context), cached.measure, bias
         ):
             index = tuple(torch.tensor(axis) for axis in zip(*cells, strict=True))
             effect[index] = (found[0].double().sum(-1) - base).cpu()

@@ -22,7 +22,7 @@ class View:
         owner: the seam.
         layer: which; module: its attention.
         queries: [B, H, T, D], keys and values: [B, K, N, D], as they attend; the last T are the new ones.
-        scaling, cap, window: of the layer's attention.
+        scaling, cap, window: of the layer's attention; sinks: [H], a score that queries have besides those of keys.
     """
 
     owner: Any
@@ -34,6 +34,7 @@ class View:
     scaling: float
     cap: float | None
     window: int | None
+    sinks: Tensor | None = None
 
     @property
     def new(self) -> int:
@@ -114,11 +115,23 @@ class View:
         keys = self.keys.repeat_interleave(self.groups, 1).transpose(2, 3)
         for first in range(start, self.new, step):
             some = slice(first, min(first + step, self.new))
-            scores = self.queries[:, :, some] @ keys * self.scaling
-            if self.cap is not None:
-                scores = self.cap * torch.tanh(scores / self.cap)
             allowed = self.owner.allowed(self._kept, self.window, some)
             if allowed.shape[1] > 1:
                 allowed = allowed.repeat_interleave(self.groups, 1)
-            pattern = scores.masked_fill(~allowed, -torch.inf).softmax(-1, dtype=torch.float32)
-            yield pattern * self.real[:, None, some, None]
+            scores = self.queries[:, :, some] @ keys * self.scaling
+            yield pattern_of(scores, allowed, self.cap, self.sinks).float() * self.real[:, None, some, None]
+
+
+def pattern_of(scores: Tensor, allowed: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+    """Softmax, in float32 at least, of scores [B, H, t, N] where attention is allowed, every query to some key.
+
+    Args:
+        cap: c of c tanh(scores / c); sinks: [H], a score that each query has besides, which mixes nothing in.
+    """
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1, dtype=wide)
+    each = sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, each], -1).softmax(-1, dtype=wide)[..., :-1]

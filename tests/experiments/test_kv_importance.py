@@ -44,7 +44,7 @@ def test_the_study_runs(tmp_path, monkeypatch):
     assert {"heads, published label", "heads, interventional label", "leave-one-out", "random"} <= {
         line["policy"] for line in table
     }
-    assert len(found["streamed"]) == 10 and json.loads(json.dumps(found))["setting"]["rows"] == 1
+    assert len(found["streamed"]) == 11 and json.loads(json.dumps(found))["setting"]["rows"] == 1
 
 
 def test_real_text_runs():
@@ -61,5 +61,7 @@ def test_the_benchmark_agrees_with_its_loop(monkeypatch):
     found = benchmark.exact(model, 4, None)
     assert found["apart"] < 1e-5 and found["largest"] > 0 and found["units"] == 2 * 2 * 12
     assert benchmark.gradients(model, 16)["seconds"] > 0
-    assert len(benchmark.eviction(model, 32, 8, 8)) == 6
+    rows = list(benchmark.eviction(model, 32, 8, 8))
+    assert len(rows) == 6 and rows[-1]["overhead_milliseconds_a_chunk"] == 0
+    assert all(0 < row["overhead_milliseconds_a_chunk"] < row["milliseconds_a_chunk"] for row in rows[:-1])
     assert benchmark.decoding(model, 32, 8, tokens=2)["times"]["ratio"] > 0

@@ -148,6 +148,56 @@ def test_a_stream_differs_from_prefill_and_ends_as_it():
     np.testing.assert_allclose(whole.effect, prefill.effect, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("unit", [("layer", "head"), ("layer",), ("head",)])
+def test_a_head_leaves_a_stream_little_by_little(unit):
+    """Without what it has read before its chunk, as by a mask of the test's own."""
+    model = zoo.wrapped("llama")
+    (context,), (suffix,) = texts(9)
+    ids, chunk = torch.tensor([context + suffix]), 4
+    times = torch.tensor([min((i // chunk + 1) * chunk, CONTEXT) for i in range(CONTEXT)])
+    queries = torch.arange(ids.shape[1])
+    gone = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.bool)
+    gone[:, :CONTEXT] = queries[:, None] >= times
+    found = ip.kv.kv_effects(model, context, suffix, unit=unit, estimand="streaming", chunk=chunk)
+    assert found.config["executor"] == "shared"
+    targets = torch.tensor(suffix[1:])
+
+    def nll(removed):
+        causal = torch.ones_like(gone).tril()
+        handles = []
+        for layer, heads in removed.items():
+            mask = torch.zeros(1, 4, *gone.shape, dtype=torch.float64).masked_fill(~causal, -torch.inf)
+            for head in heads:
+                mask[0, 2 * head : 2 * head + 2].masked_fill_(gone, -torch.inf)
+
+            def put(_module, args, kwargs, mask=mask):
+                return args, {**kwargs, "attention_mask": mask}
+
+            attention = model.module.model.layers[layer].self_attn
+            handles.append(attention.register_forward_pre_hook(put, with_kwargs=True))
+        with torch.no_grad():
+            logits = model.module(ids, use_cache=False).logits[0, CONTEXT:-1]
+        for handle in handles:
+            handle.remove()
+        return float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+
+    layers, heads = range(model.n_layers), range(2)
+    removals = {
+        ("layer", "head"): [{layer: [h]} for layer in layers for h in heads],
+        ("layer",): [{layer: heads} for layer in layers],
+        ("head",): [{layer: [h] for layer in layers} for h in heads],
+    }[unit]
+    expected = np.array([nll(one) for one in removals]) - nll({})
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(found.effect[..., 0].ravel(), expected, rtol=0, atol=1e-10)
+    slow = ip.kv.kv_effects(model, context, suffix, unit=unit, estimand="streaming", chunk=chunk, executor="sequential")
+    np.testing.assert_allclose(slow.effect, found.effect, rtol=0, atol=1e-10)
+    first = ip.kv.kv_effects(model, context, suffix, unit=unit, estimand="streaming", chunk=chunk, how="gradient")
+    each = ip.kv.kv_effects(model, context, suffix, estimand="streaming", chunk=chunk, how="gradient").effect
+    axes = tuple(i for i, name in enumerate(("layer", "head", "token")) if name not in unit)
+    np.testing.assert_allclose(first.effect, each.sum(axes), rtol=0, atol=1e-11)
+
+
 def test_rows_are_their_own():
     model = zoo.wrapped("llama")
     contexts, suffixes = texts(4, rows=3)
@@ -235,7 +285,6 @@ def test_a_wrong_description_is_noticed():
         ({"chunk": 0}, "positive"),
         ({"steps": True}, "positive"),
         ({"context": [1, 2, 999]}, "999"),
-        ({"estimand": "streaming", "unit": ("layer", "head")}, "no one time"),
         ({"how": "gradient", "metric": "kl"}, "identically zero"),
         ({"how": "gauss_newton"}, "'kl' alone"),
     ],

@@ -316,41 +316,6 @@ def test_wrong_uses_are_refused():
     assert short.layers[0].width == 3
 
 
-def phi3():
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    config = Phi3Config(
-        **zoo.GROUPED, hidden_size=32, num_hidden_layers=2, pad_token_id=None, attn_implementation="sdpa"
-    )
-    return Phi3ForCausalLM(config)
-
-
-def gemma3():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    kinds = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(
-        **zoo.GROUPED, hidden_size=24, num_hidden_layers=2, head_dim=8, sliding_window=zoo.WINDOW, layer_types=kinds,
-        query_pre_attn_scalar=5, pad_token_id=None, attn_implementation="sdpa",
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config)
-
-
-@pytest.mark.parametrize("make", [phi3, gemma3])
-@pytest.mark.parametrize("positions", ["absolute", "slot"])
-def test_more_families(make, positions):
-    model, tokens = ip.wrap(zoo.prepare(make())), ids(2)
-    heads = ip.kv.RetainingHeads.for_model(model, 16)
-    whole = ip.kv.prefill(model, model.inputs(tokens[:, :15]), heads.policy(), 15, chunk=4, positions=positions)
-    expected = logits_of(model, tokens)
-    torch.testing.assert_close(ip.kv.follow(model, whole, tokens[:, 15:]), expected[:, 15:], rtol=0, atol=1e-10)
-    context, suffix = tokens[0, :9].tolist(), tokens[0, 9:13].tolist()
-    fast = ip.kv.kv_effects(model, context, suffix)
-    slow = ip.kv.kv_effects(model, context, suffix, executor="batched")
-    assert fast.config["executor"] == "shared" and abs(slow.effect).max() > 1e-2
-    assert abs(fast.effect - slow.effect).max() < 1e-10
-
-
 def test_attention_that_is_something_else_is_refused():
     """BLOOM's scores have a bias by distance, which comes in its mask."""
     from transformers import BloomConfig, BloomForCausalLM

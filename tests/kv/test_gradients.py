@@ -103,10 +103,42 @@ def test_a_stream_has_a_gradient():
     assert -(values[0] - values[1]) / (2 * step) == pytest.approx(found[at], rel=1e-5)
 
 
-def test_a_stream_is_not_integrated():
-    (context,), (suffix,) = texts()
-    with pytest.raises(ip.InputsError, match="integrated"):
-        ip.kv.kv_effects(zoo.wrapped("llama"), context, suffix, how="integrated", estimand="streaming")
+def test_a_stream_is_integrated():
+    """Gates that close for the queries after their tokens left account for attention to nothing but a chunk."""
+    model = zoo.wrapped("llama")
+    (context,), (suffix,) = texts(3)
+    options = {"how": "integrated", "estimand": "streaming", "chunk": 4}
+    found = ip.kv.kv_effects(model, context, suffix, steps=400, **options).effect[..., 0]
+    plan = ip.Plan()
+    for start, stop in ((0, 4), (4, 8), (8, CONTEXT)):
+        asking, keys = range(stop, CONTEXT + len(suffix)), range(start, stop)
+        for layer in range(model.n_layers):
+            plan = plan + ip.knockout(ip.site("scores", layer=layer, pos=asking, key_pos=keys))
+    targets = torch.tensor(suffix[1:])
+    base, gone = (
+        torch.nn.functional.cross_entropy(
+            model.run(model.inputs([context + suffix]), one).logits[0, CONTEXT:-1], targets, reduction="sum"
+        )
+        for one in (ip.Plan(), plan)
+    )
+    assert abs(float(gone - base)) > 0.1
+    assert found.sum() == pytest.approx(float(gone - base), rel=1e-3)
+    spans = ip.kv.kv_effects(model, context, suffix, unit=[(1, 3), (4, 7)], steps=400, **options).effect[:, 0]
+    np.testing.assert_allclose(spans, [found[..., 1:3].sum(), found[..., 4:7].sum()], atol=1e-11)
+    with pytest.raises(ip.InputsError, match="shares tokens"):
+        ip.kv.kv_effects(model, context, suffix, unit=[(0, 3), (2, 7)], **options)
+
+
+def test_spans_that_share_tokens_leave_a_stream_each_at_its_time():
+    model = zoo.wrapped("llama")
+    (context,), (suffix,) = texts(5)
+    options = {"how": "gradient", "estimand": "streaming", "chunk": 4}
+    together = ip.kv.kv_effects(model, context, suffix, unit=[(0, 3), (2, 7)], **options).effect
+    alone = [ip.kv.kv_effects(model, context, suffix, unit=[span], **options).effect[0] for span in ((0, 3), (2, 7))]
+    np.testing.assert_allclose(together, alone, atol=1e-11)
+    tokens = ip.kv.kv_effects(model, context, suffix, unit="token", **options).effect
+    np.testing.assert_allclose(together[0], tokens[:3].sum(0), atol=1e-11)
+    assert np.abs(together).min() > 1e-4 and np.abs(together[1] - tokens[2:7].sum(0)).max() > 1e-4
 
 
 def test_estimates_need_the_description():

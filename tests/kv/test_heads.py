@@ -54,8 +54,12 @@ def test_labels():
     (causal,) = ip.kv.examples(model, context, suffix, "interventional")
     effect = torch.from_numpy(ip.kv.kv_effects(model, context, suffix).effect[..., 0]).abs()
     torch.testing.assert_close(causal.labels.double(), effect / effect.square().mean().sqrt(), rtol=1e-4, atol=1e-5)
+    (both,) = ip.kv.examples(model, context, suffix, "both")
+    apart = published.labels - published.labels.mean(-1, keepdim=True)
+    torch.testing.assert_close(both.labels[0], apart / apart.square().mean().sqrt(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(both.labels[1], causal.labels)
     with pytest.raises(ip.InputsError, match="published"):
-        ip.kv.examples(model, context, suffix, "both")
+        ip.kv.examples(model, context, suffix, "all")
 
 
 def test_heads_learn_and_the_backbone_does_not():
@@ -74,6 +78,36 @@ def test_heads_learn_and_the_backbone_does_not():
     broken = ip.kv.Example(some[0].reads, some[0].labels * torch.nan)
     with pytest.raises(ip.InputsError, match="nan"):
         ip.kv.train_heads(heads, [broken])
+
+
+def test_one_score_is_trained_on_both_labels():
+    """The loss is what the two say, by their shares; either share alone is that label's own loss."""
+    model = zoo.wrapped("llama")
+    contexts, suffixes = texts(5, rows=3)
+    some = ip.kv.examples(model, contexts, suffixes, "both")
+    settings = {"steps": 60, "batch": 3, "learning_rate": 3e-3}
+
+    def trained(given, **more):
+        heads = ip.kv.RetainingHeads.for_model(model, 32)
+        losses = ip.kv.train_heads(heads, given, **settings, **more)
+        return losses, heads
+
+    for mix, which in ((0.0, 0), (1.0, 1)):
+        alone = [ip.kv.Example(one.reads, one.labels[which]) for one in some]
+        assert trained(some, mix=mix)[0] == trained(alone)[0]
+    losses, heads = trained(some)
+    parts = [trained(some, mix=mix)[0] for mix in (0.0, 1.0)]
+    assert losses[0] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5) and losses[-1] < losses[0]
+    with torch.no_grad():
+        scores = torch.stack([heads(layer, *some[0].reads[layer])[0] for layer in range(model.n_layers)])
+
+    def apart(labels):
+        return torch.nn.functional.smooth_l1_loss(scores, labels).item()
+
+    assert apart(some[0].labels.mean(0)) < min(apart(one) for one in some[0].labels)
+    for mix in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ip.InputsError, match="mix"):
+            trained(some, mix=mix)
 
 
 def test_files_come_back_and_are_refused(tmp_path):
