@@ -105,7 +105,7 @@ def interventions(draw: st.DrawFn, model: Model, x: Inputs, source: World, refer
     elif kind == "knockout":
         item = hk.knockout(place)
     else:
-        item = hk.zero(place)
+        item = hk.freeze(place) if place.name.endswith("_scale") else hk.zero(place)
     if not item.op.writes_inf and draw(st.integers(0, 2)) == 0:
         values = st.sampled_from([0.0, 0.3, 1.0])
         strength = draw(st.one_of(values, st.lists(values, min_size=len(x), max_size=len(x))))

@@ -11,6 +11,7 @@ from torch import Tensor
 import hooks
 from hooks import KINDS, Inputs, Span, World, run_worlds, site
 from hooks.plan.context import Context
+from hooks.plan.kinds import LATER
 from hooks.plan.sites import STACKS
 from hooks.random import choice, normal, uniform
 from tests import zoo
@@ -220,7 +221,7 @@ def test_stacks_draw_numbers_of_their_own():
            "key_pos": None, "head": None, "dim": None, "seed": 0, "window": slice(0, 2), "total": 2}  # fmt: skip
     salts = {stack: Context("z", 3, stack=stack, **one).salt for stack in (None, "text", "vision", "encoder", "cross")}
     assert salts[None] == salts["text"] and len(set(salts.values())) == 4
-    kinds = [kind for kind in KINDS if kind not in ("router", "expert_out", "pooled")]
+    kinds = [kind for kind in KINDS if kind not in LATER]
     assert salts[None] == kinds.index("z") + len(kinds) * 4 and len(kinds) == 25
     layers = {kind: 3 if KINDS[kind].per_layer else None for kind in KINDS}
     everywhere = {Context(kind, layers[kind], stack=stack, **one).salt for kind in KINDS for stack in STACKS}
