@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,14 @@ def generate(
     if model.architecture.tower is not None:
         arguments |= model.architecture.tower.arguments(ids, mask, prompts.pictures)
     arguments = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    call = {**arguments, **options, "return_dict_in_generate": True, "output_logits": logits}
+    call: dict[str, Any] = {**arguments, **options}
+    told = {"return_dict_in_generate": True, "output_logits": logits}
+    if options.get("generation_config") is None:
+        call |= told
+    else:
+        # The user's stays as it is, and transformers takes arguments beside one no more.
+        call["generation_config"] = copy.deepcopy(options["generation_config"])
+        call["generation_config"].update(**told)
     keeping, audit = Keeping(sites), Audit()
     if plan is None and not sites:
         output = module.generate(**call)
