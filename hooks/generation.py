@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,14 +55,22 @@ def generate(
     if model.architecture.tower is not None:
         arguments |= model.architecture.tower.arguments(ids, mask, prompts.pictures)
     arguments = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    call = {**arguments, **options, "return_dict_in_generate": True, "output_logits": logits}
+    call: dict[str, Any] = {**arguments, **options}
+    told = {"return_dict_in_generate": True, "output_logits": logits}
+    if options.get("generation_config") is None:
+        call |= told
+    else:
+        # The user's stays as it is, and transformers takes arguments beside one no more.
+        call["generation_config"] = copy.deepcopy(options["generation_config"])
+        call["generation_config"].update(**told)
     keeping, audit = Keeping(sites), Audit()
     if plan is None and not sites:
         output = module.generate(**call)
     else:
         with hold(model, () if plan is None else plan, seed, keeping) as audit:
             output = module.generate(**call)
-    sequences = output.sequences.to("cpu")
+    sequences = (output if isinstance(output, Tensor) else output.sequences).to("cpu")
+    _require_known(prompts, sequences, output, logits)
     rows = torch.arange(len(prompts)).repeat_interleave(len(sequences) // len(prompts))
     new = sequences[:, prompts.width :]
     ends, pad = ends_of(module, options)
@@ -125,6 +134,24 @@ def require_generates(model: Network, prompts: Inputs, options: Mapping[str, Any
     if model.tool is not None:
         model.tool.require(prompts.ids, mask)
     return module
+
+
+def _require_known(prompts: Inputs, sequences: Tensor, output: Any, logits: bool) -> None:
+    """Refuse what a way of decoding returns that is not the prompts and what follows them.
+
+    Raises:
+        PlanError: it is something else, or its logits were asked for and it keeps none.
+    """
+    many, odd = divmod(len(sequences), len(prompts))
+    begins = sequences[:, : prompts.width]
+    whole = prompts.ids.repeat_interleave(many, 0)
+    if odd or begins.shape != whole.shape or not torch.equal(begins, whole):
+        raise PlanError(
+            "what generate() returned does not begin with the prompts (token_healing changes them): "
+            "hold the plan with apply() and call generate yourself"
+        )
+    if logits and getattr(output, "logits", None) is None:
+        raise PlanError("this way of decoding keeps no logits: leave out logits=True")
 
 
 def _sites(model: Network, capture: Any, options: Mapping[str, Any]) -> tuple[Site, ...]:

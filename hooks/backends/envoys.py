@@ -27,7 +27,8 @@ from ..plan.sites import Key, Site
 from ..program import Program, State
 from .exposing import INSIDE, placed
 from .plain import require_plain
-from .playing import Asked, Parts, Visits, parts_of, play
+from .playing import Asked, Visits, play
+from .reaching import Parts, parts_of
 
 
 def is_envoy(model: Any) -> bool:

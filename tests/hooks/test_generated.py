@@ -271,6 +271,14 @@ def test_refused_by_name() -> None:
     model.module(input_ids=y.ids[:, :3], past_key_values=cache)
     with pytest.raises(hk.SiteError, match="in the cache already"):
         model.generate(y, capture=place, past_key_values=cache, **GREEDY)
+
+    def other(module: Any, input_ids: Tensor, **_: Any) -> Tensor:
+        return input_ids + 1
+
+    with pytest.raises(hk.PlanError, match="does not begin with the prompts"):
+        model.generate(x, custom_generate=other, **GREEDY)
+    with pytest.raises(hk.PlanError, match="keeps no logits"):
+        model.generate(x, custom_generate=lambda module, input_ids, **_: input_ids, logits=True, **GREEDY)
     with pytest.raises((TypeError, ValueError)):
         model.generate(x, hk.zero(place.at(pos=-1)), max_tokens=4)
     assert not model.holds
