@@ -64,7 +64,7 @@ from .plan.pieces import joined
 from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
-from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
+from .plan.sites import DECODER, DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
 from .plan.spans import Image, New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
@@ -73,6 +73,7 @@ from .running import Run
 from .tail import Seen, Tail
 
 __all__ = [
+    "DECODER",
     "DIM",
     "HEAD",
     "KEY",

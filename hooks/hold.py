@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections import defaultdict
@@ -35,7 +36,7 @@ from .models.checks import check_plan
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World
-from .plan.sites import Site
+from .plan.sites import ENCODER, VISION, Site
 from .plan.spans import New
 from .plan.tape import Tape
 from .program import Program
@@ -139,9 +140,14 @@ class Holds:
         return bool(self.in_force())
 
     @property
+    def features(self) -> str:
+        """The argument by which the model is given what was made before it is called: of images, or of a text."""
+        return "mm_encoder_outputs" if self.network.architecture.encoder is None else ENCODED
+
+    @property
     def looks(self) -> bool:
-        """Whether something in force may be at the sites of a tower."""
-        placed = self.placement is not None and any(key[2] is not None for key in self.placement.keys)
+        """Whether something in force may be at the sites of a tower, or of an encoder."""
+        placed = self.placement is not None and any(key[2] in (VISION, ENCODER) for key in self.placement.keys)
         return placed or not all(isinstance(one.plan, Plan) for one in self.in_force())
 
     def on(self, inputs: Inputs, number: int = 0) -> tuple[Plan, Audit, tuple[int, ...]]:
@@ -195,11 +201,15 @@ class Holds:
             return encode(given), Seen()
         call, seen = frames.Call(module, sys._getframe(0)), Seen()
 
+        name = self.features
+
         def again(_fed: Fed, path: tuple[Any, ...]) -> None:
-            arguments = dict(given, mm_encoder_outputs=dict(given.get("mm_encoder_outputs") or {}))
+            arguments = dict(given)
+            if name != ENCODED:
+                arguments[name] = dict(given.get(name) or {})
             frames.push(frames.Call(module, sys._getframe(0), gate.claimed()))
             try:
-                seen.encoded[path] = encode(arguments)["mm_encoder_outputs"]
+                seen.encoded[path] = encode(arguments)[name]
             finally:
                 frames.pop(module)
 
@@ -302,7 +312,7 @@ class Holds:
 
         own = {name: apart(value) for name, value in kwargs.items()}
         if fed.encoded is not None:
-            own["mm_encoder_outputs"] = self.encoded(fed, path, own.get("mm_encoder_outputs"))
+            own[self.features] = self.encoded(fed, path, own.get(self.features))
         output = call.module(*map(apart, args), **own)
         cache = cache_of(output)
         if fed.cache is None and cache is not None:
@@ -316,6 +326,8 @@ class Holds:
         """
         assert fed.encoded is not None
         if path in fed.encoded:
+            if self.features == ENCODED:
+                return copy.copy(fed.encoded[path])
             if _places(fed.encoded[path]) != _places(given):
                 raise PlanError(
                     "the prompt is fed in several calls, with a part of the images' features in each, and the plan "
@@ -410,6 +422,8 @@ def _report(program: Program, run: Pass, number: int, audit: Audit) -> None:
     program.report(run.states[number], audit)
 
 
+ENCODED = "encoder_outputs"
+"""What a model that decodes is given of what it has encoded."""
 _NOTHING = Inputs.of(torch.zeros(1, 1, dtype=torch.int64))
 _HOLDS: WeakKeyDictionary[nn.Module, Holds] = WeakKeyDictionary()
 """What is held on each module at the moment, by whichever wrapper of it."""

@@ -27,6 +27,7 @@ from .models.catalogue import SiteInfo, SiteTable, site_table, why_missing
 from .models.checks import check_inputs, check_pictures, check_plan, check_site
 from .models.network import Network, without_wrapper
 from .models.sight import inputs_with_images
+from .plan.encoded import after_source, start_of
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
@@ -82,7 +83,8 @@ class Model(Network):
         Raises:
             SiteError, ShapeError: it does not fit them.
         """
-        return resolve(where, inputs.along(where.stack), self.sizes[where.key])
+        queries, keys = inputs.tokens_of(where)
+        return resolve(where, queries, self.sizes[where.key], keys=None if keys is queries else keys)
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
@@ -109,6 +111,7 @@ class Model(Network):
         padding: str = "right",
         row_ids: Tensor | None = None,
         bos: bool | None = None,
+        decoded: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
     ) -> Inputs:
         """Prepare prompts, or images for a model that takes those.
 
@@ -124,6 +127,8 @@ class Model(Network):
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
             bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
                 one); by default what the tokenizer does, with a warning where that makes two.
+            decoded: what a model that decodes what it encodes has decoded so far, a text or a list of ids a row, which
+                follow its start token; by default nothing. Positions are those of the decoder, 0 is the start token.
 
         Raises:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
@@ -150,7 +155,11 @@ class Model(Network):
             vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
         )  # fmt: skip
         check_pictures(arch.tower, made)
-        return made
+        if arch.encoder is None:
+            if decoded is not None:
+                raise InputsError(f"{self!r} encodes nothing, so there is nothing that it decodes of it: give one text")
+            return made
+        return after_source(made, decoded, start_of(self.module), padding, self.tokenizer, vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by itself.
@@ -282,6 +291,8 @@ class Model(Network):
             PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
         """
         self._require_here()
+        if self.architecture.encoder is not None:
+            raise ModelError("worlds are not held side by side on a model that decodes what it encodes: hold one plan")
         if self.architecture.headless:
             raise ModelError(f"worlds are combined by their logits, and there are none: {self.architecture.headless}")
         return fork(self, [own or Branch(), *branches], combine, seed, begin)
@@ -332,6 +343,8 @@ class Model(Network):
         if self.tool is not None:
             raise ModelError(f"{self.tool.name} runs this model, and no compiler makes one graph of that: wrap a copy")
         self.refresh()
+        if self.architecture.encoder is not None:
+            raise ModelError("a model that decodes what it encodes is not compiled: use run()")
         if self.architecture.pooled:
             raise ModelError(
                 f"{type(self.module).__name__} returns the logits of one token of each row, and a compiled model is to "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, Stack
 from ..models.blocks import Attention, Block, Sublayer
 from ..models.experts import Experts
 from ..models.hook import Hook
@@ -45,14 +45,17 @@ def place_hooks(
         return lambda run, x: run.visit((name, -1, None), x)
 
     for name, part in arch.stacks.items():
-        if name is not None:
+        if isinstance(part, Stack):
+            _place_stack(hooks, part, str(name), keys, watched)
+        elif name is not None:
             _place_tower(Hooks(find, within, stack, kind, first=True), part, name, keys, watched)
     keys = {key for key in keys if key[2] is None}
     names = {name for name, layer, _ in keys if layer == -1}
-    if "embed" in names and arch.tower is None:
+    if "embed" in names and arch.tower is None and arch.encoder is None:
         hooks.on_output(arch.embed, scaled(show("embed"), arch.embed_scale))
     elif "embed" in names:
-        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding.
+        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding; and
+        # an encoder and a decoder may share that.
         hooks.on_input(arch.blocks[0].module, show("embed"))
     if "pos_embed" in names:
         assert arch.pos_embed is not None
@@ -81,6 +84,24 @@ def place_hooks(
             hooks.on_output(arch.unembed, scaled(seen, arch.logit_scale))
         else:
             hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
+
+
+def _place_stack(hooks: Hooks, part: Stack, stack: str, keys: Set[Key], watched: bool) -> None:
+    """Place the hooks of an encoder, or of the attention to what it makes."""
+    names = {name for name, layer, of in keys if layer == -1 and of == stack}
+    if "embed" in names:
+        hooks.on_input(part.blocks[0].module, lambda run, x: run.visit(("embed", -1, stack), x))
+    for layer, block in enumerate(part.blocks):
+        if watched:
+            hooks.watch(block.module)
+        inside = {name for name, at, of in keys if at == layer and of == stack}
+        if layer == 0 and "resid_pre" in inside:
+            hooks.on_input(block.module, lambda run, x: run.visit(("resid_pre", 0, stack), x))
+        if inside:
+            _BlockHooks(hooks, block, layer, inside, stack, folded=False).place()
+    if "ln_final" in names:
+        assert part.norm is not None
+        hooks.on_output(part.norm, lambda run, x: run.visit(("ln_final", -1, stack), x))
 
 
 def _place_tower(hooks: Hooks, tower: Any, stack: str, keys: Set[Key], watched: bool) -> None:
@@ -121,21 +142,30 @@ class _BlockHooks:
     """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
 
     Args:
-        stack: the tower that the block is of, whose values have their tokens along the first `lead` axes; None of a
-            language model.
+        stack: that the block is of; None of the main one.
+        folded: whether that is a tower, whose values have their tokens along the first `lead` axes; by default any but
+            the main one.
     """
 
     def __init__(
-        self, hooks: Hooks, block: Block, layer: int, names: set[str], stack: str | None = None, lead: int = 2
+        self,
+        hooks: Hooks,
+        block: Block,
+        layer: int,
+        names: set[str],
+        stack: str | None = None,
+        lead: int = 2,
+        folded: bool | None = None,
     ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
         self.stack, self.lead = stack, lead
+        self.folded = stack is not None if folded is None else folded
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
         if name not in self.names:
             return x
         key = (name, self.layer, self.stack)
-        if self.stack is not None:
+        if self.folded:
             return visit_rows(run, key, x, self.lead)
         if x.ndim < len(KINDS[name].axes):  # some layers go on with all tokens in one row
             return run.visit(key, x.unflatten(0, (run.rows, -1))).flatten(0, 1)
