@@ -168,6 +168,7 @@ def test_layers_whose_scale_is_that_of_all_rows(name):
             assert torch.equal(outcome.values[0], wanted[outcome.index])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "targets"), [("T5", ["q", "v", "wo"]), ("CLIP, images", ["q_proj", "fc1"])])
 def test_low_rank_adapters_of_other_stacks(name, targets):
     """Of an encoder, a decoder and what is between, and of a tower, as of the model that they are merged into."""

@@ -231,7 +231,11 @@ def everywhere() -> ip.Plan:
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, pytest.param({"num_return_sequences": 2, "num_beams": 2}, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_generation_under_a_plan_is_recomputation(module, model, options):
     x = model.inputs(TEXTS)
     call = {"input_ids": x.source.ids, "attention_mask": x.source.mask.long(), **OPTIONS, **options}
