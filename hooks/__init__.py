@@ -66,7 +66,7 @@ from .plan.plan import Intervention, Origin, Plan, Read, World, as_plan
 from .plan.prompts import text_ids
 from .plan.region import listed, resolve
 from .plan.saving import fingerprint
-from .plan.sites import DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
+from .plan.sites import DECODER, DIM, HEAD, KEY, KINDS, POS, TEXT, Index, Site, Span, execution_order, site, sites_of
 from .plan.spans import Image, New, new
 from .plan.tape import Tape
 from .random import choice, hash_counters, normal, uniform
@@ -76,6 +76,7 @@ from .tail import Seen, Tail
 from .wrapping import wrap
 
 __all__ = [
+    "DECODER",
     "DIM",
     "HEAD",
     "KEY",

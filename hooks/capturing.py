@@ -16,7 +16,8 @@ def captured(model: Network, asked: Any) -> list[Site]:
     Args:
         model: the wrapped model.
         asked: sites, in either spelling; a site's name without a layer or an entry of ``model.sites()``, for all
-            layers that have it; ``"all"``, for every site of the model; or several of these.
+            layers that have it; ``"all"``, for every site of the model (of several stacks, the main one); or several
+            of these.
 
     Raises:
         SiteError: one of them is no site of the model.
@@ -24,6 +25,9 @@ def captured(model: Network, asked: Any) -> list[Site]:
     several = [asked] if isinstance(asked, (str, Site, SiteInfo)) or not isinstance(asked, Iterable) else list(asked)
     found: list[Site] = []
     for one in several:
+        if isinstance(one, SiteInfo) and one.stack is not None:
+            found += _everywhere(model, one.name, one.stack)
+            continue
         word = one.name if isinstance(one, SiteInfo) else one
         if isinstance(word, str) and word == "all":
             found += [place for name in KINDS for place in _everywhere(model, name)]
@@ -36,6 +40,6 @@ def captured(model: Network, asked: Any) -> list[Site]:
     return list(dict.fromkeys(found)) if "all" in several else found
 
 
-def _everywhere(model: Network, name: str) -> list[Site]:
-    layers = range(model.n_layers) if KINDS[name].per_layer else (None,)
-    return [place for place in (Site(name, layer) for layer in layers) if place.key in model.sizes]
+def _everywhere(model: Network, name: str, stack: str | None = None) -> list[Site]:
+    layers = range(model.architecture.depth(stack)) if KINDS[name].per_layer else (None,)
+    return [place for place in (Site(name, layer, stack) for layer in layers) if place.key in model.sizes]

@@ -16,9 +16,17 @@ from .errors import InputsError, PlanError
 from .fed import Decoding, Fed
 from .layout import Layout
 from .models.architecture import Architecture
-from .models.calls import inputs_of_call, kept_logits, pictures_of_call, real_columns, tokens_of_call
+from .models.calls import (
+    decoded_of_call,
+    encoded_of_call,
+    inputs_of_call,
+    kept_logits,
+    pictures_of_call,
+    real_columns,
+    tokens_of_call,
+)
 from .plan.inputs import Inputs
-from .plan.sites import VISION
+from .plan.sites import ENCODER, VISION
 from .text import UNSEEN, Text
 
 
@@ -52,9 +60,13 @@ class Decodings:
         if arch.images is not None:
             inputs = inputs_of_call(call, arch.images)
             return Fed(inputs, Layout.of(inputs), Decoding())
+        encoded_text = None
+        if arch.encoder is not None:
+            encoded_text, call = encoded_of_call(call), decoded_of_call(call)
         ids, cache = tokens_of_call(call), call.get("past_key_values")
         if cache is not None:
-            caching.require_plain(cache, [block.attention.module for block in arch.blocks])
+            attentions = [block.attention.module for block in arch.blocks]
+            caching.require_plain(cache, attentions, arch.encoder is not None)
         past, kept = caching.filled(cache), kept_logits(call)
         tower = arch.tower if past == 0 and call.get("input_ids") is not None else None
         pictures, image = pictures_of_call(call, tower, ids)
@@ -77,21 +89,30 @@ class Decodings:
         if pictures is not None:
             tower_layout = replace(Layout.of_tower(pictures, layout.rows), origin=layout.origin, given=layout.given)
             layout, inputs = replace(layout, towers={VISION: tower_layout}), replace(inputs, pictures=pictures)
+        if encoded_text is not None:
+            inputs = replace(inputs, source=encoded_text)
+            layout = layout.after(encoded_text.columns, encodes=call.get("encoder_outputs") is None)
         uses = call.get("use_cache")
         uses = getattr(getattr(module, "config", None), "use_cache", False) if uses is None else uses
         caches = cache is not None or bool(uses)
         encoded = None
-        if call.get("mm_encoder_outputs"):
+        if call.get("mm_encoder_outputs") or call.get("encoder_outputs") is not None:
             encoded = {} if generation is None else generation.encoded
         return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, encoded=encoded)
 
     def looked(self, call: dict[str, Any], arch: Architecture) -> Fed | None:
-        """The images of a `generate`, which it looks at before it calls the model; None where there are none.
+        """The images of a `generate`, which it looks at before it calls the model, or the text that it encodes then.
+
+        None where there is neither.
 
         Raises:
             InputsError: they do not fit the text.
         """
         ids = call.get("input_ids")
+        if arch.encoder is not None:
+            source = encoded_of_call(call)
+            made = replace(Inputs.of(source.ids[:, :1]), source=source)
+            return Fed(made, Layout.of(made), Decoding(), caches=True, only=ENCODER)
         if arch.tower is None or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             return None
         if caching.filled(call.get("past_key_values")):

@@ -13,10 +13,10 @@ from .audit import Entry
 from .backends import caching
 from .errors import ElsewhereError, PlanError
 from .layout import Layout
-from .plan.inputs import Inputs
+from .plan.inputs import KEYS_OF_CROSS, Inputs
 from .plan.plan import Intervention, Plan
 from .plan.region import Region, listed
-from .plan.sites import KEY, POS, Index, Key, Site, Span, same
+from .plan.sites import CROSS, KEY, POS, Index, Key, Site, Span, same
 from .plan.spans import Image, New
 from .program import Program
 from .text import PIECES, UNSEEN, Text
@@ -223,7 +223,9 @@ class Fed:
         rows, touched = marks.any(1), self.decoding.touched.get(id(entry))
         self.decoding.touched[id(entry)] = rows if touched is None else rows | touched
         start = self.layout.columns(region.site)[0].start
-        marks[:, : max(0, self.decoding.counted - start)] = False
+        once = region.site.stack == CROSS and region.site.name in KEYS_OF_CROSS
+        # What is made of the encoded text is the same in every call.
+        marks[:, : marks.shape[1] if once and self.decoding.counted else max(0, self.decoding.counted - start)] = False
         return int((rows if touched is None else rows & ~touched).sum()), int(marks.sum())
 
     def _marks(self, region: Region) -> Tensor:

@@ -32,10 +32,10 @@ from .models.checks import check_norms
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, World
-from .plan.sites import Site
+from .plan.sites import ENCODER, VISION, Site
 from .plan.tape import Tape
 from .program import Program
-from .rereading import Rereading
+from .rereading import ENCODED, Rereading
 from .resolved import Resolved
 
 
@@ -137,15 +137,20 @@ class Holds:
         return bool(self.in_force())
 
     @property
+    def features(self) -> str:
+        """The argument by which the model is given what was made before it is called: of images, or of a text."""
+        return "mm_encoder_outputs" if self.network.architecture.encoder is None else ENCODED
+
+    @property
     def looks(self) -> bool:
-        """Whether something in force may be at the sites of a tower."""
-        placed = self.placement is not None and any(key[2] is not None for key in self.placement.keys)
+        """Whether something in force may be at the sites of a tower, or of an encoder."""
+        placed = self.placement is not None and any(key[2] in (VISION, ENCODER) for key in self.placement.keys)
         return placed or not all(isinstance(one.plan, Plan) for one in self.in_force())
 
     def rereading(self) -> Rereading:
         """What makes the call that runs now again, for the worlds that it reads."""
         assert self.decodings is not None
-        return Rereading(self.network, self.decodings, self.in_force(), self.looks)
+        return Rereading(self.network, self.decodings, self.in_force(), self.looks, self.features)
 
     def on(self, inputs: Inputs, number: int = 0) -> tuple[Plan, Audit, tuple[int, ...]]:
         """All plans on these inputs as one, its record, and the seed of each intervention, of one of several worlds."""
@@ -212,13 +217,15 @@ class Holds:
         fed = decodings.looked({**given, "input_ids": ids}, self.network.architecture)
         if fed is None:
             return encode(given), Seen()
-        call, seen = frames.Call(module, sys._getframe(0)), Seen()
+        call, seen, name = frames.Call(module, sys._getframe(0)), Seen(), self.features
 
         def again(_fed: Fed, path: tuple[Any, ...]) -> None:
-            arguments = dict(given, mm_encoder_outputs=dict(given.get("mm_encoder_outputs") or {}))
+            arguments = dict(given)
+            if name != ENCODED:
+                arguments[name] = dict(given.get(name) or {})
             frames.push(frames.Call(module, sys._getframe(0), gate.claimed()))
             try:
-                seen.encoded[path] = encode(arguments)["mm_encoder_outputs"]
+                seen.encoded[path] = encode(arguments)[name]
             finally:
                 frames.pop(module)
 

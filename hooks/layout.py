@@ -13,11 +13,11 @@ from torch import Tensor
 from .errors import ElsewhereError
 from .plan.columns import Columns
 from .plan.context import Context
-from .plan.inputs import Inputs
+from .plan.inputs import KEYS_OF_CROSS, Inputs
 from .plan.kinds import ROW
 from .plan.pictures import Pictures
 from .plan.region import Region, entire, resolve
-from .plan.sites import DIM, HEAD, TEXT, VISION, Site
+from .plan.sites import CROSS, DECODER, DIM, ENCODER, HEAD, TEXT, VISION, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +56,22 @@ class Layout:
         """The layout of a pass over whole inputs, without a past."""
         if inputs not in _LAYOUTS:
             towers = {} if inputs.pictures is None else {VISION: cls.of_tower(inputs.pictures, inputs.row_ids)}
-            _LAYOUTS[inputs] = cls(inputs.row_ids, inputs.columns, inputs.columns, towers=towers)
+            made = cls(inputs.row_ids, inputs.columns, inputs.columns, towers=towers)
+            _LAYOUTS[inputs] = made if inputs.source is None else made.after(inputs.source.columns)
         return _LAYOUTS[inputs]
+
+    def after(self, encoded: Columns, encodes: bool = True) -> Layout:
+        """The layout of a pass that decodes what it encodes in it, or what was encoded before.
+
+        Args:
+            encoded: the tokens of that.
+            encodes: whether they run through the encoder in this pass.
+        """
+        shared = {"kept": None, "windows": {}, "_known": {}}
+        towers = {CROSS: replace(self, stack=CROSS, keys=encoded, **shared)}
+        if encodes:
+            towers[ENCODER] = replace(self, stack=ENCODER, queries=encoded, keys=encoded, **shared)
+        return replace(self, towers=towers, _known={})
 
     @classmethod
     def of_tower(cls, pictures: Pictures, rows: Tensor) -> Layout:
@@ -71,10 +85,11 @@ class Layout:
         Raises:
             ElsewhereError: that stack does not run in this pass.
         """
-        if stack in (None, TEXT) or stack == self.stack:
+        if stack in (None, TEXT, DECODER) or stack == self.stack:
             return self
         if stack not in self.towers:
-            raise ElsewhereError(f"the {stack} stack does not run in this call: no row has an image")
+            why = "no row has an image" if stack == VISION else "what it makes was made in an earlier one"
+            raise ElsewhereError(f"the {stack} stack does not run in this call: {why}")
         return self.towers[stack]
 
     def __len__(self) -> int:
@@ -96,8 +111,12 @@ class Layout:
 
     def columns(self, site: Site) -> tuple[Columns, Columns]:
         """The tokens along the query and the key axis of an activation."""
-        if self.stack is None and site.stack not in (None, TEXT):
+        if self.stack is None and site.stack not in (None, TEXT, DECODER):
+            if site.stack == CROSS and site.name in KEYS_OF_CROSS and self.offset:
+                raise ElsewhereError(f"{site} is computed in the first call, whose cache this one goes on from")
             return self.of_stack(site.stack).columns(site)
+        if self.stack == CROSS:
+            return (self.keys if site.name in KEYS_OF_CROSS else self.queries), self.keys
         queries, keys = self.queries, self.keys
         if self.kept is not None and site.name == "logits":
             end = queries.start + queries.width
@@ -162,10 +181,15 @@ class Layout:
             return resolve(self.for_rows(site), queries, sizes, self.of_rows(only), keys)
         # The cells of a sweep mean the same entries in every layer.
         layer = site.layer if self.windows else None
-        key = (site.axes, indices, tuple(sizes.items()), layer, site.name == "logits", site.key[2])
+        key = (site.axes, indices, tuple(sizes.items()), layer, self._apart(site), site.key[2])
         if key not in self._known:
             self._known[key] = resolve(site, queries, sizes, None, keys)
         return self._known[key]
+
+    @staticmethod
+    def _apart(site: Site) -> str:
+        """The name of a site that has other tokens than the rest of its stack."""
+        return site.name if site.name == "logits" or site.name in KEYS_OF_CROSS else ""
 
     def entire(self, site: Site, sizes: dict[str, int]) -> Region:
         """The region of a whole activation, padding included."""

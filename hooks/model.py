@@ -69,7 +69,8 @@ class Model(Reader):
         Raises:
             SiteError, ShapeError: it does not fit them.
         """
-        return resolve(where, inputs.along(where.stack), self.sizes[where.key])
+        queries, keys = inputs.tokens_of(where)
+        return resolve(where, queries, self.sizes[where.key], keys=None if keys is queries else keys)
 
     def check(self, plan: Plan) -> None:
         """Check that a plan fits this model: its sites, heads and dimensions, and the widths of its values.
@@ -234,6 +235,8 @@ class Model(Reader):
             PlanError: worlds within worlds, a cache that was filled before, labels, or what `apply` refuses.
         """
         self._require_here()
+        if self.architecture.encoder is not None:
+            raise ModelError("worlds are not held side by side on a model that decodes what it encodes: hold one plan")
         if self.architecture.headless:
             raise ModelError(f"worlds are combined by their logits, and there are none: {self.architecture.headless}")
         return fork(self, [own or Branch(), *branches], combine, seed, begin)
@@ -284,6 +287,8 @@ class Model(Reader):
         if self.tool is not None:
             raise ModelError(f"{self.tool.name} runs this model, and no compiler makes one graph of that: wrap a copy")
         self.refresh()
+        if self.architecture.encoder is not None:
+            raise ModelError("a model that decodes what it encodes is not compiled: use run()")
         if self.architecture.pooled:
             raise ModelError(
                 f"{type(self.module).__name__} returns the logits of one token of each row, and a compiled model is to "

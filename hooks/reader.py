@@ -13,6 +13,7 @@ from .models.architecture import Architecture
 from .models.checks import check_pictures
 from .models.network import Network
 from .models.sight import inputs_with_images
+from .plan.encoded import after_source, start_of
 from .plan.images import check_pixels
 from .plan.inputs import Inputs
 from .plan.labels import class_id, class_names
@@ -43,6 +44,7 @@ class Reader(Network):
         padding: str = "right",
         row_ids: Tensor | None = None,
         bos: bool | None = None,
+        decoded: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
     ) -> Inputs:
         """Prepare prompts, or images for a model that takes those.
 
@@ -58,6 +60,8 @@ class Reader(Network):
             row_ids: int [B], what random interventions know the rows by; default 0 .. B-1.
             bos: of texts: True for exactly one BOS, False for none but what the text has (that of a chat template has
                 one); by default what the tokenizer does, with a warning where that makes two.
+            decoded: what a model that decodes what it encodes has decoded so far, a text or a list of ids a row, which
+                follow its start token; by default nothing. Positions are those of the decoder, 0 is the start token.
 
         Raises:
             InputsError: no prompt or an empty one, ids outside the vocabulary, text without a tokenizer, images of
@@ -84,7 +88,11 @@ class Reader(Network):
             vocabulary=vocabulary, bos_id=bos_of(self.tokenizer),
         )  # fmt: skip
         check_pictures(arch.tower, made)
-        return made
+        if arch.encoder is None:
+            if decoded is not None:
+                raise InputsError(f"{self!r} encodes nothing, so there is nothing that it decodes of it: give one text")
+            return made
+        return after_source(made, decoded, start_of(self.module), padding, self.tokenizer, vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by itself.

@@ -55,14 +55,17 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto", re
         raise ModelError(
             f"unknown executor {executor!r}{nearest(executor, EXECUTORS)}; there are {', '.join(EXECUTORS)}"
         )
+    mixing = "" if executor == "sequential" else network.mixing()
+    if mixing:
+        return Choice("sequential", f"sequential instead of {'shared' if executor == 'auto' else executor}: {mixing}")
     if executor in ("sequential", "batched"):
         return Choice(executor)
     network.refresh()
     everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
     reason = network.unshareable() or _looks(network, worlds, reads) or _one_norm(network, everything, reads)
-    mixing = next((item for w in everything for item in w.plan if item.op.mixes), None)
-    if not reason and mixing is not None:
-        reason = f"{mixing} mixes {' and '.join(sorted(mixing.op.mixes))}"
+    mixes = next((item for w in everything for item in w.plan if item.op.mixes), None)
+    if not reason and mixes is not None:
+        reason = f"{mixes} mixes {' and '.join(sorted(mixes.op.mixes))}"
     seen: set[int] = set()
     for world in worlds:
         if reason:

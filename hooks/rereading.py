@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from .plan.sites import Site
 from .plan.tape import Tape
 from .resolving import resolve
 
+ENCODED = "encoder_outputs"
+"""What a model that decodes is given of what it has encoded."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rereading:
@@ -37,13 +41,15 @@ class Rereading:
         network: the model.
         decodings: what is known of the texts that it is fed.
         force: what is held and in force during the call.
-        looks: whether any of it may be at the sites of a tower.
+        looks: whether any of it may be at the sites of a tower, or of an encoder.
+        features: the argument by which the model is given what was made before it is called: of images, or of a text.
     """
 
     network: Network
     decodings: Decodings
     force: list[Hold | Fork]
     looks: bool
+    features: str
 
     def again(
         self, call: frames.Call, args: tuple[Any, ...], kwargs: dict[str, Any], fed: Fed, path: tuple[Any, ...]
@@ -56,7 +62,7 @@ class Rereading:
 
         own = {name: apart(value) for name, value in kwargs.items()}
         if fed.encoded is not None:
-            own["mm_encoder_outputs"] = self.encoded(fed, path, own.get("mm_encoder_outputs"))
+            own[self.features] = self.encoded(fed, path, own.get(self.features))
         output = call.module(*map(apart, args), **own)
         cache = cache_of(output)
         if fed.cache is None and cache is not None:
@@ -70,6 +76,8 @@ class Rereading:
         """
         assert fed.encoded is not None
         if path in fed.encoded:
+            if self.features == ENCODED:
+                return copy.copy(fed.encoded[path])
             if _places(fed.encoded[path]) != _places(given):
                 raise PlanError(
                     "the prompt is fed in several calls, with a part of the images' features in each, and the plan "

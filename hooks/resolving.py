@@ -159,7 +159,8 @@ class Resolver:
     def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor:
         """Where a tape holds what is read, with its positions laid where ours are."""
         place = item.site if read.site is None else read.site
-        rows, there, layout = self.layout.total, tape.inputs.along(place.stack), self.layout
+        (there, there_keys), rows, layout = tape.inputs.tokens_of(place), self.layout.total, self.layout
+        there_keys = None if there_keys is there else there_keys
         whole = tape.whole(place)
         if tape.inputs is self.inputs and tape.window is None and whole is not None:
             # Of this very pass, whatever part of a text it is of.
@@ -172,14 +173,16 @@ class Resolver:
             return layout.of_rows(_checked(tape[place], item, region, rows))[self.window]
         if layout.origin is not None:
             there, whole = there.rows(layout.origin), layout.of_rows(whole)
+            there_keys = None if there_keys is None else there_keys.rows(layout.origin)
         if read.site is None:
             full, _ = self.region(item.site, item.only)
             queries, keys = layout.columns(item.site)
-            if not self.alike(tape, there, queries):
-                full = corresponding(replace(full, site=item.site), queries, there, self.sizes[place.key], keys)
+            if there_keys is not None or not self.alike(tape, there, queries):
+                mine, size = replace(full, site=item.site), self.sizes[place.key]
+                full = corresponding(mine, queries, there, size, keys, there_keys)
             found = full
         else:
-            found = resolve_site(layout.for_rows(place), there, self.sizes[place.key])
+            found = resolve_site(layout.for_rows(place), there, self.sizes[place.key], keys=there_keys)
             self.require_alike(item, region, place, found.rows(self.window))
         # A tape may hold a part of a larger batch, which is run against this world row by row.
         assert tape.window is None or tape.window == self.window
@@ -232,11 +235,11 @@ class Resolver:
         loose: dict[str, Index] = {axis: None for axis, index in given.items() if not listed(index)}
         if pools and POS in given:
             loose |= self.pooled(item, given[POS], tape.inputs)
-        along = tape.inputs.along(place.stack)
+        along, seen = tape.inputs.tokens_of(place)
         if pools and POS in given and POS not in loose:
             there = pooled_entries(place, along, self.sizes[place.key], item)
         else:
-            there = resolve_site(place.at(**loose), along, self.sizes[place.key])
+            there = resolve_site(place.at(**loose), along, self.sizes[place.key], keys=None if seen is along else seen)
         queries, keys = self.layout.columns(item.site)
         wanted = {POS: (queries, region.cols), KEY: (keys, region.key_cols)}
         for axis in loose:
@@ -245,7 +248,7 @@ class Resolver:
             columns, cols = wanted[axis]
             assert cols is not None
             last = int(columns.index[self.window].gather(1, cols).max())
-            lengths = along.lengths
+            lengths = (along if axis == POS else seen).lengths
             every = item.op.needs_full_rows
             if last >= int(lengths.min() if every else lengths.max()):
                 rows = "a row" if every else "every row"

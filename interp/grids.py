@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hooks import (
+    DECODER,
     DIM,
     HEAD,
     KEY,
@@ -174,12 +175,12 @@ class Grid:
         labels: tuple[str, ...] = ()
         if isinstance(value, Mapping):
             labels, value = tuple(map(str, value)), list(value.values())
-        tokens = inputs.along(self.stack)
+        tokens, said = self._tokens(name, self.names[0], inputs)
         values = tuple(self._group(name, v, max(sizes), tokens) if isinstance(v, Span) else v for v in value)
         if not values:
             raise SiteError(f"the axis {name!r} of the grid is empty")
         if name in (POS, KEY) and not labels:
-            labels = token_labels(values, inputs if self._in_text else None)
+            labels = token_labels(values, said)
         # Positions that differ between rows are known by their name.
         shown = (
             label if isinstance(v, (Tensor, Image, Matched)) else v
@@ -200,7 +201,15 @@ class Grid:
 
     @property
     def _in_text(self) -> bool:
-        return self.stack in (None, TEXT)
+        return self.stack in (None, TEXT, DECODER)
+
+    def _tokens(self, name: str, kind: str, inputs: Inputs) -> tuple[Columns, Inputs | None]:
+        """What positions count along an axis of a kind of site, and the prompts whose tokens these are, if any's."""
+        queries, keys = inputs.tokens_of(Site(kind, 0 if KINDS[kind].per_layer else None, self.stack))
+        found, encoded = (keys if name == KEY else queries), inputs.source
+        if found is inputs.columns:
+            return found, inputs
+        return found, encoded if encoded is not None and found is encoded.columns else None
 
     def _depth(self, model: Model) -> int:
         """Number of layers of the stack that is meant."""
@@ -213,7 +222,7 @@ class Grid:
         if name == "layer":
             return self._depth(model)
         if name in (POS, KEY):
-            return model.sizes[place.key].get(name, int(inputs.along(self.stack).lengths.max()))
+            return model.sizes[place.key].get(name, int(self._tokens(name, kind, inputs)[0].lengths.max()))
         model.require(place)
         return model.sizes[place.key][name]
 
@@ -226,7 +235,7 @@ class Grid:
             if isinstance(value, Matched):
                 match, value = value, value.pos
             if axis in (POS, KEY):
-                value, rows = row_positions(value, inputs, self.stack)
+                value, rows = row_positions(value, inputs, self._tokens(axis, names[0], inputs)[0])
                 if rows is not None:
                     present = rows if present is None else present & rows
             parts[axis] = value

@@ -7,19 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks import Image, Inputs, SiteError
+from hooks import Columns, Image, Inputs, SiteError
 
 BUT_BOS = "but_bos"
 """All positions but that of BOS."""
 
 
-def row_positions(value: Any, inputs: Inputs, stack: str | None = None) -> tuple[Any, Tensor | None]:
-    """A position, group or mask as a site of a stack takes it, and which rows have it (None: all).
+def row_positions(value: Any, inputs: Inputs, tokens: Columns | None = None) -> tuple[Any, Tensor | None]:
+    """A position, group or mask as a site takes it, and which rows have it (None: all).
+
+    Args:
+        value: what a grid means.
+        inputs: the prompts.
+        tokens: what positions count there; by default the prompts'.
 
     Raises:
         SiteError: no row has it.
     """
-    tokens = inputs.along(stack)
+    tokens = inputs.columns if tokens is None else tokens
     if isinstance(value, Image):
         if tokens.image is None:
             raise SiteError(f"{str(value)!r} is of none of these inputs, which have no images")

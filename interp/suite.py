@@ -6,6 +6,7 @@ An adapter that is written for a new family is held to the same as those that sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def _inputs(model: Model, seed: int) -> Inputs:
     special = {one for value in told for one in (value if isinstance(value, (list, tuple)) else [value])}
     usable = torch.tensor([i for i in range(model.architecture.token_ids) if i not in special])
     rows = [usable[torch.randint(len(usable), (n,), generator=generator)].tolist() for n in LENGTHS]
+    if model.architecture.encoder is not None:
+        return model.inputs(rows, decoded=[row[: len(row) - 3] for row in reversed(rows)])
     return model.inputs(rows, padding="left" if model.architecture.pools_last else "right")
 
 
@@ -83,9 +86,10 @@ class _Suite:
         depth = model.n_layers
         self.layers = sorted({0, depth // 2, depth - 1})
         self.ends = [model.architecture.end, *([Site("pooled")] if model.architecture.pooler is not None else [])]
-        kinds = [(s.name, bool(s.layers)) for s in model.sites()]
-        self.places = [Site(name, layer) for name, inside in kinds for layer in (self.layers if inside else [None])
-                       if Site(name, layer).key in model.sizes]  # fmt: skip
+        kinds = [(s.name, s.stack, bool(s.layers)) for s in model.sites() if s.stack != "vision"]
+        self.places = [Site(name, layer, stack) for name, stack, inside in kinds
+                       for layer in (self.layers if inside else [None])
+                       if Site(name, layer, stack).key in model.sizes]  # fmt: skip
         self.values: dict[Site, Tensor] = {}
         self.plain: Tensor | None = None
 
@@ -121,7 +125,8 @@ class _Suite:
 
     def edit(self, place: Site) -> Intervention:
         """A change of a site that its readers notice."""
-        where = place.at(pos=min(1, int(self.inputs.lengths.min()) - 1)) if self.has_pos(place) else place
+        lengths = self.inputs.tokens_of(place)[0].lengths if self.has_pos(place) else self.inputs.lengths
+        where = place.at(pos=min(1, int(lengths.min()) - 1)) if self.has_pos(place) else place
         if place.name == "pattern":
             return scale(where, 0.5)
         value = self.values[place]
@@ -209,9 +214,9 @@ class _Suite:
         """The entries of a site that are of real tokens."""
         if value.shape[1] == 1 and place.name in ("logits", "pooled"):
             return value
-        mask = self.inputs.mask.to(value.device)
+        mask, keys = (columns.real.to(value.device) for columns in self.inputs.tokens_of(place))
         if place.name in ("scores", "pattern"):
-            return torch.where(mask[:, None, :, None] & mask[:, None, None, :], value, 0)
+            return torch.where(mask[:, None, :, None] & keys[:, None, None, :], value, 0)
         return value[mask]
 
     # -- identities
@@ -234,6 +239,8 @@ class _Suite:
     def stream(self, layer: int) -> Check:
         block, name = self.model.architecture.blocks[layer], f"stream of layer {layer}"
         x = self.get("resid_pre", layer) + self.get("attn_out", layer)
+        if self.model.architecture.cross is not None:
+            x = x + self.values[Site("attn_out", layer, "cross")]
         if block.parallel or block.mlp is None:
             x = x if block.mlp is None else x + self.get("mlp_out", layer)
         else:
@@ -301,11 +308,12 @@ class _Suite:
         x = self.inputs
         if x.pixels is not None:
             return []
-        rows = [x.ids[row][x.mask[row]].tolist() for row in range(len(x))]
-        alone = [self.model.run(self.model.inputs([row])).output[0] for row in rows]
+        rows, after = self.rows(x), None if x.source is None else self.rows(x.source)
+        told = [self.again([row], None if after is None else after[r : r + 1]) for r, row in enumerate(rows)]
+        alone = [self.model.run(one).output[0] for one in told]
 
         def beside(side: str) -> Check:
-            padded = self.model.inputs(rows, padding=side)
+            padded = self.again(rows, after, side)
             try:
                 logits = self.model.run(padded).output
             except InputsError as error:
@@ -317,6 +325,17 @@ class _Suite:
             return []
         return [self.tried("identities", f"{side} padding", lambda s=side: beside(s)) for side in ("left", "right")]
 
+    @staticmethod
+    def rows(x: Inputs) -> list[list[int]]:
+        """The real tokens of each row."""
+        return [x.ids[row][x.mask[row]].tolist() for row in range(len(x))]
+
+    def again(self, rows: list[list[int]], after: list[list[int]] | None, side: str = "right") -> Inputs:
+        """Inputs of rows, which are decoded of others where those are encoded."""
+        if after is None:
+            return self.model.inputs(rows, padding=side)
+        return self.model.inputs(after, decoded=[row[1:] for row in rows], padding=side)
+
     def generation(self) -> list[Check]:
         """A plan that is held while the model decodes with a cache does what it does where there is none."""
         module: Any = self.model.module
@@ -327,10 +346,17 @@ class _Suite:
 
         def what() -> Check:
             layer = self.layers[len(self.layers) // 2]
-            rows = [self.inputs.ids[row][self.inputs.mask[row]].tolist() for row in range(len(self.inputs))]
-            x = self.model.inputs(rows, padding="left")
-            plan = Plan((self.edit(Site("v", layer)), self.edit(Site("resid_post", layer))))
-            call = {"input_ids": x.ids.to(self.model.device), "attention_mask": x.mask.long().to(self.model.device)}
+            rows = self.rows(self.inputs if self.inputs.source is None else self.inputs.source)
+            pads = [max(map(len, rows)) - len(row) for row in rows]
+            ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
+            mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)])
+            edits = [self.edit(Site("v", layer)), self.edit(Site("resid_post", layer))]
+            if self.inputs.source is not None:
+                # The prompt of a decoder is its start token, so what it does with all tokens is edited.
+                edits = [replace(one, site=one.site.at(pos=None)) for one in edits]
+                edits += [self.edit(Site("resid_post", layer, "encoder")), self.edit(Site("v", layer, "cross"))]
+            plan = Plan(tuple(edits))
+            call = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
             options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0,
                        "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
             said = []

@@ -257,7 +257,7 @@ def _measured(
     for m, b, span, other in zip(metrics, bound, spans, compared, strict=True):
         others = [o[chunk.rows] for o in other]
         found.append(call_each(b, m.name, chunk.rows, chunk.values[span], others, where).double())
-    return torch.stack(found).cpu().numpy()
+    return torch.stack(found).detach().cpu().numpy()  # a metric may be made of parameters
 
 
 def assemble(

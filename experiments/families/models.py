@@ -27,6 +27,9 @@ _SIDES = {"projection_dim": 24, "image_size": 16, "patch_size": 4}
 _VISION = {**{key: value for key, value in _PLAIN.items() if key not in ("vocab_size", *_SPECIAL)}, **_SIDES}
 _TEXT = {**{key: value for key, value in _PLAIN.items() if key not in _SPECIAL}, "projection_dim": 24,
          "projection_size": 24, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 0}  # fmt: skip
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4,
+       "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 49, "relative_attention_num_buckets": 8,
+       "relative_attention_max_distance": 12}  # fmt: skip
 _BERT = {key: value for key, value in _PLAIN.items() if key not in _SPECIAL}
 
 
@@ -100,6 +103,10 @@ FAMILIES: dict[str, Family] = {
                                  "layer_types": _SLIDING}),
     "BERT": Family("Bert", _BERT, "ForMaskedLM"),
     "BERT, tokens": Family("Bert", {**_BERT, "num_labels": 5}, "ForTokenClassification"),
+    "T5": Family("T5", _T5, "ForConditionalGeneration"),
+    "T5, gated": Family("T5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+                               "num_decoder_layers": 3}, "ForConditionalGeneration"),
+    "T5, encoder": Family("T5", _T5, "EncoderModel"),
     "BERT, no head": Family("Bert", _BERT, "Model"),
     "Llama, no head": Family("Llama", _GROUPED, "Model"),
     "GPT-2, no head": Family("GPT2", _GPT, "Model"),

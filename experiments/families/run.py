@@ -80,16 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where the results go")
     parser.add_argument("--readme", type=Path, help="a README whose table is made anew, of what --out holds")
-    parser.add_argument("--only", nargs="*", choices=list(FAMILIES), help="these families alone")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(FAMILIES), help="these families alone; of the others, what --out holds stays"
+    )
     given = parser.parse_args(arguments)
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
+    if given.only and given.out is not None and given.out.exists():
+        rows = {row["family"]: row for row in json.loads(given.out.read_text(encoding="utf-8"))["families"]}
     for name in given.only or FAMILIES:
-        rows.append(tried(FAMILIES[name], name))
-        row = rows[-1]
+        row = rows[name] = tried(FAMILIES[name], name)
         print(f"{name}: {'conforms' if row['passed'] else 'DOES NOT CONFORM'}, {row['seconds']} s", flush=True)
         print("\n".join(row["failed"]), end="\n" if row["failed"] else "", flush=True)
     if given.out is not None:
-        given.out.write_text(json.dumps({"families": rows}, indent=1) + "\n", encoding="utf-8")
+        given.out.write_text(
+            json.dumps({"families": [rows[name] for name in FAMILIES if name in rows]}, indent=1) + "\n",
+            encoding="utf-8",
+        )
     if given.readme is not None and given.out is not None:
         written(given.out, given.readme, lambda record: markdown(record["families"]))
 

@@ -32,21 +32,30 @@ class BlockHooks:
     """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
 
     Args:
-        stack: the tower that the block is of, whose values have their tokens along the first `lead` axes; None of a
-            language model.
+        stack: that the block is of; None of the main one.
+        folded: whether that is a tower, whose values have their tokens along the first `lead` axes; by default any but
+            the main one.
     """
 
     def __init__(
-        self, hooks: Hooks, block: Block, layer: int, names: set[str], stack: str | None = None, lead: int = 2
+        self,
+        hooks: Hooks,
+        block: Block,
+        layer: int,
+        names: set[str],
+        stack: str | None = None,
+        lead: int = 2,
+        folded: bool | None = None,
     ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
         self.stack, self.lead = stack, lead
+        self.folded = stack is not None if folded is None else folded
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
         if name not in self.names:
             return x
         key = (name, self.layer, self.stack)
-        if self.stack is not None:
+        if self.folded:
             return visit_rows(run, key, x, self.lead)
         if x.ndim < len(KINDS[name].axes):  # some layers go on with all tokens in one row
             return run.visit(key, x.unflatten(0, (run.rows, -1))).flatten(0, 1)

@@ -34,8 +34,13 @@ def filled(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def require_plain(cache: Any, attentions: Iterable[Any]) -> None:
+def require_plain(cache: Any, attentions: Iterable[Any], encodes: bool = False) -> None:
     """Refuse caches that hold something else than one key and one value for each token, as attention sees them.
+
+    Args:
+        cache: the cache.
+        attentions: of the model.
+        encodes: whether it decodes what it encodes, and so has another cache, of keys of that.
 
     Raises:
         PlanError: such a cache.
@@ -44,6 +49,8 @@ def require_plain(cache: Any, attentions: Iterable[Any]) -> None:
         raise PlanError(
             f"a {type(cache).__name__} is no key/value cache that a plan can follow: use a Cache of transformers"
         )
+    if encodes and hasattr(cache, "self_attention_cache"):
+        cache = cache.self_attention_cache
     if hasattr(cache, "cross_attention_cache"):
         raise PlanError("an EncoderDecoderCache holds two caches, and plans know models with one stack of layers")
     if any(getattr(cache, "is_linear", ())):
@@ -59,6 +66,7 @@ def windows(cache: Any, queries: int, layers: int) -> dict[int, tuple[int, int]]
     """For each layer, the column that the first key of its attention is and their number, in a call of some queries."""
     if cache is None:
         return {}
+    cache = getattr(cache, "self_attention_cache", cache)
     sizes = [cache.get_mask_sizes(queries, layer) for layer in range(layers)]
     return {layer: (int(start), int(width)) for layer, (width, start) in enumerate(sizes)}
 

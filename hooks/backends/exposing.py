@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, Stack
 from ..models.attention import exposed_attention
 from ..models.blocks import Attention
 from ..models.masks import read_mask
@@ -29,7 +29,7 @@ HARMLESS = frozenset(
     }
 )
 """Keyword arguments of attention functions that do not change what they compute, given their mask."""
-UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
+UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux", "position_bias"})
 """Those that do, and are taken into account."""
 WEIGHTLESS = frozenset({"sdpa_attention_forward", "flash_attention_forward", "flex_attention_forward", "attend"})
 """Attention functions that return no weights."""
@@ -54,15 +54,17 @@ def swap_attentions(arch: Architecture, keys: Set[Key], expose: Iterable[int], f
         for layer in sorted(layers):
             attention = part.blocks[layer].attention
             names = {name for name, at, there in keys if at == layer and there == of}
-            if of is None:
-                function = exposed(attention, layer, names, find)
+            if of is None or isinstance(part, Stack):
+                function = exposed(attention, layer, names, find, of)
             else:
                 function = _exposed_tower(attention, layer, names, of, find)
             stack.enter_context(part.swap_attention(attention.module, function))
 
 
-def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find) -> Callable[..., Any]:
-    """An attention function that shows its inside, in the form that models call theirs."""
+def exposed(
+    layer_attention: Attention, layer: int, names: set[str], find: Find, stack: str | None = None
+) -> Callable[..., Any]:
+    """An attention function of a stack's layer that shows its inside, in the form that models call theirs."""
 
     def attend(
         module: nn.Module,
@@ -81,9 +83,9 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
         _require_understood(layer, given, HARMLESS | UNDERSTOOD)
 
         def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
-            return run.visit((name, layer, None), x, guard) if name in names else x
+            return run.visit((name, layer, stack), x, guard) if name in names else x
 
-        cached = run.scratch.pop((None, layer, "cached"), False)
+        cached = run.scratch.pop((stack, layer, "cached"), False)
         for name in ("rot_q", "rot_k"):
             if name in names and not (cached and name == "rot_k"):
                 x = visit(name, (q if name == "rot_q" else k).transpose(1, 2)).transpose(1, 2)
@@ -91,7 +93,8 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
         # Where there is no mask, the call or the module says whether attention is causal, as it does to a kernel.
         causal = given.get("is_causal")
         causal = getattr(module, "is_causal", layer_attention.causal) if causal is None else causal
-        first, width = run.keys(layer)
+        causal = causal and stack is None
+        first, width = run.keys(layer) if stack is None else (None, None)
         if width is not None and width != k.shape[2]:
             raise ModelError(
                 f"attention of layer {layer} sees {k.shape[2]} keys where its cache announced {width}, so nobody knows "
@@ -106,6 +109,7 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
             (attention_mask is None or isinstance(attention_mask, Tensor))
             and not given.get("dropout")
             and kernel in WEIGHTLESS
+            and given.get("position_bias") is None
         )
         in_tiles = getattr(run, "in_tiles", None)
         if plain and in_tiles is not None:
@@ -115,6 +119,9 @@ def exposed(layer_attention: Attention, layer: int, names: set[str], find: Find)
         allowed, bias = read_mask(
             attention_mask, q.shape[2], k.shape[2], q.device, layer_attention.window, causal, first
         )
+        far = given.get("position_bias")
+        if far is not None:
+            bias = far if bias is None else bias + far
         z, pattern = exposed_attention(
             q,
             k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
@@ -47,7 +48,10 @@ class Generation:
         self, ids: Tensor | None, arguments: _Arguments, expand: int, frame: FrameType, seen: Seen | None = None
     ) -> None:
         self._arguments, self._frame = ref(arguments), id(frame)
-        embeds, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+        # What a model decodes of what it has encoded has a mask of its own.
+        decodes = "encoder_outputs" in arguments
+        embeds = arguments.get("decoder_inputs_embeds" if decodes else "inputs_embeds")
+        mask = arguments.get("decoder_attention_mask" if decodes else "attention_mask")
         given = ids if embeds is None else embeds
         if not isinstance(given, Tensor):
             raise PlanError("generate() is called without input_ids or inputs_embeds: positions cannot be told")
@@ -171,6 +175,7 @@ class Generations:
             "_expand_inputs_for_generation": self._begin,
             "_get_stopping_criteria": self._configure,
             "_maybe_prepare_encoder_kwargs_for_generation": self._look,
+            "_prepare_encoder_decoder_kwargs_for_generation": self._look,
             # What is compiled ignores hooks that were not there then, in silence.
             "get_compiled_call": lambda own, *args, **kwargs: where().__call__,  # type: ignore[union-attr]
         }
@@ -208,8 +213,10 @@ class Generations:
 
     def _expanded(self, own: Callable[..., Any], args: Any, kwargs: Any, found: Any) -> Any:
         """What the tower made of the images, as `generate` repeats its own for beams and samples."""
-        _, rest = own(*args, **{**kwargs, "mm_encoder_outputs": dict(found)})
-        return rest["mm_encoder_outputs"]
+        name = "encoder_outputs" if "encoder_outputs" in kwargs else "mm_encoder_outputs"
+        # A copy, since these are repeated in place.
+        _, rest = own(*args, **{**kwargs, name: copy.copy(found)})
+        return rest[name]
 
     def _look(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(own).bind(*args, **kwargs)

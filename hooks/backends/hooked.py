@@ -61,5 +61,6 @@ def run_hooked(job: Job, batch: bool) -> Iterator[Outcomes]:
 
 
 def _shape(inputs: Inputs) -> Any:
-    """What inputs that share a pass have in common: rows and columns, of the text and of a tower."""
-    return inputs.ids.shape, None if inputs.pictures is None else inputs.pictures.columns.width
+    """What inputs that share a pass have in common: rows and columns, of the text, a tower and what is encoded."""
+    source = None if inputs.source is None else inputs.source.ids.shape
+    return inputs.ids.shape, None if inputs.pictures is None else inputs.pictures.columns.width, source

@@ -58,7 +58,15 @@ def run_pass(
             torch.cat([i.positions for i in inputs]),
             torch.cat(pixels) if pixels else None,
             joined(pictures) if pictures else None,
+            _joined_sources([i.source for i in inputs if i.source is not None]),
         )
-        if not pictures and any(key[2] is not None for key in keys):
+        if not pictures and any(key[2] == VISION for key in keys):
             run.visit_nothing(VISION)
     return run, logits
+
+
+def _joined_sources(sources: Sequence[Inputs]) -> Inputs | None:
+    """The texts that several worlds encode, one after another along the rows."""
+    if not sources:
+        return None
+    return Inputs.of(torch.cat([one.ids for one in sources]), torch.cat([one.mask for one in sources]))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, Stack
 from ..models.hook import Hook
 from ..models.norms import rescaled, scale_of
 from ..plan.sites import Key
@@ -42,14 +42,17 @@ def place_hooks(
         return lambda run, x: run.visit((name, -1, None), x)
 
     for name, part in arch.stacks.items():
-        if name is not None:
+        if isinstance(part, Stack):
+            _place_stack(hooks, part, str(name), keys, watched)
+        elif name is not None:
             _place_tower(Hooks(find, within, stack, kind, first=True), part, name, keys, watched)
     keys = {key for key in keys if key[2] is None}
     names = {name for name, layer, _ in keys if layer == -1}
-    if "embed" in names and arch.tower is None:
+    if "embed" in names and arch.tower is None and arch.encoder is None:
         hooks.on_output(arch.embed, scaled(show("embed"), arch.embed_scale))
     elif "embed" in names:
-        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding.
+        # Features of images are put in the place of embeddings, so where the stream begins is past the embedding; and
+        # an encoder and a decoder may share that.
         hooks.on_input(arch.blocks[0].module, show("embed"))
     if "pos_embed" in names:
         assert arch.pos_embed is not None
@@ -77,6 +80,22 @@ def place_hooks(
             hooks.on_output(arch.unembed, scaled(seen, arch.logit_scale))
         else:
             hooks.on_output(arch.unembed, lambda run, x: seen(run, arch.capped(x)), within=arch.capped)
+
+
+def _place_stack(hooks: Hooks, part: Stack, stack: str, keys: Set[Key], watched: bool) -> None:
+    """Place the hooks of an encoder, or of the attention to what it makes."""
+    names = {name for name, layer, of in keys if layer == -1 and of == stack}
+    if "embed" in names:
+        hooks.on_input(part.blocks[0].module, lambda run, x: run.visit(("embed", -1, stack), x))
+    for layer, block in enumerate(part.blocks):
+        if watched:
+            hooks.watch(block.module)
+        inside = {name for name, at, of in keys if at == layer and of == stack}
+        if layer == 0 and "resid_pre" in inside:
+            hooks.on_input(block.module, lambda run, x: run.visit(("resid_pre", 0, stack), x))
+        if inside:
+            BlockHooks(hooks, block, layer, inside, stack, folded=False).place()
+    _place_final(hooks, part, names, stack, lambda run, key, x: run.visit(key, x))
 
 
 def _place_tower(hooks: Hooks, tower: Any, stack: str, keys: Set[Key], watched: bool) -> None:

@@ -25,6 +25,8 @@ def require_plain(arch: Architecture, where: str) -> None:
 def _bends(arch: Architecture) -> str:
     if len(arch.stacks) > 1:
         return "several stacks of layers"
+    if arch.headless:
+        return "no head"
     if arch.embed_scale != 1.0 or arch.logit_scale != 1.0:
         return "embeddings or logits that are scaled outside their module"
     if arch.positioned or arch.at_positions is not None or arch.readout is not None:

@@ -136,6 +136,8 @@ class Traced:
 def _require_own(architecture: Architecture, module: nn.Module) -> None:
     own = set(module.modules())
     parts = [architecture.embed, architecture.norm, architecture.unembed]
+    # What stands for a part that there is none of is nobody's.
+    parts = [part for part in parts if not isinstance(part, nn.Identity)]
     parts += [part for block in architecture.blocks for part in (block.module, block.attention.module)]
     if not own.issuperset(parts):
         raise ModelError(

@@ -55,6 +55,8 @@ _ADAPTERS: dict[str, str | Callable[[Any], Architecture]] = {
     "siglip_text_model": f"{_HERE}.towers",
     "siglip_vision_model": f"{_HERE}.towers",
     "smolvlm": f"{_HERE}.idefics",
+    "mt5": f"{_HERE}.t5",
+    "t5": f"{_HERE}.t5",
     "vit": f"{_HERE}.vit",
     "interp.models.transformer.Transformer": f"{_HERE}.small",
 }

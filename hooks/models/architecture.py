@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..plan.images import ImageFormat
 from ..plan.pictures import Pictures
-from ..plan.sites import VISION, Site
+from ..plan.sites import CROSS, ENCODER, VISION, Site
 from .blocks import Block
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -61,6 +61,22 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A stack of layers beside the one that ends in what the model returns: an encoder, or attention to what it makes.
+
+    Attributes:
+        embed, blocks, norm, width, swap_attention, missing: as of an `Architecture`.
+    """
+
+    embed: nn.Module | None
+    blocks: tuple[Block, ...]
+    norm: nn.Module | None
+    width: int
+    swap_attention: Callable[[Any, AttentionFunction], AbstractContextManager[None]]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The parts of a transformer: a causal decoder, unless it says otherwise.
 
@@ -84,6 +100,9 @@ class Architecture:
         embed_scale: factor of the embeddings on their way into the stream; `logit_scale`: of the unembedding's output.
         positioned: whether `embed` adds positions, and so is called on whole rows, with `position_ids`.
         at_positions: what `pos_embed` makes of positions, where it is called in another way.
+        encoder, cross: in a model that decodes what it has encoded, the encoder, and the attention of this stack's
+            layers to what that returns.
+        final_scale: factor of the final states on their way into the unembedding.
         first_position: the position id of a row's first token.
         to_final: what is unembedded, of the stream after the last block, where `norm` is the last of several steps.
         pooled: whether the model returns the logits of one token of each row, though it computes those of all.
@@ -114,9 +133,10 @@ class Architecture:
     tower: Tower | None = None
 
     @property
-    def stacks(self) -> Mapping[str | None, Architecture | Tower]:
+    def stacks(self) -> Mapping[str | None, Architecture | Tower | Stack]:
         """The stacks of layers, by the name that keys of sites have for them, as a pass computes them."""
-        return ({} if self.tower is None else {VISION: self.tower}) | {None: self}
+        beside = {VISION: self.tower, ENCODER: self.encoder, CROSS: self.cross}
+        return {**{name: part for name, part in beside.items() if part is not None}, None: self}
 
     def depth(self, stack: str | None) -> int:
         """Number of blocks of a stack."""
@@ -129,6 +149,9 @@ class Architecture:
     ids: int | None = None
     first_position: int = 0
     to_final: Callable[[Tensor], Tensor] | None = None
+    final_scale: float = 1.0
+    encoder: Stack | None = None
+    cross: Stack | None = None
     pooled: bool = False
     bounds: tuple[int, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -171,7 +194,7 @@ class Architecture:
         """
         if self.headless:
             raise ModelError(f"there are no logits: {self.headless}")
-        return self.capped(self.unembed(final))
+        return self.capped(self.unembed(final if self.final_scale == 1.0 else final * self.final_scale))
 
     def capped(self, out: Tensor) -> Tensor:
         """The logits of some of the unembedding's output."""

@@ -15,7 +15,7 @@ from ..errors import ModelError
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
 from .huggingface import headless, inner, swap_attention
-from .projections import Projection, linear_outputs
+from .projections import Projection, has_outputs, linear_outputs
 
 
 def describe(model: Any) -> Architecture:
@@ -34,7 +34,7 @@ def describe(model: Any) -> Architecture:
         missing["ln_final"] = "the last block norms its output by itself"
     elif hasattr(model, "cls") and hasattr(model.cls, "predictions"):
         norm, head = model.cls.predictions.transform, model.cls.predictions.decoder
-    elif body.pooler is None and isinstance(getattr(model, "classifier", None), nn.Linear):
+    elif body.pooler is None and has_outputs(getattr(model, "classifier", None)):
         norm, head = nn.Identity(), model.classifier
         missing["ln_final"] = "the classifier reads the last block's output"
     else:

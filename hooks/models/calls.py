@@ -25,6 +25,39 @@ def arguments_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return found
 
 
+def encoded_of_call(call: dict[str, Any]) -> Inputs:
+    """The text that a call encodes, or that was encoded before it.
+
+    Raises:
+        PlanError: it says of none.
+    """
+    mask, found = call.get("attention_mask"), call.get("encoder_outputs")
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    states = embeds
+    if found is not None:
+        ids, states = None, found if isinstance(found, Tensor) else found[0]
+    if isinstance(ids, Tensor):
+        ids = ids if ids.ndim > 1 else ids[None]
+    elif isinstance(states, Tensor):
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64)
+    else:
+        raise PlanError("the model is called without input_ids or encoder_outputs: there is nothing that it decodes")
+    return Inputs.of(ids, mask if isinstance(mask, Tensor) else None)
+
+
+def decoded_of_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a model that decodes what it encodes, as one of the decoder alone."""
+    labels, given = call.get("labels"), call.get("decoder_input_ids")
+    if given is None and call.get("decoder_inputs_embeds") is None and isinstance(labels, Tensor):
+        given = torch.zeros_like(labels)  # the model shifts the labels: as many tokens, whatever these are
+    own = {
+        "input_ids": given,
+        "inputs_embeds": call.get("decoder_inputs_embeds"),
+        "attention_mask": call.get("decoder_attention_mask"),
+    }
+    return {**call, **own}
+
+
 def kept_logits(call: dict[str, Any]) -> int | None:
     """Of how many tokens, from the last on, a call computes the logits; None for all.
 

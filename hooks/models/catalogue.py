@@ -10,7 +10,7 @@ from torch import nn
 
 from ..html import table
 from ..plan.sites import DIM, HEAD, KINDS, POS, TEXT, Key, Site
-from .architecture import Architecture, Tower
+from .architecture import Architecture, Stack, Tower
 from .blocks import Block, Feed, Mlp
 from .experts import Experts
 from .norms import scale_of
@@ -73,7 +73,7 @@ def site_sizes(arch: Architecture) -> dict[Key, dict[str, int]]:
     return sizes
 
 
-def _stack_sizes(arch: Architecture | Tower, stack: str | None) -> dict[Key, dict[str, int]]:
+def _stack_sizes(arch: Architecture | Tower | Stack, stack: str | None) -> dict[Key, dict[str, int]]:
     width, missing = {DIM: arch.width}, getattr(arch, "missing", {})
     sizes: dict[Key, dict[str, int]] = {} if arch.embed is None else {("embed", -1, stack): width}
     for layer, block in enumerate(arch.blocks):
@@ -120,7 +120,7 @@ def _inside(mlp: Feed, width: int) -> dict[str, dict[str, int]]:
     return {name: {DIM: mlp.width} for name in names} if mlp.width else {}
 
 
-def why_missing(arch: Architecture | Tower, name: str, layer: int | None) -> str:
+def why_missing(arch: Architecture | Tower | Stack, name: str, layer: int | None) -> str:
     """Why a layer has no site of some kind, where there is more to say than that; empty elsewhere."""
     missing = getattr(arch, "missing", {})
     if name in missing:

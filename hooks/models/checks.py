@@ -10,8 +10,8 @@ from ..plan.images import require_size
 from ..plan.inputs import Inputs
 from ..plan.plan import Intervention, Origin, Plan, World
 from ..plan.prompts import require_vocabulary
-from ..plan.sites import DIM, HEAD, TEXT, Index, Site, Span, execution_order
-from .architecture import Architecture, Tower
+from ..plan.sites import DECODER, DIM, HEAD, TEXT, Index, Site, Span, execution_order
+from .architecture import Architecture, Stack, Tower
 from .catalogue import site_table, why_missing
 from .network import Network
 
@@ -23,11 +23,14 @@ def check_site(model: Network, where: Site) -> None:
         SiteError: it does not.
     """
     stacks = model.architecture.stacks
+    if where.stack == DECODER and model.architecture.encoder is None:
+        raise SiteError(f"{where}: the model has no encoder and decoder")
     if where.stack is not None and len(stacks) == 1:
         raise SiteError(f"{where}: the model has one stack of layers, and the site names the stack {where.stack!r}")
     stack = where.key[2]
     if stack not in stacks:
-        names = [name or TEXT for name in stacks]
+        main = TEXT if model.architecture.encoder is None else DECODER
+        names = [name or main for name in stacks]
         raise SiteError(f"{where}: the model has the stacks {', '.join(names)}{nearest(str(stack), names)}")
     if where.layer is not None and not -1 < where.layer < len(stacks[stack].blocks):
         unread = getattr(stacks[stack], "unread", "")
@@ -117,7 +120,17 @@ def check_inputs(model: Network, inputs: Inputs) -> None:
             )
     else:
         require_vocabulary(inputs, model.architecture.token_ids)
+        _check_source(model, inputs)
         check_pictures(model.architecture.tower, inputs)
+
+
+def _check_source(model: Network, inputs: Inputs) -> None:
+    """Check that there is a text to encode just where the model encodes one."""
+    if (model.architecture.encoder is None) != (inputs.source is None):
+        has = "has no text to encode" if inputs.source is None else "has a text to encode"
+        raise InputsError(f"{inputs!r} {has}, unlike what {model!r} takes: prepare them with its inputs()")
+    if inputs.source is not None:
+        require_vocabulary(inputs.source, model.architecture.token_ids)
 
 
 def check_pictures(tower: Tower | None, inputs: Inputs) -> None:
@@ -186,7 +199,7 @@ def _distinct(index: Tensor) -> bool:
     return not bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
-def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture | Tower) -> str:
+def _no_such(where: Site, axis: str, index: int, size: int, arch: Architecture | Tower | Stack) -> str:
     if axis == DIM:
         return f"{where}: the last axis has {size} entries, {index} is not among them"
     attention = arch.blocks[0].attention

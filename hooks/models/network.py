@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from ..errors import InputsError, ModelError
+from ..plan.inputs import Inputs
 from ..plan.pictures import Pictures
 from ..plan.sites import Key
 from .architecture import Architecture
@@ -20,6 +21,8 @@ from .fingerprint import Fingerprint
 from .hook import Hook
 
 Adapter = Callable[[Any], Architecture]
+_OF_ALL_ROWS = ("torch.ao.nn.quantized.dynamic", "torch.nn.quantized.dynamic")
+"""Where the layers are that take one scale for all that they are called on."""
 _LOOKING = ("torch.utils.module_tracker", "transformers.utils.output_capturing")
 
 
@@ -104,12 +107,13 @@ class Network:
         positions: Tensor,
         pixels: Tensor | None = None,
         pictures: Pictures | None = None,
+        source: Inputs | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of the user's model, called as plainly as the inputs allow; [B, 1, V] of a classifier.
 
         Of a model without a head, its last states [B, T, M].
         """
-        arguments = self.arguments(ids, mask, positions, pixels, pictures)
+        arguments = self.arguments(ids, mask, positions, pixels, pictures, source)
         if self.architecture.pooled:
             return self._every(arguments)
         logits = logits_of(self.module(**arguments))
@@ -133,8 +137,11 @@ class Network:
         positions: Tensor,
         pixels: Tensor | None = None,
         pictures: Pictures | None = None,
+        source: Inputs | None = None,
     ) -> dict[str, Any]:
         """What the model is called with."""
+        if source is not None:
+            return self._decoding(ids, mask, source)
         if pixels is not None:
             # In the model's dtype, as it would bring them into by itself.
             return {"pixel_values": pixels.to(self.device, self.dtype)}
@@ -161,6 +168,13 @@ class Network:
             arguments = {name: value for name, value in arguments.items() if name in known}
         return arguments
 
+    def _decoding(self, ids: Tensor, mask: Tensor, source: Inputs) -> dict[str, Any]:
+        """What a model that decodes what it encodes is called with: no positions, which it counts by columns."""
+        given = {"input_ids": source.ids, "attention_mask": source.mask.long(), "decoder_input_ids": ids}
+        if not bool(mask.all()):
+            given["decoder_attention_mask"] = mask.long()
+        return {name: value.to(self.device) for name, value in given.items()} | {"use_cache": False}
+
     def _require_mask(self, mask: Tensor, known: Mapping[str, Any]) -> None:
         """Raise InputsError for padding that a model is not told of and would attend to."""
         causal = all(block.attention.causal for block in self.architecture.blocks)
@@ -184,6 +198,13 @@ class Network:
 
     def _on(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+    def mixing(self) -> str:
+        """Why what the model makes of a row depends on the rows beside it; empty where it does not."""
+        for name, module in self.module.named_modules():
+            if type(module).__module__.startswith(_OF_ALL_ROWS):
+                return f"{name} quantises its input by the range of all rows at once"
+        return ""
 
     def unshareable(self) -> str:
         """Why the copy-on-write executor cannot be exact on this model as it is now; empty where it can."""

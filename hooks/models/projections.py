@@ -174,6 +174,11 @@ def head_results(module: nn.Module, z: Tensor) -> Tensor:
     return found
 
 
+def has_outputs(module: object) -> bool:
+    """Whether something is a linear layer of some kind, quantised or wrapped ones included: it says what it returns."""
+    return isinstance(module, nn.Module) and isinstance(getattr(module, "out_features", None), int)
+
+
 def linear_outputs(module: nn.Module) -> int:
     """How many numbers a linear module returns of a token, quantised or wrapped ones included.
 

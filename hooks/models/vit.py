@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..errors import ModelError
 from ..plan.images import ImageFormat
 from .architecture import Architecture
 from .blocks import Attention, Block, Mlp, Sublayer
 from .huggingface import headless, inner, swap_attention
-from .projections import Projection
+from .projections import Projection, has_outputs
 
 
 def describe(model: Any) -> Architecture:
@@ -27,7 +25,7 @@ def describe(model: Any) -> Architecture:
     """
     body, config = inner(model, "vit"), model.config
     bare = model is body
-    if not bare and not isinstance(getattr(model, "classifier", None), nn.Linear):
+    if not bare and not has_outputs(getattr(model, "classifier", None)):
         raise ModelError(
             f"{type(model).__name__} has no classifier; load it with AutoModelForImageClassification, and with labels"
         )

@@ -16,7 +16,10 @@ from .columns import Columns
 from .encoding import Put, Record
 from .images import patch_grid, patch_labels, patch_pixels
 from .pictures import PICTURES, Pictures
-from .sites import VISION, same
+from .sites import CROSS, ENCODER, VISION, Site, same
+
+KEYS_OF_CROSS = ("k", "v")
+"""Sites of attention to what is encoded that have one value for each token of that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class Inputs:
         pixels: [B, C, height, width], floating point, or None where the rows are prompts.
         patch: height and width of a patch in pixels, with images; `prefix`: how many tokens stand before the patches.
         pictures: the images of prompts that have some; None where no row has.
+        source: the text that is encoded, where the rows are what is decoded.
         bos_id: the token that texts begin with, where there is one.
     """
 
@@ -45,6 +49,7 @@ class Inputs:
     pictures: Pictures | None = None
     bos_id: int | None = None
     prefix: int = 1
+    source: Inputs | None = None
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None = None, row_ids: Tensor | None = None, tokens=None) -> Inputs:
@@ -102,6 +107,7 @@ class Inputs:
     def encoded(self, put: Put) -> dict[str, Any]:
         """The inputs as data."""
         kind = TOKENS if self.pictures is None else SEEN
+        kind = kind if self.source is None else DECODED
         # What saves images that have a class token stays as it was.
         images = IMAGES if self.prefix == 1 else PATCHES
         return (kind if self.pixels is None else images).encoded(self, put)
@@ -117,6 +123,7 @@ class Inputs:
         size = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         first = "" if self.tokens is None else ": " + repr("".join(self._shown(0)))
         seen = "" if self.pictures is None else f", {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}"
+        seen += "" if self.source is None else f" after {self.source!r}"
         return f"Inputs({len(self)} row{'s' * (len(self) > 1)} of {size} tokens{seen}{first})"
 
     def _shown(self, row: int) -> list[str]:
@@ -150,11 +157,27 @@ class Inputs:
         Raises:
             SiteError: there is no image, so there are no tokens in a tower.
         """
+        if stack == ENCODER:
+            if self.source is None:
+                raise SiteError(f"{self!r} has no text that is encoded")
+            return self.source.columns
         if stack != VISION:
             return self.columns
         if self.pictures is None:
             raise SiteError(f"{self!r} has no image, so nothing is in the {stack} stack")
         return self.pictures.columns
+
+    def tokens_of(self, site: Site) -> tuple[Columns, Columns]:
+        """The tokens along the query and the key axis of an activation.
+
+        Raises:
+            SiteError: there are none.
+        """
+        if site.stack != CROSS:
+            along = self.along(site.stack)
+            return along, along
+        keys = self.along(ENCODER)
+        return (keys if site.name in KEYS_OF_CROSS else self.columns), keys
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -204,6 +227,7 @@ class Inputs:
             tokens=tokens,
             pixels=pixels,
             pictures=pictures,
+            source=None if self.source is None else self.source.rows(index),
         )
 
     def contents(self) -> Tensor:
@@ -292,6 +316,10 @@ def align(clean: Inputs, corrupt: Inputs) -> Alignment:
                 f"  from position {start} on, corrupt: {list(b[start:])}\n"
                 "Word the prompts so that they tokenize to the same length."
             )
+    if (clean.source is None) != (corrupt.source is None):
+        raise InputsError(f"rows that do not correspond: clean is {clean!r}, corrupt {corrupt!r}")
+    if clean.source is not None and corrupt.source is not None:
+        align(clean.source, corrupt.source)
     width = int(clean.lengths.max())
     a, b = (_in_order(x)[:, :width] for x in (clean, corrupt))
     real = torch.arange(width) < clean.lengths[:, None]
@@ -318,8 +346,17 @@ SEEN = Record(
     },
     lambda ids, mask, row_ids, tokens, pictures: replace(Inputs.of(ids, mask, row_ids, tokens), pictures=pictures),
 )
+DECODED = Record(
+    "decoded",
+    {
+        **{name: (Tensor,) for name in ("ids", "mask", "row_ids")},
+        "tokens": (tuple, type(None)),
+        "source": (Inputs,),
+    },
+    lambda ids, mask, row_ids, tokens, source: replace(Inputs.of(ids, mask, row_ids, tokens), source=source),
+)
 _PIXELS = {"pixels": (Tensor,), "patch": (tuple,), "row_ids": (Tensor,)}
 IMAGES = Record("images", _PIXELS, Inputs.of_images)
 PATCHES = Record("patches", {**_PIXELS, "prefix": (int,)}, Inputs.of_images)
-INPUTS_RECORDS = (TOKENS, IMAGES, SEEN, PICTURES, PATCHES)
+INPUTS_RECORDS = (TOKENS, IMAGES, SEEN, PICTURES, PATCHES, DECODED)
 """How inputs stand in a file."""

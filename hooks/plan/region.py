@@ -184,7 +184,12 @@ def resolve(
 
 
 def corresponding(
-    region: Region, mine: Columns, source: Columns, sizes: dict[str, int], keys: Columns | None = None
+    region: Region,
+    mine: Columns,
+    source: Columns,
+    sizes: dict[str, int],
+    keys: Columns | None = None,
+    source_keys: Columns | None = None,
 ) -> Region:
     """The region of a source's activation that belongs to a region resolved on other tokens, position by position.
 
@@ -194,18 +199,20 @@ def corresponding(
     Raises:
         ShapeError: the source has other lengths, or lacks such a position.
     """
-    if source.laid_like(mine) and (keys is None or source.laid_like(keys)):
+    their_keys = source if source_keys is None else source_keys
+    if source.laid_like(mine) and (keys is None or their_keys.laid_like(keys)):
         return region
     site, axes = region.site, region.site.axes
     mine, source = _as_wide(mine, sizes), _as_wide(source, sizes)
     here = {POS: mine, KEY: mine if keys is None else keys}
+    theirs = {POS: source, KEY: source if source_keys is None else source_keys}
     found: dict[str, Tensor] = {}
     steps: list[tuple[int, Tensor]] = []
     for axis, cols in ((POS, region.cols), (KEY, region.key_cols)):
         if cols is None:
             continue
         index: Index = getattr(site, axis)
-        mine = here[axis]
+        mine, source = here[axis], theirs[axis]
         if index is None and bool((mine.lengths != source.lengths).any()):
             row = int((mine.lengths != source.lengths).nonzero()[0])
             raise ShapeError(

@@ -34,7 +34,7 @@ Key = tuple[str, int, str | None]
 
 _BEFORE = 1 << 20
 """More layers than any tower has."""
-_ORDER = {name: index for index, name in enumerate(KINDS)}
+_ORDER = {name: len(KINDS) * index for index, name in enumerate(KINDS)}
 
 
 _WORDS: dict[str, int | New | Image | None] = {"last": -1, "all": None, "new": New(), "image": Image()}
@@ -51,7 +51,9 @@ class Site:
         name: a kind that `Model.sites` lists (TransformerLens's names: ``resid_pre``, ``z``, ``pattern``, ...).
         layer: the block, from 0; None for the sites outside the blocks.
         stack: which stack of layers, in a model that has several; None for the language model (``"text"`` is the
-            same), ``"vision"`` for the tower that sees its images.
+            same), ``"vision"`` for the tower that sees its images. In one that decodes what it encodes, None for the
+            decoder (``"decoder"``), ``"encoder"``, or ``"cross"`` for the attention of the decoder's layers to what is
+            encoded, whose queries are tokens of the decoder and whose keys and values are the encoder's.
         head: an int, ints, or None for all. Key/value heads where the site has those; experts of ``expert_out``.
         pos: query positions: an int, ints, a `Span`, None for all, a bool mask [B, T] over the columns of the inputs,
             or ints [B] or [B, n], one list for each row. Position p is the p-th *real* token of its row; negative
@@ -240,8 +242,13 @@ def _parse_hook(name: str) -> tuple[str, int | None] | None:
 
 
 def execution_order(key: Key, n_layers: int) -> tuple[int, int]:
-    """Sort key of a `Site.key` by when a forward pass computes it: towers come before the language model."""
+    """Sort key of a `Site.key` by when a forward pass computes it: towers and encoders come before what reads them.
+
+    Attention to what is encoded comes between the other sublayers of the decoder's layer.
+    """
     name, layer, stack = key
+    if stack == CROSS:
+        return (layer, _ORDER["attn_out"] + 1 + _ORDER[name] // len(KINDS))
     if stack is not None:
         layer, order = execution_order((name, layer, None), _BEFORE // 2)
         return (layer - _BEFORE, order)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import SiteError, nearest
 from .encoding import Put, Record
 from .inputs import Inputs
-from .region import resolve
+from .region import Region, resolve
 from .sites import Key, Site, same, site
 
 
@@ -42,11 +42,15 @@ class Tape:
                 return value
         whole = self.whole(wanted)
         if whole is not None:
-            return resolve(wanted, self.inputs.along(wanted.stack), self.sizes[wanted.key]).get(whole)
+            return self._part(wanted).get(whole)
         kept = [str(s) for s, _ in self.values]
         raise SiteError(
             f"{wanted} was not kept{nearest(str(wanted), kept)}; the tape has {', '.join(kept) or 'nothing'}"
         )
+
+    def _part(self, wanted: Site) -> Region:
+        queries, keys = self.inputs.tokens_of(wanted)
+        return resolve(wanted, queries, self.sizes[wanted.key], keys=None if keys is queries else keys)
 
     def whole(self, where: Site) -> Tensor | None:
         """The whole activation, or None where it was not kept or only a part of it was."""

@@ -145,6 +145,51 @@ def test_what_needs_the_weight_itself_names_the_class():
         ip.direct_logit_attribution(model, model.inputs(IDS), answer=3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["Llama", "BERT, tokens", "CLIP, images", "T5"])
+def test_layers_whose_scale_is_that_of_all_rows(name):
+    """What they make of a row depends on the rows beside it, so worlds are not put beside one another."""
+    quantised = torch.ao.quantization.quantize_dynamic(FAMILIES[name].make(), {nn.Linear}, dtype=torch.qint8)
+    model = hk.wrap(quantised)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 16, 16, generator=draw)
+    x = model.inputs(images if model.architecture.images else [row[:4] for row in IDS])
+    worlds = [World(x, hk.as_plan(hk.scale(site("z", layer, head=1), 3.0))) for layer in (0, 1)]
+    end = model.architecture.end
+    plain, wanted = model.run(x).output, [model.run(world).output for world in worlds]
+    assert all(float((one - plain).abs().max()) > 1e-4 for one in wanted)
+    for executor in ("auto", *EXECUTORS):
+        choice = hk.choose(model, worlds, executor)
+        assert choice.executor == "sequential"
+        assert bool(choice.reason) == (executor != "sequential") and (
+            "all rows at once" in choice.reason or not choice.reason
+        )
+        for outcome in hk.run_worlds(model, worlds, [end], executor=executor):
+            assert torch.equal(outcome.values[0], wanted[outcome.index])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "targets"), [("T5", ["q", "v", "wo"]), ("CLIP, images", ["q_proj", "fc1"])])
+def test_low_rank_adapters_of_other_stacks(name, targets):
+    """Of an encoder, a decoder and what is between, and of a tower, as of the model that they are merged into."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    adapted = randomised(peft.get_peft_model(FAMILIES[name].make(), config))
+    again = randomised(peft.get_peft_model(FAMILIES[name].make(), config))
+    again.load_state_dict(adapted.state_dict())
+    model, merged = hk.wrap(adapted), hk.wrap(again.merge_and_unload().eval())
+    draw = torch.Generator().manual_seed(0)
+    given = torch.randn(2, 3, 16, 16, generator=draw) if model.architecture.images else [row[:4] for row in IDS]
+    stacks = (None,) if model.architecture.encoder is None else ("encoder", "decoder", "cross")
+    more = {"decoded": [[5, 6], [7, 8]]} if len(stacks) > 1 else {}
+    x, other = (m.inputs(given, **more) for m in (model, merged))
+    plain = model.run(x).output
+    for place in [site(kind, 1, stack=stack) for kind in ("q", "v", "z", "result") for stack in stacks]:
+        one, two = model.run(x, hk.scale(place, 3.0)).output, merged.run(other, hk.scale(place, 3.0)).output
+        torch.testing.assert_close(one, two, rtol=0.0, atol=5e-4)
+        assert float((one - plain).abs().max()) > 1e-4
+
+
 # Classifiers
 
 

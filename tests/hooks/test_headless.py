@@ -73,7 +73,12 @@ def test_what_is_read_and_edited_is_the_models_own(name):
             torch.testing.assert_close(called(model, x).last_hidden_state, wanted.last_hidden_state)
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *IMAGES])
+SWEPT = ["BERT, no head", "Llama, no head", "CLIP, images"]
+
+
+@pytest.mark.parametrize(
+    "name", [*SWEPT, *(pytest.param(n, marks=pytest.mark.full) for n in [*TEXTS, *IMAGES] if n not in SWEPT)]
+)
 def test_sweeps_measure_states_and_pooled_vectors(name):
     model = wrapped(name)
     clean, corrupt = inputs(model), inputs(model, 3)
@@ -131,6 +136,20 @@ def test_descriptions_of_headless_models_are_certified():
     for given, fits in ((arch, True), (wrong, False)):
         model = ip.wrap(module, adapter=lambda _m, given=given: given)
         assert (compare(model, inputs(model).rows(slice(0, 1))) == "") == fits
+
+
+@pytest.mark.parametrize("name", ["Llama, no head", pytest.param("CLIP, images", marks=pytest.mark.full)])
+def test_a_compiled_model_returns_the_same_states(name):
+    model = wrapped(name)
+    x, plan = inputs(model), ip.scale(ip.site("z", 1, head=2), 3.0)
+    sites = ["pooled"] if model.architecture.pooler is not None else []
+    wanted, run = model.run(x, plan, capture=sites), model.compile(plan, capture=sites, backend="eager")(x)
+    torch.testing.assert_close(run.output, wanted.output)
+    assert not torch.allclose(run.output, model.run(x).output)
+    for place in sites:
+        torch.testing.assert_close(run.tape[place], wanted.tape[place])
+    with pytest.raises(ip.ModelError, match="there are no logits"):
+        _ = run.logits
 
 
 # Similarity
