@@ -239,7 +239,7 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
-    {"fed", "decoding", "holding", "forking", "hold", "certificate"},
+    {"fed", "decoding", "holding", "joining", "forking", "hold", "certificate"},
     {"record"},
     {"tail"},
     {"running", "discovery"},
