@@ -157,3 +157,20 @@ def test_hooks_are_gone_after_an_exception():
     assert not any(block._forward_pre_hooks for block in model.module.model.layers)
     assert torch.equal(model.module(IDS).logits, before)
     assert recorded(model.module, lambda: model.module.generate(IDS, attention_mask=MASK, **OPTIONS)).logits
+
+
+def test_in_half_precision_it_is_what_worlds_apart_give():
+    """Blocks before the edit compute the same rows, so there is nothing to round differently but the batch."""
+    import copy
+
+    model = ip.wrap(copy.deepcopy(zoo.wrapped("llama").module).to(torch.bfloat16))
+    kept = ip.scale(ip.site("resid_post", 0), 1.0)  # parts them in the first block, and changes nothing
+    found = []
+    for own in (None, Branch(ip.Plan((kept,)))):
+        with model.fork(late(model, first=2), combine=contrast, own=own), torch.no_grad():
+            out = model.module(IDS, attention_mask=MASK, use_cache=True)
+            assert out.logits.dtype == torch.bfloat16
+            found.append((out.logits.float(), [len(layer.keys) for layer in out.past_key_values.layers]))
+    (one, narrow), (two, wide) = found
+    assert narrow == [3, 3, 6] and wide == [6, 6, 6]
+    assert float((one - two).abs().max()) <= 0.02 * float(two.abs().max())
