@@ -19,7 +19,9 @@ from .backends import caching, seams
 from .errors import InputsError, PlanError, ShapeError
 from .fed import Fed
 from .holding import Hold
+from .joining import may_join, parting
 from .models.calls import tokens_of_call
+from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, as_plan
 
@@ -91,6 +93,7 @@ class Fork(Hold):
         self.branches, self.combine, self.begin = tuple(branches), combine, begin
         self.holds: tuple[Hold, ...] = (self, *(Hold(branch.plan, seed, depth) for branch in branches[1:]))
         self._rows: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._joined: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self.branches)
@@ -100,6 +103,25 @@ class Fork(Hold):
         super().require_fired()
         for one in self.holds[1:]:
             one.require_fired()
+
+    # Where worlds part
+
+    def joined(self, network: Network, fed: Fed, call: Mapping[str, Any], plans: Sequence[Plan]) -> int:
+        """The block before which a call is of one world, of those under some plans: 0 where it is of all throughout.
+
+        Layers of the cache before it have the rows of one world.
+        """
+        seen = any(one.hide is not None or one.images is not None for one in self.branches)
+        blocks = len(network.architecture.blocks)
+        layer = 0 if seen or not may_join(network, call, fed.cache) else parting(plans, blocks)
+        cache = fed.cache
+        if cache is not None and cache in self._rows and fed.past:
+            before = self._joined[cache]
+            layer = min(layer, before)
+            for one in cache.layers[layer:before]:
+                # Worlds part earlier from now on: until now they were the same there.
+                one.reorder_cache(torch.arange(self._rows[cache]).repeat(len(self)))
+        return layer
 
     # What each world is fed
 
@@ -202,9 +224,9 @@ class Fork(Hold):
 
     # What comes of them
 
-    def began(self, fed: Fed) -> None:
-        """Note that a call begins."""
-        self.follow(fed.cache, len(fed.layout))
+    def began(self, fed: Fed, joined: int = 0) -> None:
+        """Note that a call begins, which is of one world before a block."""
+        self.follow(fed.cache, len(fed.layout), joined)
         if self.begin is not None:
             self.begin(self.moment(fed))
 
@@ -216,22 +238,23 @@ class Fork(Hold):
             step, fed.layout.rows, fed.decoding.memory if fed.cache is not None or not fed.generated else None
         )
 
-    def returned(self, fed: Fed, output: Any) -> Any:
+    def returned(self, fed: Fed, joined: int, output: Any) -> Any:
         """What the caller is given in place of the outputs of all worlds."""
         moment, count = self.moment(fed), len(self)
-        self.follow(fed.cache if fed.cache is not None else caching.cache_of(output), len(fed.layout))
+        self.follow(fed.cache if fed.cache is not None else caching.cache_of(output), len(fed.layout), joined)
         several = isinstance(output, tuple)
         logits = output[0] if several else output.logits
         worlds = logits.unflatten(0, (count, len(fed.layout)))
         made = self.combine(worlds, moment)
         if made.shape != worlds.shape[1:] or made.device != worlds.device:
             raise ShapeError(f"combine gave {list(made.shape)} for logits {list(worlds.shape)} of worlds, rows, tokens")
+        count = 1 if joined else count  # all else is of one world already
         if several:
             return (made, *(_own(value, count) for value in output[1:]))
-        found = {name: _own(value, count) for name, value in output.items()}
+        found = {name: _own(value, count) for name, value in output.items() if name != "logits"}
         return type(output)(**{**found, "logits": made})
 
-    def follow(self, cache: Any, rows: int) -> None:
+    def follow(self, cache: Any, rows: int, joined: int = 0) -> None:
         """Have what is done to rows of a cache between calls done to those of every world."""
         if cache is None:
             return
@@ -239,7 +262,7 @@ class Fork(Hold):
             for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
                 if hasattr(cache, name):
                     seams.place(cache, name, partial(self._all, name, ref(cache)))
-        self._rows[cache] = rows
+        self._rows[cache], self._joined[cache] = rows, joined
 
     def _all(self, name: str, where: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache, argument = where(), next(iter((*args, *kwargs.values())))
@@ -249,7 +272,12 @@ class Fork(Hold):
             return own(argument)
         index = torch.as_tensor(argument)
         self._rows[cache] = len(index)
-        return own(torch.cat([index + world * rows for world in range(len(self))]))
+        every = torch.cat([index + world * rows for world in range(len(self))])
+        if not self._joined[cache]:
+            return own(every)
+        for number, layer in enumerate(cache.layers):
+            getattr(layer, name)(index if number < self._joined[cache] else every)
+        return None
 
 
 def _repeated(name: str, value: Any, count: int) -> Any:

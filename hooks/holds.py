@@ -27,6 +27,7 @@ from .errors import PlanError
 from .fed import Fed
 from .forking import Fork
 from .holding import Hold
+from .joining import joining
 from .models.calls import arguments_of_call, keeps_listed_logits
 from .models.checks import check_norms
 from .models.network import Network
@@ -176,20 +177,31 @@ class Holds:
             stack.callback(lock.release)
             given = arguments_of_call(module, args, kwargs)
             fed = decodings.fed(module, given, self.network.architecture)
-            fork, changed = self.fork(), None
+            fork, changed, joined = self.fork(), None, 0
             views = (fed,) if fork is None else fork.views(fed, given)
             if fork is not None:
-                changed = (), fork.arguments(given, views)
-                fork.began(fed)
-                call.changed = partial(fork.returned, fed)
+                joined = self.joined(fork, fed, given)
+                changed = None if joined else ((), fork.arguments(given, views))
+                fork.began(fed, joined)
+                call.changed = partial(fork.returned, fed, joined)
             self.begin(
                 call, views, partial(self.rereading().again, call, args, kwargs), partial(self.check, given=given)
             )
             call.returned = partial(self.returned, fed, call.run)
             if call.close is not None:
                 stack.callback(call.close)
+            if joined:
+                stack.enter_context(joining(call, self.network, joined, len(fed.layout), len(views)))
             call.close = stack.pop_all().close
             return changed
+
+    def joined(self, fork: Fork, fed: Fed, given: dict[str, Any]) -> int:
+        """The block before which a call is of one world, of several that are held; see `hooks.joining`."""
+        found = [self.in_force(number) for number in range(len(fork))]
+        plans = [one.plan for world in found for one in world if isinstance(one.plan, Plan)]
+        if len(plans) < sum(map(len, found)):
+            return 0
+        return fork.joined(self.network, fed, given, plans)
 
     def kept(self, number: int = 0) -> list[tuple[Hold, Site]]:
         """What is kept of every call, and by whom; of several worlds, the first is kept."""

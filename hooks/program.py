@@ -26,6 +26,10 @@ Guard = tuple[Tensor, float]
 """bool of a value's shape and a number: where it is False, the value is that number whatever an intervention says."""
 
 
+_NO_KEY = {"scores": -torch.inf, "pattern": 0.0}
+"""What a query has of a key that it may not see."""
+
+
 @dataclass(frozen=True, eq=False)
 class Here:
     """A read of this world's own value of a site, as edited, that is computed earlier."""
@@ -134,7 +138,7 @@ def visit(program: Steps, state: State, key: Key, x: Tensor, guard: Guard | None
         part = region.get(x)
         reads = [_value(read, step, state, part) for read in step.reads]
         allowed = None if guard is None else (region.get(guard[0]), guard[1])
-        new, change = edited(item, item.op, item.weight, part, reads, step.ctx, region.valid, allowed)
+        new, change = edited(item, item.op, item.weight, part, reads, step.ctx, region.there(x), allowed)
         x, changes[step.number] = region.put(x, new), change
     here = {**state.here, key: x} if key in program.held_back else state.here
     return State(here, changes), x
@@ -164,6 +168,10 @@ def edited(
         The new part, and the largest change [] of an entry that counts.
     """
     old = part
+    if valid is not None and item.site.name in _NO_KEY:
+        # Filler, and keys that a sliding window has left, are as keys that are forbidden.
+        seen = valid.expand(part.shape) if guard is None else guard[0] & valid
+        guard = seen, _NO_KEY[item.site.name]
     if guard is not None:
         # Functions see the lowest number where attention is forbidden: an infinity would make their gradients NaN.
         lowest = torch.finfo(part.dtype).min if guard[1] == -torch.inf else guard[1]
@@ -201,7 +209,10 @@ def edited(
 
 def _value(read: Tensor | Here | Whole, step: Step, state: State, part: Tensor) -> Tensor:
     if isinstance(read, Here):
-        return read.region.get(state.here[read.key])
+        whole = state.here[read.key]
+        value = read.region.get(whole)
+        there = read.region.there(whole) if read.key[0] in _NO_KEY else None
+        return value if there is None else torch.where(there, value, _NO_KEY[read.key[0]])
     if isinstance(read, Whole):
         value = fit(read.value, part, step.ctx, whole=True)
         assert isinstance(value, Tensor)

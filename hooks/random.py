@@ -21,6 +21,18 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _signed(x: int) -> int:
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _mixed(state: int, counter: int) -> int:
+    """The same step as of tensors, of unsigned integers."""
+    state = (state * _MIX_2 + counter + _GOLDEN) % (1 << 64)
+    state = ((state ^ (state >> 30)) * _MIX_1) % (1 << 64)
+    state = ((state ^ (state >> 27)) * _MIX_2) % (1 << 64)
+    return state ^ (state >> 31)
+
+
 def hash_counters(*counters: Tensor | int) -> Tensor:
     """Hash integers to 64 uniform bits.
 
@@ -30,10 +42,20 @@ def hash_counters(*counters: Tensor | int) -> Tensor:
     Returns:
         int64 tensor of the broadcast shape.
     """
-    device = next((c.device for c in counters if isinstance(c, Tensor)), None)
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    # What comes before the first tensor is hashed as Python's integers, which cost nothing beside tensors of one entry.
+    plain = 0
+    while counters and not isinstance(counters[0], Tensor):
+        plain = _mixed(plain, int(counters[0]))
+        counters = counters[1:]
+    if not counters:
+        return torch.tensor(_signed(plain), dtype=torch.int64)
+    state: Tensor | int = _signed(plain)
     for counter in counters:
-        state = state * _MIX_2 + counter + _GOLDEN
+        if isinstance(state, int):
+            state = _signed(state * _MIX_2 + _GOLDEN) + counter
+        else:
+            state = state * _MIX_2 + counter + _GOLDEN
+        assert isinstance(state, Tensor)
         state = (state ^ _logical_shift(state, 30)) * _MIX_1
         state = (state ^ _logical_shift(state, 27)) * _MIX_2
         state = state ^ _logical_shift(state, 31)

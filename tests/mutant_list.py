@@ -687,9 +687,45 @@ MUTANTS = [
     # Worlds decoded side by side
     (
         "beams of every world go on from the first one's cache",
-        "return own(torch.cat([index + world * rows for world in range(len(self))]))",
-        "return own(torch.cat([index for _ in range(len(self))]))",
+        "every = torch.cat([index + world * rows for world in range(len(self))])",
+        "every = torch.cat([index for _ in range(len(self))])",
         "tests/hooks/test_fork.py::test_generation_equals_separate_runs[beams]",
+    ),
+    (
+        "one cache for both worlds, in the layers before the last that is edited",
+        "first = first if layer < 0 else min(first, layer)",
+        "first = first if layer < 0 else layer",
+        "tests/hooks/test_joining.py::test_generation_equals_separate_runs[greedy]",
+    ),
+    (
+        "worlds that part in the middle of a text, and go on from one",
+        "one.reorder_cache(torch.arange(self._rows[cache]).repeat(len(self)))",
+        "one.reorder_cache(torch.arange(self._rows[cache]).repeat_interleave(len(self)))",
+        "tests/hooks/test_joining.py::test_an_outer_plan_and_one_that_comes_between_two_steps",
+    ),
+    (
+        "worlds that are one under a graph, which may be computed again",
+        "if torch.is_grad_enabled() or network.tool",
+        "if network.tool",
+        "tests/hooks/test_joining.py::test_where_it_is_not_known_what_blocks_do_with_rows_worlds_are_apart_throughout",
+    ),
+    (
+        "a call within one taken for a part of it",
+        "if frames.innermost() is not call:",
+        "if False:",
+        "tests/hooks/test_joining.py::test_other_calls_within_one_are_not_of_its_worlds",
+    ),
+    (
+        "filler of a region counted as keys",
+        "if valid is not None and item.site.name in _NO_KEY:",
+        "if False:",
+        "tests/attention/test_patterns.py::test_rows_with_fewer_keys_count_no_others",
+    ),
+    (
+        "keys that a window has left counted as another",
+        "return found if valid is None else found & valid",
+        "return valid",
+        "tests/attention/test_patterns.py::test_keys_that_a_window_has_left_are_not_counted",
     ),
     (
         "every world under the first one's plan",

@@ -239,7 +239,7 @@ ORDER = (
     {"layout", "text"},
     {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
-    {"fed", "keeping", "decoding", "holding", "forking", "rereading", "holds", "hold", "certificate"},
+    {"fed", "keeping", "decoding", "holding", "joining", "forking", "rereading", "holds", "hold", "certificate"},
     {"record"},
     {"tail"},
     {"running", "discovery", "generated", "generation"},

@@ -105,6 +105,7 @@ class Pass:
         states: of the programs.
         kept: for each world, the value of each of its captures.
         scratch: values that wait from one hook to the next.
+        joined: the block before which the batch has the rows of one world, which are those of all.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Pass:
         self.states = [State() for _ in programs] if here is None else [State(state.here) for state in here]
         self.kept: list[dict[int, Tensor]] = [{} for _ in programs]
         self.scratch: dict[Any, Any] = {}
+        self.joined = 0
         self.tracking = torch.is_grad_enabled()
         self.packing = _packing()
         self.in_bound = 0
@@ -190,6 +192,12 @@ class Pass:
     def visit(self, key: Key, x: Tensor, guard: Guard | None = None) -> Tensor:
         """Edit and keep the value of a site, all worlds of the batch at once; `x` itself if nothing is edited."""
         edited = [key in program.touched for program in self.programs]
+        if 0 <= key[1] < self.joined or (self.joined and key[0] == "embed"):
+            # Nothing is edited here: what is read further on is every world's.
+            for w, program in enumerate(self.programs):
+                if edited[w]:
+                    self.states[w], _ = visit(program, self.states[w], key, x, guard)
+            return x
         if self.tracking and any(edited):
             self.require_known(key)
         count = len(self.programs)

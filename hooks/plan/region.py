@@ -35,6 +35,10 @@ class Entries:
         """Return the activation with the part replaced (where it is valid)."""
         return replaced(x, part, self.steps, self.valid)
 
+    def there(self, x: Tensor) -> Tensor | None:
+        """See `Region.there`; a graph is of whole texts, whose keys are all in some column."""
+        return self.valid
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -68,6 +72,22 @@ class Region:
         """Return the activation with the part replaced (where it is valid)."""
         steps, valid = self._on(x), None if self.valid is None else self.valid.to(x.device)
         return replaced(x, part, steps, valid, self.elsewhere)
+
+    def there(self, x: Tensor) -> Tensor | None:
+        """bool, broadcastable to the part, False where it has nothing of its own; None where it has all over.
+
+        That is filler of rows that have fewer entries, and keys that no column of x is of any more. What `get` gives in
+        their place is another entry's, which what mixes keys must not count.
+        """
+        valid = None if self.valid is None else self.valid.to(x.device)
+        axis = self.site.axes.index(KEY) if KEY in self.site.axes else -1
+        if axis not in self.elsewhere:
+            return valid
+        found = dict(self.steps)[axis].to(x.device) < x.shape[axis]
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = found.shape
+        found = found.reshape(shape)
+        return found if valid is None else found & valid
 
     def full_valid(self) -> Tensor:
         """bool of the part's shape, True where an entry counts."""

@@ -154,3 +154,45 @@ def test_what_is_no_pattern_or_no_form_is_refused():
         ip.counterfactual(ip.site("pattern", 0), "randon")
     with pytest.raises(ip.PlanError, match="a seed is an int"):
         ip.counterfactual(ip.site("pattern", 0), "random", seed=0.5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_that_a_window_has_left_are_not_counted(form):
+    """While a text grows past a sliding window, some of the keys that a plan lists are in no column any more."""
+    model = zoo.wrapped("mistral")
+    ids = torch.tensor([[6, 1, 5, 3, 8, 2], [2, 7, 4, 1, 9, 3]])
+    plan = ip.Plan(tuple(ip.counterfactual(ip.site("pattern", n, key_pos=(1, 2, 3, 4)), form) for n in range(2)))
+    options = {**OPTIONS, "max_new_tokens": 6}
+    with model.apply(plan, seed=2), torch.no_grad():
+        got = recorded(model.module, lambda: model.module.generate(ids, **options))
+    tokens = got.tokens if got.tokens.numel() else got.output
+    left = 0
+    for step, logits in enumerate(got.logits):
+        inputs = model.inputs(tokens[:, : 6 + step])
+        whole, plain = (model.run(inputs, one, seed=2).logits[:, -1] for one in (plan, None))
+        torch.testing.assert_close(logits.reshape(whole.shape), whole, rtol=0, atol=1e-6)
+        left += int(step > 0 and float((whole - plain).abs().max()) > 1e-6)
+    assert left
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_fewer_keys_count_no_others(form, padding):
+    """A part of the keys that is larger in one row than in another: filler is another key, which is not meant."""
+    model = zoo.wrapped("llama")
+    inputs = model.inputs(PROMPTS, padding=padding)
+    keys = torch.zeros_like(inputs.mask, dtype=torch.bool)
+    for row, length in enumerate(inputs.lengths.tolist()):
+        keys[row, inputs.order[row, 1 : length - row]] = True
+    place = ip.site("pattern", 1)
+    edit = ip.counterfactual(place.at(key_pos=keys), form)
+    clean, found = (model.run(inputs, plan, capture=place).tape[place] for plan in (None, edit))
+    assert float((clean - found).abs().max()) > 0.01 and len(set(keys.sum(1).tolist())) > 1
+    for row in range(len(PROMPTS)):
+        before, after = (x[row][..., keys[row]].sum(-1) for x in (clean, found))
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+        assert torch.equal(clean[row][..., ~keys[row]], found[row][..., ~keys[row]])
+    read = [ip.site("logits", pos=-1)]
+    runs = {e: ip.run_worlds(model, [ip.World(inputs, edit)], read, executor=e) for e in ("batched", "shared")}
+    (one,), (two,) = ([x.values[0] for x in found] for found in runs.values())
+    assert_equal([one], [two])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import interp as ip
+from experiments.modality_priors import relatives as published
 from experiments.modality_priors import scoring
 from experiments.modality_priors.pictures import draw_scenes, log_language_prior, log_prior, paint
 from experiments.modality_priors.questions import COLOUR_IDS, IDS
 from experiments.modality_priors.splits import asked, claims, counter_prior
+from experiments.modality_priors.train import SHIPPED
 from experiments.modality_priors.worlds import logits
 from interp.attention import relatives
 
@@ -53,3 +56,22 @@ def test_intervals_are_of_paired_differences():
     assert abs(found["change"] - 0.1) < 1e-6 and abs(found["low"] - 0.1) < 1e-5 and abs(found["high"] - 0.1) < 1e-5
     worse = scoring.paired([1 - x for x in base], base, draws=200)
     assert worse["low"] < 0 < worse["high"] and len(worse["by model"]) == 3
+
+
+@pytest.mark.full
+def test_published_methods_are_measured_beside_plain_decoding():
+    found = published.measured(SHIPPED, 0, 12)["counter"]
+    assert torch.equal(found["plain | greedy"], found[f"plain, eps {published.EPS:g} | greedy"])
+    for way in (
+        "VCD, alpha 1",
+        "ICD, alpha 1",
+        "AGLA, alpha 1",
+        "PAI, gamma 2, alpha 0.5",
+        "VTI text, alpha 1",
+        "DoLa",
+    ):
+        values = found[f"{way} | sampled"]
+        assert values.shape == (12,) and bool(((values >= 0) & (values <= 1)).all())
+        assert float((values - found["plain | sampled"]).abs().max()) > 1e-3, way
+    table = published.pooled([{"counter": found}])["counter"]
+    assert "beyond the cut-off" in table[f"VCD, alpha 1, eps {published.EPS:g} | sampled"]

@@ -83,6 +83,7 @@ MODES = {
     "static cache": {"cache_implementation": "static"},
     "ended": {"eos_token_id": list(range(0, 50, 3)), "max_new_tokens": 6},
     "sampled beams": {"num_beams": 2, "do_sample": True},
+    "processors": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_length": 8, "eos_token_id": 3},
 }
 
 

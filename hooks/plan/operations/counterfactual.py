@@ -20,28 +20,41 @@ from ..operation import Op
 
 
 @dataclass(frozen=True, eq=False)
-class RandomPattern(Op):
-    """Independent uniform weights on the allowed keys, normalised."""
+class _Pattern(Op):
+    """Another pattern; it has to know which keys are allowed."""
 
-    seed: int | Tensor = 0
-    name: ClassVar[str] = "random_pattern"
     stacks: ClassVar[bool] = True
     masked: ClassVar[bool] = True
-    numbers: ClassVar[frozenset[str]] = frozenset({"seed"})
-
-    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        allowed = _allowed(x, ctx)
-        drawn = uniform(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim)).to(x.dtype)
-        return _like(x, torch.where(allowed, drawn, 0), allowed)
 
 
 @dataclass(frozen=True, eq=False)
-class UniformPattern(Op):
+class _Drawn(_Pattern):
+    """One that is drawn."""
+
+    seed: int | Tensor = 0
+    numbers: ClassVar[frozenset[str]] = frozenset({"seed"})
+
+    def drawn(self, x: Tensor, ctx: Context) -> Tensor:
+        """Float64 numbers in (0, 1) for each entry of x."""
+        return uniform(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))
+
+
+@dataclass(frozen=True, eq=False)
+class RandomPattern(_Drawn):
+    """Independent uniform weights on the allowed keys, normalised."""
+
+    name: ClassVar[str] = "random_pattern"
+
+    def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
+        allowed = _allowed(x, ctx)
+        return _like(x, torch.where(allowed, self.drawn(x, ctx).to(x.dtype), 0), allowed)
+
+
+@dataclass(frozen=True, eq=False)
+class UniformPattern(_Pattern):
     """Equal weight on every allowed key."""
 
     name: ClassVar[str] = "uniform_pattern"
-    stacks: ClassVar[bool] = True
-    masked: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         allowed = _allowed(x, ctx)
@@ -49,12 +62,10 @@ class UniformPattern(Op):
 
 
 @dataclass(frozen=True, eq=False)
-class ReversedPattern(Op):
+class ReversedPattern(_Pattern):
     """The row's largest weight minus each weight, on the allowed keys, normalised; equal weights stay equal."""
 
     name: ClassVar[str] = "reversed_pattern"
-    stacks: ClassVar[bool] = True
-    masked: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
         allowed = _allowed(x, ctx)
@@ -64,21 +75,15 @@ class ReversedPattern(Op):
 
 
 @dataclass(frozen=True, eq=False)
-class ShuffledPattern(Op):
+class ShuffledPattern(_Drawn):
     """The row's weights permuted among its allowed keys."""
 
-    seed: int | Tensor = 0
     name: ClassVar[str] = "shuffled_pattern"
-    stacks: ClassVar[bool] = True
-    masked: ClassVar[bool] = True
-    numbers: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     def __call__(self, x: Tensor, *reads: Tensor, ctx: Context) -> Tensor:
-        allowed = _allowed(x, ctx)
-        counters = ctx.counters(x.ndim)
-        drawn = uniform(ctx.seed, self.seed, ctx.salt, *counters)
+        allowed, drawn = _allowed(x, ctx), self.drawn(x, ctx)
         # Forbidden keys come last in both orders. The first is by absolute position, which padding does not move.
-        number = counters[ctx.axes.index("key_pos")].to(drawn.dtype).expand_as(drawn)
+        number = ctx.counters(x.ndim)[ctx.axes.index("key_pos")].to(drawn.dtype).expand_as(drawn)
         source = torch.where(allowed, number, torch.inf).argsort(dim=-1, stable=True)
         target = torch.where(allowed, drawn, torch.inf).argsort(dim=-1, stable=True)
         return torch.zeros_like(x).scatter(-1, target, torch.where(allowed, x, 0).gather(-1, source))
