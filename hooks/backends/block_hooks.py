@@ -32,15 +32,23 @@ class BlockHooks:
     """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
 
     Args:
+        width: M of the stack.
         stack: the tower that the block is of, whose values have their tokens along the first `lead` axes; None of a
             language model.
     """
 
     def __init__(
-        self, hooks: Hooks, block: Block, layer: int, names: set[str], stack: str | None = None, lead: int = 2
+        self,
+        hooks: Hooks,
+        block: Block,
+        layer: int,
+        names: set[str],
+        width: int,
+        stack: str | None = None,
+        lead: int = 2,
     ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
-        self.stack, self.lead = stack, lead
+        self.width, self.stack, self.lead = width, stack, lead
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
         if name not in self.names:
@@ -132,12 +140,12 @@ class BlockHooks:
         """Show what a norm divides by, and what it returns."""
         norm = sublayer.pre
         assert norm is not None
+        # Found out here: within a graph nothing is tried.
+        scale = scale_of(norm, self.width) if f"{name}_scale" in self.names else None
 
         def change(run: Running, args: tuple[Any, ...], out: Tensor) -> Tensor:
             new = out
-            if f"{name}_scale" in self.names:
-                scale = scale_of(norm, out.shape[-1])
-                assert scale is not None
+            if scale is not None:
                 old = scale(args[0])
                 new = rescaled(norm, out, old, self.visit(run, f"{name}_scale", old))
             new = self.visit(run, name, new)
