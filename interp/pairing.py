@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooks import (
     DIM,
+    POS,
     Columns,
     Inputs,
     Intervention,
@@ -145,7 +146,12 @@ class Corresponding:
         if site.key not in self._means:
             self._means[site.key] = self._take(site.whole)
         mean = self._means[site.key][id(match)]
-        return patch(site, mean.expand(-1, match.pos.shape[1], *mean.shape[2:]))
+        # Of heads and entries the part that is meant, at as many positions as the row that has most.
+        region, axis = self.model.region(site.at(pos=None), self.source.inputs), site.axes.index(POS)
+        for number, index in region.steps:
+            if number != axis:
+                mean = _along(mean, number, index.to(mean.device))
+        return patch(site, mean.expand(-1, int(match.pos.sum(1).max()), *mean.shape[2:]))
 
     @torch.no_grad()
     def _take(self, site: Site) -> dict[int, Tensor]:
@@ -160,6 +166,17 @@ class Corresponding:
                 total = torch.where(here, value, 0).sum(1, keepdim=True)
                 found[id(match)] = total / here.sum(1, keepdim=True).clamp_min(1)
         return found
+
+
+def _along(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """The entries of an axis by an index [n], or [B, n] of each row."""
+    if index.ndim == 1:
+        return x.index_select(axis, index)
+    shape = [len(x), *[1] * (x.ndim - 1)]
+    shape[axis] = index.shape[1]
+    return x.gather(
+        axis, index.reshape(shape).expand(*(index.shape[1] if i == axis else n for i, n in enumerate(x.shape)))
+    )
 
 
 def require_own_reads(item: Intervention) -> Intervention:

@@ -32,6 +32,7 @@ class BlockHooks:
     """The hooks of one block. Values wait in the pass's scratch from one hook to the next.
 
     Args:
+        width: M of the stack.
         stack: that the block is of; None of the main one.
         folded: whether that is a tower, whose values have their tokens along the first `lead` axes; by default any but
             the main one.
@@ -43,12 +44,13 @@ class BlockHooks:
         block: Block,
         layer: int,
         names: set[str],
+        width: int,
         stack: str | None = None,
         lead: int = 2,
         folded: bool | None = None,
     ) -> None:
         self.hooks, self.block, self.layer, self.names = hooks, block, layer, names
-        self.stack, self.lead = stack, lead
+        self.width, self.stack, self.lead = width, stack, lead
         self.folded = stack is not None if folded is None else folded
 
     def visit(self, run: Running, name: str, x: Tensor) -> Tensor:
@@ -141,12 +143,12 @@ class BlockHooks:
         """Show what a norm divides by, and what it returns."""
         norm = sublayer.pre
         assert norm is not None
+        # Found out here: within a graph nothing is tried.
+        scale = scale_of(norm, self.width) if f"{name}_scale" in self.names else None
 
         def change(run: Running, args: tuple[Any, ...], out: Tensor) -> Tensor:
             new = out
-            if f"{name}_scale" in self.names:
-                scale = scale_of(norm, out.shape[-1])
-                assert scale is not None
+            if scale is not None:
                 old = scale(args[0])
                 new = rescaled(norm, out, old, self.visit(run, f"{name}_scale", old))
             new = self.visit(run, name, new)

@@ -66,7 +66,7 @@ def place_hooks(
         if layer == 0 and "resid_pre" in inside:
             hooks.on_input(block.module, lambda run, x: run.visit(("resid_pre", 0, None), x))
         if inside:
-            BlockHooks(hooks, block, layer, inside).place()
+            BlockHooks(hooks, block, layer, inside, arch.width).place()
     _place_final(hooks, arch, names, None, lambda run, key, x: run.visit(key, x))
     if "pooled" in names:
         assert arch.pooler is not None
@@ -94,7 +94,7 @@ def _place_stack(hooks: Hooks, part: Stack, stack: str, keys: Set[Key], watched:
         if layer == 0 and "resid_pre" in inside:
             hooks.on_input(block.module, lambda run, x: run.visit(("resid_pre", 0, stack), x))
         if inside:
-            BlockHooks(hooks, block, layer, inside, stack, folded=False).place()
+            BlockHooks(hooks, block, layer, inside, part.width, stack, folded=False).place()
     _place_final(hooks, part, names, stack, lambda run, key, x: run.visit(key, x))
 
 
@@ -116,7 +116,7 @@ def _place_tower(hooks: Hooks, tower: Any, stack: str, keys: Set[Key], watched: 
             first = ("resid_pre", 0, stack)
             hooks.on_input(block.module, lambda run, x: visit_rows(run, first, x, lead))  # noqa: B023
         if inside:
-            BlockHooks(hooks, block, layer, inside, stack, lead).place()
+            BlockHooks(hooks, block, layer, inside, tower.width, stack, lead).place()
     _place_final(hooks, tower, names, stack, lambda run, key, x: visit_rows(run, key, x, lead))
 
 

@@ -72,7 +72,7 @@ def interventions(draw: st.DrawFn, model: Model, x: Inputs, source: World, refer
     if place.name == "scores":
         kinds = [*kinds, "knockout", "knockout"]
     if place.name.endswith("_scale"):  # by nothing nobody divides
-        kinds = [kind for kind in kinds if kind not in ("zero", "clamp", "interchange", "scale")]
+        kinds = [kind for kind in kinds if kind not in ("zero", "clamp", "interchange", "scale", "here")]
     kind = draw(st.sampled_from(kinds))
     factor = draw(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]))
     if kind == "patch":
