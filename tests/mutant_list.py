@@ -826,14 +826,14 @@ MUTANTS = [
     ),
     (
         "kv: infinite scores before what is kept in any case",
-        ".clamp(-most, most)",
-        "",
+        "scores.to(torch.float64).clamp(-most, most)",
+        "scores.to(torch.float64)",
         "tests/kv/test_misuse.py::test_stabilizers_stay_while_scores_are_infinite",
     ),
     (
         "kv: local tokens without scores",
-        "state.keeping, state.prefilling = True, eviction.decoding",
         "state.keeping, state.prefilling = True, False",
+        "state.keeping, state.prefilling, state.policy = True, False, None",
         "tests/kv/test_misuse.py::test_local_tokens_have_scores_of_their_own_while_decoding",
     ),
     (

@@ -29,7 +29,7 @@ class Eviction:
         local: the last tokens of the context, which are fed after all others and kept [100].
         sinks: the first tokens, which are kept in any case, within the budget.
         positions: ``"absolute"``: kept keys stay at the positions of their tokens; ``"slot"``: they move together, and
-            what follows is counted from there (the published way).
+            what follows is counted from there (the published way). Sliding windows go by the tokens' numbers in either.
         across: ``"head"``: each head keeps its budget; ``"layer"``: the heads of a layer share theirs, and those whose
             keys score higher keep more.
         decoding: whether keys go while tokens are generated, too, as soon as there are `every` more than the budget.

@@ -87,7 +87,7 @@ def prefill(
             bar.update(min(start + eviction.chunk, before) - start)
         if eviction.local:
             # These are kept, whatever they score, which counts where keys go while decoding.
-            state.keeping, state.prefilling = True, eviction.decoding
+            state.keeping, state.prefilling = True, False
             cache.logits = feed(model, cache, inputs, slice(before, inputs.width))
     return cache
 

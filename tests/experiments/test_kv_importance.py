@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 import interp as ip
 from experiments.benchmarks import kv as benchmark
 from experiments.kv_importance import model as small
-from experiments.kv_importance import run, text
+from experiments.kv_importance import report, run, text
 from experiments.kv_importance.task import ARMS, ASK, CONTEXT, LATE, MARK, PAIRS, draw
+
+LONG = ("peak_megabytes", "cache_megabytes", "prefill_tokens_a_second", "decoding_milliseconds")
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -45,6 +48,17 @@ def test_the_study_runs(tmp_path, monkeypatch):
         line["policy"] for line in table
     }
     assert len(found["streamed"]) == 11 and json.loads(json.dumps(found))["setting"]["rows"] == 1
+
+
+def test_the_readme_says_what_the_results_say(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text())
+    monkeypatch.setattr(report, "README", readme)
+    report.main()
+    assert readme.read_text() == Path(report.__file__).with_name("README.md").read_text()
+    assert (
+        report.long({"rows": [dict.fromkeys(LONG, 1.0) | {"tokens": 8, "kept": 4, "evicting": True}]}).count("|") > 20
+    )
 
 
 def test_real_text_runs():

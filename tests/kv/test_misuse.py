@@ -29,7 +29,10 @@ def test_a_padded_row_keeps_what_it_keeps_alone(policy):
     settings = {"chunk": 4, "stabilizers": 1}
     together = ip.kv.prefill(model, batch, policy, 5, **settings)
     after = ip.kv.follow(model, together, tokens[:, 15:])
+    whole = ip.kv.prefill(model, batch, policy, 12, **settings).layers[0].scores
     for row, context in enumerate(contexts):
+        scores = ip.kv.prefill(model, model.inputs([context]), policy, 12, **settings).layers[0].scores[0]
+        torch.testing.assert_close(whole[row, :, -len(context) :], scores, rtol=0, atol=1e-5)
         alone = ip.kv.prefill(model, model.inputs([context]), policy, 5, **settings)
         assert torch.equal(together.kept(row)[..., : len(context)], alone.kept()) and not alone.kept().all()
         found = ip.kv.follow(model, alone, tokens[row : row + 1, 15:])
