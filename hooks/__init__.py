@@ -38,9 +38,10 @@ from .models.experts import Experts
 from .models.positions import Rotary
 from .models.projections import Outputs, Projection, linear_weight
 from .models.swapping import swap_method
+from .plan.alignment import Alignment, align
 from .plan.columns import Columns
 from .plan.context import Context
-from .plan.inputs import Alignment, Inputs, align
+from .plan.inputs import Inputs
 from .plan.interventions import (
     clamp,
     counterfactual,
