@@ -153,6 +153,7 @@ def test_inputs_say_what_is_encoded_and_what_is_decoded(model):
     assert x.source.lengths.tolist() == [6, 4] and "after Inputs(2 rows" in repr(x)
     assert model.inputs(TEXTS).ids.tolist() == [[0], [0]]
     assert x.rows(slice(1, 2)).source.ids.tolist() == [[7, 8, 9, 10, 0, 0]]
+    assert ip.World(x) == ip.World(model.inputs(TEXTS, decoded=SAID)) != ip.World(model.inputs(OTHER, decoded=SAID))
     with pytest.raises(ip.InputsError, match="1 rows are decoded, of 2"):
         model.inputs(TEXTS, decoded=[[5]])
     llama = ip.wrap(FAMILIES["Llama, no head"].make())
