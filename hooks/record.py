@@ -26,7 +26,7 @@ from .certificate import distrust
 from .errors import ModelError, PlanError, nearest
 from .hold import held
 from .meter import Meter
-from .models.checks import check_inputs, check_norms, check_plan, check_site
+from .models.checks import check_inputs, check_norms, check_plan, check_site, norms_twice
 from .models.network import Network
 from .plan.plan import World
 from .plan.sites import TEXT, Site, sites_of
@@ -77,13 +77,15 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto", re
 
 
 def _one_norm(network: Network, worlds: Sequence[World], reads: Sequence[Site]) -> str:
-    """Why worlds that look at a norm of both attention and MLP are run beside one another; empty where none does."""
+    """Why worlds that look at a norm of both attention and MLP, or edit one and have it computed anew, are run beside
+    one another; empty where none does.
+    """
     blocks = network.architecture.blocks
     sites = [*reads, *(item.site for world in worlds for item in world.plan)]
     for site in sites:
         if site.name in ("ln1", "ln1_scale") and site.stack in (None, TEXT) and blocks[site.layer or 0].shares_norm:
             return f"{site.whole} is read by attention and MLP alike"
-    return ""
+    return next(filter(None, (norms_twice(network, world.plan) for world in worlds)), "")
 
 
 def _looks(network: Network, worlds: Sequence[World], reads: Sequence[Site]) -> str:

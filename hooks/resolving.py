@@ -20,7 +20,6 @@ from .plan.plan import Intervention, Origin, Plan, Read, World
 from .plan.region import Region, corresponding, listed
 from .plan.region import resolve as resolve_site
 from .plan.sites import KEY, POS, Index, Key, Site
-from .plan.spans import Image, Span
 from .plan.tape import Tape
 from .program import Here, Program, Step, Whole
 
@@ -215,11 +214,7 @@ class Resolver:
             raise SiteError(f"{item}: nobody knows of a BOS in the reference set; leave but_bos out")
         if but_bos and listed(index):
             raise SiteError(f"{item}: but_bos is for a mean over all positions, and this site lists its own")
-        if but_bos and isinstance(index, (Span, Image)):
-            raise SiteError(f"{item}: but_bos is for a mean over all positions, and this site has its own, {index}")
-        if but_bos:
-            return {POS: inputs.but_bos}
-        return {POS: index} if isinstance(index, (Span, Image)) else {}
+        return {POS: inputs.but_bos} if but_bos else {}
 
     def reference(self, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Reference]:
         """A reference set: where the site lists positions the entries listed, elsewhere every position of its rows."""

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tried.setdefault(_function(item), set()).add(_family(item))
     for item in items:
-        if _family(item) in NEAR and len(tried[_function(item)]) >= 10:
+        if _family(item) in NEAR and len(tried[_function(item)]) >= 5:
             item.add_marker("full")
     if torch.cuda.is_available():
         return

@@ -38,11 +38,11 @@ class Bridge:
     """Places visits on the hook points of a bridge.
 
     Attributes:
-        name: of the tool.
+        name: of the tool; `splits_norms`: whether it norms what each head reads by itself.
         bridge: the user's `TransformerBridge`.
     """
 
-    name = "TransformerLens"
+    name, splits_norms = "TransformerLens", True
 
     def __init__(self, bridge: Any) -> None:
         self.bridge = bridge

@@ -22,12 +22,13 @@ from ..models import describe
 from ..models.architecture import Architecture
 from ..models.network import Network
 from ..plan.inputs import Inputs
+from ..plan.plan import Intervention
 from ..plan.region import Entries
 from ..plan.sites import Key, Site
 from ..program import Program, State
 from .exposing import INSIDE, placed
 from .plain import require_plain
-from .playing import Asked, Visits, play
+from .playing import Asked, Named, Visits, play
 from .reaching import Parts, parts_of
 
 
@@ -170,7 +171,12 @@ def _played(lowered: Lowered, program: Program) -> Lowered:
     for key, found in lowered.steps.items():
         asked = [program.plan[step.number] for step in found]
         steps[key] = tuple(
-            replace(step, item=Asked(str(item), tuple(map(str, item.reads)), step.item.op, step.item.weight))  # type: ignore[arg-type]
+            replace(step, item=_asked(item, step.item))  # type: ignore[arg-type]
             for step, item in zip(found, asked, strict=True)
         )
     return Lowered(steps, lowered.held_back)
+
+
+def _asked(item: Intervention, lowered: Intervention) -> Asked:
+    """What is played of an intervention, and how it prints."""
+    return Asked(Named(item.site.name), str(item), tuple(map(str, item.reads)), lowered.op, lowered.weight)

@@ -29,7 +29,7 @@ HARMLESS = frozenset(
     }
 )
 """Keyword arguments of attention functions that do not change what they compute, given their mask."""
-UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux", "position_bias"})
+UNDERSTOOD = frozenset({"scaling", "dropout", "softcap", "s_aux"})
 """Those that do, and are taken into account."""
 WEIGHTLESS = frozenset({"sdpa_attention_forward", "flash_attention_forward", "flex_attention_forward", "attend"})
 """Attention functions that return no weights."""
@@ -80,7 +80,8 @@ def exposed(
         run = find()
         if run is None:  # another thread, or a call that is nobody's
             return own(module, q, k, v, attention_mask, **given)
-        _require_understood(layer, given, HARMLESS | UNDERSTOOD)
+        known = HARMLESS | UNDERSTOOD | ({"position_bias"} if layer_attention.biased else set())
+        _require_understood(layer, given, known)
 
         def visit(name: str, x: Tensor, guard: Guard | None = None) -> Tensor:
             return run.visit((name, layer, stack), x, guard) if name in names else x

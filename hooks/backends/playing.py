@@ -23,9 +23,17 @@ from .reaching import BlockParts, Parts
 
 
 @dataclass(frozen=True, eq=False)
+class Named:
+    """A site, as far as it is played."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
 class Asked:
     """An intervention, as far as it is played: its operation and strength, and what it and its reads print as."""
 
+    site: Named
     text: str
     reads: tuple[str, ...]
     op: Any

@@ -30,6 +30,7 @@ class Attention:
         window: width of a sliding window of keys, in tokens, the query's own included.
         softcap: c of c tanh(scores / c), which the scores go through before the softmax.
         sinks: name of the module's parameter [H], a score that queries of each head have besides those of their keys.
+        biased: whether its attention function is given a bias of the scores by itself (``position_bias``).
         opaque: why nobody can look between the projections and z; empty where sites are there.
     """
 
@@ -46,6 +47,7 @@ class Attention:
     window: int | None = None
     softcap: float | None = None
     sinks: str | None = None
+    biased: bool = False
     opaque: str = ""
 
     @property

@@ -81,11 +81,10 @@ APART = ("q_input", "k_input", "v_input")
 """Edits of what single heads read, before the norm, so that there is one output of the norm for each."""
 
 
-def check_norms(model: Network, plan: Plan) -> None:
-    """Refuse to edit the output of a norm where a plan, with what is held, has it computed anew of something else.
+def norms_twice(model: Network, plan: Plan) -> str:
+    """Where a plan edits the output of a norm and has that norm computed anew of something else; empty elsewhere.
 
-    Raises:
-        PlanError: a plan does both.
+    What the edit changes in the norm's output is then added to what is computed anew.
     """
     keys = {item.site.key for item in plan}
     for name, layer, stack in keys:
@@ -95,10 +94,22 @@ def check_norms(model: Network, plan: Plan) -> None:
         shares = layer < len(blocks) and blocks[layer].shares_norm
         for other in (*APART, *(("attn_in", "mlp_in") if shares else ())):
             if (other, layer, stack) in keys:
-                raise PlanError(
-                    f"{name}.{layer} and {other}.{layer} in one plan: where {other} is edited the norm is computed "
-                    "anew for what reads that alone, so this does not say what becomes of its output; edit one of them"
-                )
+                return f"{name}.{layer} and {other}.{layer} in one plan"
+    return ""
+
+
+def check_norms(model: Network, plan: Plan) -> None:
+    """Refuse plans, with what is held, of which another tool makes something else than we do.
+
+    Raises:
+        PlanError: it edits the output of a norm, and what single heads read before it, in a bridge of TransformerLens.
+    """
+    twice = norms_twice(model, plan) if getattr(model.tool, "splits_norms", False) else ""
+    if twice:
+        raise PlanError(
+            f"{twice}: {model.tool.name} norms what each head reads by itself, and shows one output of the norm; edit "
+            "one of them, or wrap the model itself"
+        )
 
 
 def check_inputs(model: Network, inputs: Inputs) -> None:

@@ -99,6 +99,7 @@ def _attention(attention: Any, causal: bool) -> Attention:
         out=attention.o,
         scaling=attention.scaling,
         causal=causal,
+        biased=True,
     )
 
 

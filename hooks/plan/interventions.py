@@ -64,9 +64,9 @@ def mean(
         where: the site.
         source: the reference set: a `World`, a `Tape`, or a tensor of the whole activation [R, T, ...], with any number
             of rows.
-        pooled: average over the positions too, instead of each position by itself: over those of `where` in each row of
-            the reference set that has them, be they listed or a slice (positions for each row are of a reference set of
-            as many rows), or over all. Its rows may have any lengths.
+        pooled: average over the positions too, instead of each position by itself: over those that `where` lists, in
+            each row of the reference set that has them (positions for each row are of a reference set of as many rows),
+            or, where it lists none (a slice lists none), over all. Its rows may have any lengths.
         but_bos: leave BOS, which would outweigh all else, out of a mean over all positions.
         source_site: the site of the reference set, or its positions, that a pooled mean is over, where they are others.
 

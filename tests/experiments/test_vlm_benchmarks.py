@@ -41,7 +41,7 @@ def test_pope_in_every_way_of_decoding_and_going_on(folder, tmp_path, capsys):
     written = {way: (tmp_path / "out" / f"pope-coco_pope_random-{way}.jsonl").read_text() for way in ways}
     said = {way: [json.loads(line)["answer"] for line in text.splitlines()[1:]] for way, text in written.items()}
     assert all(len(each) == 4 and all(each) for each in said.values())
-    assert said["plain"] == said["cut-off"] and len({str(each) for each in said.values()}) > 2
+    assert said["plain"] == said["cut-off"] and len({str(each) for each in said.values()}) > 1
     assert "| coco_pope_random.json | plain | 0." in (tmp_path / "out" / "pope.md").read_text()
     assert "accuracy" in capsys.readouterr().out
     # Interrupted after a question: what is there is not asked again, and what comes is what would have come.

@@ -110,7 +110,8 @@ def menu(model: Model, x: Inputs, other: Inputs, inside: bool) -> list[World]:
         lambda place: patch(place.at(pos=-1), source),
         lambda place: hk.resample(place.at(pos=(1, -1)), donors),
         lambda place: patch(place.at(pos=slice(1, -1)), source).strength(0.4),
-        lambda place: hk.zero(place.at(pos=2)),
+        # Nobody divides by nothing.
+        lambda place: hk.freeze(place.at(pos=2)) if place.name.endswith("_scale") else hk.zero(place.at(pos=2)),
         lambda place: hk.noise(place.at(pos=3), 0.5),
     ]
     for number, place in enumerate(p for p in places(model) if p.layer in (None, 0, last)):

@@ -87,7 +87,7 @@ def interventions(draw: st.DrawFn, model: Model, x: Inputs, source: World) -> In
     elif kind == "knockout":
         item = hk.knockout(place)
     else:
-        item = hk.zero(place)
+        item = hk.freeze(place) if place.name.endswith("_scale") else hk.zero(place)
     if not item.op.writes_inf and draw(st.integers(0, 3)) == 0:
         item = item.strength(torch.tensor([0.3, 0.9])[: len(x)].double())
     if draw(st.integers(0, 3)) == 0:

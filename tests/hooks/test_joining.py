@@ -29,7 +29,7 @@ def rows(monkeypatch):
         found.append((layer, count, worlds))
         return own(call, network, layer, count, worlds)
 
-    monkeypatch.setattr("hooks.hold.joining", joining)
+    monkeypatch.setattr("hooks.holds.joining", joining)
     return found
 
 

@@ -49,13 +49,34 @@ def test_one_norm_that_attention_and_mlp_read():
         torch.testing.assert_close(found, expected)
     result = ip.sweep(model, inputs, None, ip.grid("ln1", layer="all", pos="all"), metric=LOGITS, intervention=ip.zero)
     assert "attention and MLP alike" in result.config["executor_reason"]
-    for other in ("attn_in", "mlp_in", "q_input"):
-        with pytest.raises(ip.PlanError, match="in one plan"):
-            model.run(inputs, ip.scale(ip.site("ln1", 1), 1.5) + ip.scale(ip.site(other, 1), 2.0))
-    with model.apply(ip.scale(ip.site("ln1", 1), 1.5)):
-        model.module(inputs.ids)
-        with pytest.raises(ip.PlanError, match="in one plan"):
-            model.run(inputs, ip.scale(ip.site("k_input", 1), 2.0))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+@torch.no_grad()
+def test_a_norm_that_is_computed_anew_takes_what_was_changed_in_its_output(family):
+    """Where heads read a copy of their own, what an edit changed in the norm's output is added to the copy's norm."""
+    model = ip.wrap(zoo.make(family))
+    inputs = model.inputs([[3, 4, 5, 6], [9, 8, 7, 6]])
+    block = model.architecture.blocks[1]
+    norm, projection = block.of_attention.pre, block.attention.q
+    step = torch.linspace(-1.0, 1.0, model.architecture.width).double()
+    add = ip.steer(ip.site("ln1", 1, pos=2), step)
+    head = ip.scale(ip.site("q_input", 1, head=1, pos=slice(1, 3)), 2.0)
+    stream = model.run(inputs, capture=ip.site("attn_in", 1)).tape[ip.site("attn_in", 1)]
+    copies = stream[:, :, None].repeat(1, 1, projection.heads, 1)
+    copies[:, 1:3, 1] *= 2.0
+    normed = norm(copies)
+    normed[:, 2] += step
+    keep = ip.site("q", 1)
+    torch.testing.assert_close(model.run(inputs, add + head, capture=keep).tape[keep], projection.per_head(normed))
+    with model.apply(add):
+        torch.testing.assert_close(model.run(inputs, head, capture=keep).tape[keep], projection.per_head(normed))
+    both, worlds = add + head, [ip.World(inputs, add), ip.World(inputs, head), ip.World(inputs, add + head)]
+    want = model.run(inputs, both).logits
+    assert float((want - model.run(inputs, head).logits).abs().max()) > 1e-3
+    for executor in ("sequential", "batched", "shared"):
+        found = {o.index: o.values[0] for o in ip.run_worlds(model, worlds, [ip.site("logits")], executor=executor)}
+        torch.testing.assert_close(found[2], want)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])

@@ -116,14 +116,6 @@ def interventions(draw: st.DrawFn, model: Model, x: Inputs, source: World, refer
     return item
 
 
-def together(items: list[Intervention]) -> bool:
-    """Whether no two of them are of one norm, of which one has it computed anew."""
-    names = {(item.site.name, item.site.layer) for item in items}
-    return not any(
-        ("ln1" in name) and any((f"{kind}_input", layer) in names for kind in "qkv") for name, layer in names
-    )
-
-
 @st.composite
 def cases(draw: st.DrawFn, family: str) -> tuple[Inputs, list[Plan], list[Site]]:
     model = wrapped(family)
@@ -136,7 +128,7 @@ def cases(draw: st.DrawFn, family: str) -> tuple[Inputs, list[Plan], list[Site]]
     if draw(st.integers(0, 3)) == 0:
         source = World(other, hk.scale(site("resid_pre", 0, pos=1), 2.0))
     plans = [
-        Plan(tuple(draw(st.lists(interventions(model, x, source, reference), min_size=1, max_size=4).filter(together))))
+        Plan(tuple(draw(st.lists(interventions(model, x, source, reference), min_size=1, max_size=4))))
         for _ in range(draw(st.integers(1, 3)))
     ]
     metric = st.sampled_from([-1, 0, 1, 2, (0, -1), torch.arange(len(x)) % 3])

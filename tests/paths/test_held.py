@@ -111,7 +111,7 @@ def test_sets_and_frozen_paths(family):
 @pytest.mark.parametrize(
     ("family", "method"),
     [(family, m) for family in FAMILIES for m in ("eap", "eap-ig", "receiver-exact")]
-    + [("gpt2", "exact"), ("gpt2", "adaptive")],
+    + [pytest.param("gpt2", method, marks=pytest.mark.full) for method in ("exact", "adaptive")],
 )
 def test_scores(family, method):
     pair = case(family).pair("left")

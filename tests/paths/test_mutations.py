@@ -172,6 +172,7 @@ def test_pruning_too_little_is_caught(kept):
 # Search
 
 
+@pytest.mark.full
 def test_an_acdc_that_ignores_the_order_is_caught():
     expected = checks.serial_acdc(SHORT, TAU)
     for order in (lambda graph: list(range(len(graph))), lambda graph: list(range(len(graph)))[::-1][1:]):

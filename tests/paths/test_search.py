@@ -75,7 +75,7 @@ def test_scores_may_be_an_array_and_have_no_gaps():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
-@pytest.mark.parametrize("batch", [1, 4, 20])
+@pytest.mark.parametrize("batch", [1, 4, pytest.param(20, marks=pytest.mark.full)])
 def test_acdc_is_the_serial_algorithm(family, batch):
     given = case(family, (4, 5))
     checks.acdc_is_the_serial_one(given, TAU, checks.serial_acdc(given, TAU), batch=batch)
