@@ -82,12 +82,14 @@ APART = ("q_input", "k_input", "v_input")
 
 
 def norms_twice(model: Network, plan: Plan) -> str:
-    """Where a plan edits the output of a norm and has that norm computed anew of something else; empty elsewhere.
+    """Where a plan edits the output of a norm and has that norm computed anew of something else, or reads that; empty
+    elsewhere.
 
     What the edit changes in the norm's output is then added to what is computed anew.
     """
-    keys = {item.site.key for item in plan}
-    for name, layer, stack in keys:
+    edited = {item.site.key for item in plan}
+    keys = edited | {read.site.key for item in plan for read in item.own_reads if read.site is not None}
+    for name, layer, stack in edited:
         if name not in ("ln1", "ln1_scale"):
             continue
         blocks = model.architecture.stacks[stack].blocks if stack in model.architecture.stacks else ()

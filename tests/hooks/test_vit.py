@@ -632,7 +632,8 @@ def cases(draw: st.DrawFn) -> tuple[Inputs, list[Plan], list[Site]]:
 def test_executors_agree_on_random_plans(case):
     x, plans, reads = case
     worlds = [*(World(x, plan) for plan in plans), World(x)]
-    assert choose(wrapped(), worlds).executor == "shared"
+    choice = choose(wrapped(), worlds)
+    assert choice.executor == "shared" or "in one plan" in choice.reason
     expected, oracle_status = outcomes(wrapped(), worlds, reads, "sequential")
     batched, _ = outcomes(wrapped(), worlds, reads, "batched")
     shared, status = outcomes(wrapped(), worlds, reads, "shared")

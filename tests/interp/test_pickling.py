@@ -30,7 +30,7 @@ def fifth(logits: torch.Tensor) -> torch.Tensor:
 
 METRICS = {
     "logit_diff": lambda m: ip.logit_diff(5, [6, 7, 8]),
-    "logit": lambda m: ip.logit([[1, 2, 3]] * 3, pos=slice(-3, None)),
+    "logit": lambda m: ip.logit([1, 2, 3], pos=slice(-3, None)),
     "log_prob": lambda m: ip.log_prob(5),
     "alternatives": lambda m: ip.log_prob([[1, 1, 2]] * 3),
     "spelled": lambda m: ip.prob([[1, 2]] * 3, pos=(-3, -2)),
