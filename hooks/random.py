@@ -59,6 +59,7 @@ def hash_counters(*counters: Tensor | int) -> Tensor:
         state = (state ^ _logical_shift(state, 30)) * _MIX_1
         state = (state ^ _logical_shift(state, 27)) * _MIX_2
         state = state ^ _logical_shift(state, 31)
+    assert isinstance(state, Tensor)
     return state
 
 

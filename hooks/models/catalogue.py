@@ -152,7 +152,7 @@ def has_none(arch: Architecture, name: str) -> bool:
     return name in ("ln1", "ln1_scale", "ln2", "ln2_scale") and missing
 
 
-def _why_no_norm(arch: Architecture | Tower, block: Block, name: str) -> str:
+def _why_no_norm(arch: Architecture | Tower | Stack, block: Block, name: str) -> str:
     around = block.of_attention if name.startswith("ln1") else block.of_mlp
     norm = arch.norm if name.startswith("ln_final") else None if around is None else around.pre
     if name.startswith("ln2") and block.shares_norm:
