@@ -5,7 +5,7 @@ An adapter that is written for a new family is held to the same as those that sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,23 +18,18 @@ from hooks import (
     Inputs,
     InputsError,
     InterpError,
-    Intervention,
     Model,
     Plan,
-    Run,
     Site,
     World,
     choose,
     patch,
     run_worlds,
-    scale,
-    steer,
 )
 from interp.checks import Check, Conformance
 from interp.paths import check_additive
+from interp.trial import Trial
 
-ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference that is taken for rounding, relative to the largest entry."""
 EXECUTORS = ("sequential", "batched", "shared")
 LENGTHS = (7, 5)
 """Tokens of the two rows that are run, the shorter one padded."""
@@ -79,68 +74,7 @@ def _inputs(model: Model, seed: int) -> Inputs:
     return model.inputs(rows, padding="left" if model.architecture.pools_last else "right")
 
 
-class _Suite:
-    def __init__(self, model: Model, inputs: Inputs, seed: int) -> None:
-        model.refresh()
-        self.model, self.inputs, self.seed = model, inputs, seed
-        depth = model.n_layers
-        self.layers = sorted({0, depth // 2, depth - 1})
-        self.ends = [model.architecture.end, *([Site("pooled")] if model.architecture.pooler is not None else [])]
-        kinds = [(s.name, s.stack, bool(s.layers)) for s in model.sites() if s.stack != "vision"]
-        self.places = [Site(name, layer, stack) for name, stack, inside in kinds
-                       for layer in (self.layers if inside else [None])
-                       if Site(name, layer, stack).key in model.sizes]  # fmt: skip
-        self.values: dict[Site, Tensor] = {}
-        self.plain: Tensor | None = None
-
-    def near(self, a: Tensor, b: Tensor) -> float:
-        """The largest difference relative to the largest entry, where both are finite."""
-        same_infinity = a.isinf() & (a == b)
-        one, two = (torch.where(same_infinity, 0, x).double() for x in (a, b))
-        most = float(two.abs().max()) if two.numel() else 0.0
-        return float((one - two).abs().max()) / max(most, 1e-30) if one.numel() else 0.0
-
-    @property
-    def allowed(self) -> float:
-        return ALLOWED.get(self.model.dtype, 1e-1)
-
-    def real(self, logits: Tensor) -> Tensor:
-        """The logits of tokens that are real."""
-        return logits if logits.shape[1] == 1 else logits[self.inputs.mask.to(logits.device)]
-
-    def returned(self, plan: Plan | Intervention | None = None, capture: Sequence[Site] = ()) -> tuple[Run, Tensor]:
-        """A run, and what a model returns of real tokens: logits, or states and pooled vectors."""
-        run = self.model.run(self.inputs, plan, capture=[*capture, *self.ends[1:]])
-        return run, torch.cat([self.real(x).flatten() for x in (run.output, *(run.tape[s] for s in self.ends[1:]))])
-
-    def compared(self, group: str, name: str, a: Tensor, b: Tensor) -> Check:
-        gap = self.near(a, b)
-        return Check(group, name, gap <= self.allowed, "" if gap <= self.allowed else f"differ by {gap:.1e}")
-
-    def tried(self, group: str, name: str, what: Callable[[], Check]) -> Check:
-        try:
-            return what()
-        except Exception as error:  # an adapter may be wrong in any way
-            return Check(group, name, False, f"{type(error).__name__}: {error}")
-
-    def edit(self, place: Site) -> Intervention:
-        """A change of a site that its readers notice."""
-        lengths = self.inputs.tokens_of(place)[0].lengths if self.has_pos(place) else self.inputs.lengths
-        where = place.at(pos=min(1, int(lengths.min()) - 1)) if self.has_pos(place) else place
-        if place.name == "pattern":
-            return scale(where, 0.5)
-        value = self.values[place]
-        finite = value[value.isfinite()].double()
-        size = float(finite.pow(2).mean().sqrt()) if finite.numel() else 1.0
-        generator = torch.Generator().manual_seed(self.seed)
-        if place.name == "scores":
-            return steer(where.at(key_pos=0), torch.tensor(max(size, 1.0)))
-        vector = torch.randn(value.shape[-1], generator=generator, dtype=torch.float64) * max(size, 1e-3)
-        return steer(where, vector.to(value.dtype))
-
-    def has_pos(self, place: Site) -> bool:
-        return "pos" not in self.model.sizes[place.key]
-
+class _Suite(Trial):
     # -- sites
 
     def sites(self) -> list[Check]:

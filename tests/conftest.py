@@ -36,8 +36,10 @@ if find_spec("hypothesis") is not None:
     hypothesis.settings.load_profile("interp")
 
 
-NEAR = ("qwen2", "mistral", "neox_sequential", "small_qk_norm")
+NEAR = ("qwen2", "mistral", "neox_sequential", "small_qk_norm", "small_rms_rotary_gqa")
 """Families of `zoo.FAMILIES` that differ from others of them in one detail, which others (or tests of it) have too."""
+MANY = 16
+"""Cases of one function, of families and of something else, of which every second is left to `make test-all`."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks are selected by
@@ -48,9 +50,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tried: dict[str, set[str]] = {}
     for item in items:
         tried.setdefault(_function(item), set()).add(_family(item))
+    cases: dict[str, dict[str, int]] = {}
     for item in items:
-        if _family(item) in NEAR and len(tried[_function(item)]) >= 5:
+        if _family(item):
+            found = cases.setdefault(_function(item), {})
+            found[_family(item)] = found.get(_family(item), 0) + 1
+    seen: dict[tuple[str, str], int] = {}
+    for item in items:
+        function, family = _function(item), _family(item)
+        if family in NEAR and len(tried[function]) >= 5:
             item.add_marker("full")
+        elif family and sum(cases[function].values()) >= MANY:
+            # Of each family a half, and of two families that follow one another not the same.
+            turn = seen[function, family] = seen.get((function, family), -1) + 1
+            if (turn + list(cases[function]).index(family)) % 2:
+                item.add_marker("full")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -182,6 +182,7 @@ def test_an_acdc_that_ignores_the_order_is_caught():
         )
 
 
+@pytest.mark.full
 def test_an_acdc_that_tries_each_edge_alone_is_caught():
     """Each removal is tried on top of those before it, and not alone."""
     expected = checks.serial_acdc(SHORT, TAU)
