@@ -128,7 +128,8 @@ def test_an_edit_of_any_site_does_to_the_logits_what_it_does_by_hand(family: str
         torch.testing.assert_close(got[x.mask], want[x.mask], **EXACT, msg=str(place))
         if gap([got[x.mask]], [clean[x.mask]]) < 1e-6:
             inert.append(place)
-    assert not inert
+    # Gemma norms what attention adds, so a factor of all of a pattern is gone again.
+    assert not [place for place in inert if (family, place.name) != ("gemma3", "pattern")]
 
 
 @each_family
