@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .asked import asked
 from .compiling import Graphs
-from .errors import InputsError, PlanError
+from .errors import InputsError
 from .generated import Generated
 from .models.network import Network
 from .plan.inputs import Inputs
@@ -56,12 +57,7 @@ class Compiled:
             UnfiredError: an intervention never fired.
             ModelError: the model cannot be compiled under this plan.
         """
-        if isinstance(inputs, World):
-            if plan is not None:
-                raise PlanError("a World brings its own plan")
-            inputs, plan = inputs.inputs, inputs.plan
-        if not isinstance(inputs, Inputs):
-            raise InputsError(f"a compiled model takes Inputs (from model.inputs), not {type(inputs).__name__}")
+        inputs, plan = asked(inputs, plan, "a compiled model")
         sites = list(self.capture) if capture is None else sites_of(capture)
         world = World(inputs, self.plan if plan is None else as_plan(plan))
         outcome, taps = self.graphs.run(world, sites, grad=grad, seed=seed)
@@ -98,16 +94,11 @@ class Compiled:
             ModelError: layers that slide, images, or a model that does not generate.
             UnfiredError: an intervention never fired.
         """
-        if isinstance(prompts, World):
-            if plan is not None:
-                raise PlanError("a World brings its own plan")
-            prompts, plan = prompts.inputs, prompts.plan
-        if not isinstance(prompts, Inputs):
-            raise InputsError(f"a compiled model takes Inputs (from model.inputs), not {type(prompts).__name__}")
+        prompts, plan = asked(prompts, plan, "a compiled model")
         odd = sorted(set(options) - {"eos_token_id"})
         if odd or max_new_tokens < 1:
             what = f"no {', '.join(odd)}" if odd else f"no {max_new_tokens} tokens"
             raise InputsError(f"a graph of one step decodes greedily, and knows {what}: Model.generate() takes those")
-        asked = self.plan if plan is None else as_plan(plan)
+        todo = self.plan if plan is None else as_plan(plan)
         tokenizer = getattr(self.model, "tokenizer", None)
-        return decoded(self.graphs, asked, prompts, max_new_tokens, seed, tokenizer, options)
+        return decoded(self.graphs, todo, prompts, max_new_tokens, seed, tokenizer, options)

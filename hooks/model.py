@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .asked import asked, parted
 from .audit import Audit
 from .backends.gate import gate_of
 from .capturing import captured
@@ -110,12 +111,7 @@ class Model(Reader):
         Raises:
             UnfiredError: an intervention never fired.
         """
-        if isinstance(inputs, World):
-            if plan is not None:
-                raise PlanError("a World brings its own plan")
-            inputs, plan = inputs.inputs, inputs.plan
-        if not isinstance(inputs, Inputs):
-            raise InputsError(f"run() takes Inputs (from model.inputs), not {type(inputs).__name__}")
+        inputs, plan = asked(inputs, plan, "run()")
         sites = captured(self, capture)
         world = World(inputs, as_plan(plan))
         (outcome,) = record(
@@ -194,10 +190,7 @@ class Model(Reader):
             UnfiredError: an intervention never fired.
         """
         self._require_here()
-        if isinstance(prompts, World):
-            if plan is not None:
-                raise PlanError("a World brings its own plan")
-            prompts, plan = prompts.inputs, prompts.plan
+        prompts, plan = parted(prompts, plan)
         if not isinstance(prompts, Inputs):
             prompts = self.inputs(prompts, mask, images=images, padding="left", bos=bos)
         elif mask is not None or images is not None or bos is not None:

@@ -237,7 +237,7 @@ ORDER = (
     {"plan"},
     {"models"},
     {"layout", "text"},
-    {"audit", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
+    {"audit", "asked", "program", "placed", "resolving", "resolved", "lowering", "budget", "meter", "capturing"},
     {"backends"},
     {"fed", "keeping", "decoding", "holding", "joining", "forking", "rereading", "holds", "hold", "certificate"},
     {"record"},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -107,3 +110,23 @@ def language_model(family: str) -> Any:
     from nnsight.modeling.transformers import TransformersModel
 
     return TransformersModel(make(family), task="text-generation", tokenizer=tokenizer())
+
+
+TOOLS = {"transformer_lens": bridge, "nnsight": traced}
+each_tool = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.parametrize(
+        "tool",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed"))
+            for name in TOOLS
+        ],
+    ),
+]
+
+
+def torch_backward() -> Iterator[None]:
+    """nnsight puts a backward of its own in the place of torch's, which other tests are not to meet."""
+    own = torch.Tensor.backward
+    yield
+    torch.Tensor.backward = own

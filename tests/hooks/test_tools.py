@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import find_spec
-
 import pytest
 import torch
 
@@ -14,32 +11,15 @@ from tests.hooks import bridged
 from tests.hooks.bridged import close
 
 FAMILIES = ["gpt2", "llama", "neox", "gemma2"]
-TOOLS = {"transformer_lens": bridged.bridge, "nnsight": bridged.traced}
 SCALES = {"ln1_scale", "ln2_scale", "ln_final_scale"}
 MISSING = {("transformer_lens", "neox"): {"rot_q", "rot_k"}, **{("nnsight", family): SCALES for family in FAMILIES}}
 """Sites that a tool does not show."""
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.parametrize(
-        "tool",
-        [
-            pytest.param(name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed"))
-            for name in TOOLS
-        ],
-    ),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def backward() -> Iterator[None]:
-    """nnsight puts a backward of its own in the place of torch's, which other tests are not to meet."""
-    own = torch.Tensor.backward
-    yield
-    torch.Tensor.backward = own
+pytestmark = bridged.each_tool
+backward = pytest.fixture(autouse=True, scope="module")(bridged.torch_backward)
 
 
 def both(tool: str, family: str) -> tuple[ip.Model, ip.Model]:
-    return bridged.native(family), TOOLS[tool](family)
+    return bridged.native(family), bridged.TOOLS[tool](family)
 
 
 def inputs(model: ip.Model, padded: bool = False, seed: int = 0) -> ip.Inputs:

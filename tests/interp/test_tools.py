@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,8 @@ from tests import zoo
 from tests.hooks import bridged
 
 METRIC = ip.logit_diff([3, 4], [5, 6])
-TOOLS = {"transformer_lens": bridged.bridge, "nnsight": bridged.traced}
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.parametrize(
-        "tool",
-        [
-            pytest.param(name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed"))
-            for name in TOOLS
-        ],
-    ),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def backward() -> Iterator[None]:
-    """nnsight puts a backward of its own in the place of torch's, which other tests are not to meet."""
-    own = torch.Tensor.backward
-    yield
-    torch.Tensor.backward = own
+pytestmark = bridged.each_tool
+backward = pytest.fixture(autouse=True, scope="module")(bridged.torch_backward)
 
 
 def pair(model: ip.Model) -> tuple[ip.Inputs, ip.Inputs]:
@@ -69,14 +51,14 @@ def number(found: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_numbers(tool: str, name: str) -> None:
-    want, got = number(CALLS[name](bridged.native("llama"))), number(CALLS[name](TOOLS[tool]("llama")))
+    want, got = number(CALLS[name](bridged.native("llama"))), number(CALLS[name](bridged.TOOLS[tool]("llama")))
     assert want.shape == got.shape and np.abs(want).max() > 1e-3
     assert np.abs(want - got).max() <= 1e-4
 
 
 def test_activations_on_disk(tool: str, tmp_path: Path) -> None:
     saved = []
-    for number, model in enumerate((bridged.native("llama"), TOOLS[tool]("llama"))):
+    for number, model in enumerate((bridged.native("llama"), bridged.TOOLS[tool]("llama"))):
         at = tmp_path / f"{tool}{number}"
         saved.append(ip.save_activations(model, pair(model)[0], "resid_post", at, progress=False))
     one, two = (each["blocks.1.hook_resid_post"] for each in saved)
@@ -85,7 +67,7 @@ def test_activations_on_disk(tool: str, tmp_path: Path) -> None:
 
 
 def test_refused_by_name(tool: str) -> None:
-    model = TOOLS[tool]("llama")
+    model = bridged.TOOLS[tool]("llama")
     x = pair(model)[0]
     with pytest.raises(ip.ModelError, match="no compiler"):
         model.compile()
