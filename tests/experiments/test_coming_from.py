@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import zoo
 from tests.hooks import bridged
@@ -16,12 +14,7 @@ from tests.hooks import bridged
 PAGES = Path(__file__).parents[2] / "experiments" / "coming_from"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def backward() -> Iterator[None]:
-    """nnsight puts a backward of its own in the place of torch's, which other tests are not to meet."""
-    own = torch.Tensor.backward
-    yield
-    torch.Tensor.backward = own
+backward = pytest.fixture(autouse=True, scope="module")(bridged.torch_backward)
 
 
 @pytest.mark.filterwarnings("ignore")

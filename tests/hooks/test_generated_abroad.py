@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -121,7 +120,6 @@ def test_other_ways_give_what_the_plain_one_gives(kind: str) -> None:
 
 # On models of other tools
 
-TOOLS = {"transformer_lens": bridged.bridge, "nnsight": bridged.traced}
 WAYS: list[dict[str, Any]] = [
     {},
     {"num_beams": 2, "num_return_sequences": 2},
@@ -131,12 +129,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def backward() -> Iterator[None]:
-    """nnsight puts a backward of its own in the place of torch's, which other tests are not to meet."""
-    own = torch.Tensor.backward
-    yield
-    torch.Tensor.backward = own
+backward = pytest.fixture(autouse=True, scope="module")(bridged.torch_backward)
 
 
 @st.composite
@@ -162,14 +155,14 @@ def items(draw: st.DrawFn, model: Model, x: Inputs) -> hk.Intervention:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", bridged.TOOLS)
 @pytest.mark.parametrize(
     ("family", "examples"), [("llama", 6), *(pytest.param(f, 25, marks=pytest.mark.full) for f in ("gpt2", "gemma2"))]
 )
 def test_random_plans_on_other_tools(tool: str, family: str, examples: int) -> None:
     if find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed")
-    ours, theirs = bridged.native(family), TOOLS[tool](family)
+    ours, theirs = bridged.native(family), bridged.TOOLS[tool](family)
 
     @settings(
         max_examples=examples,

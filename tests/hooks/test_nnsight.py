@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,12 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def backward() -> Iterator[None]:
-    """nnsight puts a backward of its own in the place of torch's, which other tests are not to meet."""
-    own = torch.Tensor.backward
-    yield
-    torch.Tensor.backward = own
+backward = pytest.fixture(autouse=True, scope="module")(bridged.torch_backward)
 
 
 def inputs(model: ip.Model, padded: bool = False, seed: int = 0) -> ip.Inputs:
