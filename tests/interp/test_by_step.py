@@ -50,6 +50,7 @@ def test_a_row_that_ended_has_no_number_and_the_rest_is_refused_by_name() -> Non
     assert got.isnan().tolist() == [[False] * 4, [False, True, True, True]]
     refused: list[tuple[Any, Any, str]] = [
         (free, ip.prob(3), "logits=True"),
+        (out.sequences, ip.prob(3), "not Tensor"),
         (out, ip.kl(ip.World(x)), "reference"),
         (out, ip.metric(lambda z: z.sum((1, 2, 3)), ip.site("z", 1)), "its logits alone"),
     ]
