@@ -25,7 +25,8 @@ def by_step(model: Model, out: Generated, metric: Metric) -> Tensor:
         [R, S], nan once a row has ended.
 
     Raises:
-        MetricError: `out` is something else, or its logits were not kept; the metric reads something else, several positions, or a reference.
+        MetricError: `out` is something else, or its logits were not kept; the metric reads something else, several
+            positions, or a reference.
     """
     if not isinstance(out, Generated):
         raise MetricError(f"by_step() measures what model.generate() returned, not {type(out).__name__}")
