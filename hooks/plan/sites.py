@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -86,9 +87,12 @@ class Site:
             raise SiteError(f"a layer is an int, not {self.layer!r}")
         for axis in (HEAD, POS, KEY, DIM):
             value = getattr(self, axis)
-            if value is not None and axis not in kind.axes:
+            if value is None:
+                continue
+            if axis not in kind.axes:
                 raise SiteError(f"site {self.name!r} has axes {kind.axes}: it cannot be restricted by {axis}={value!r}")
-            object.__setattr__(self, axis, _index(axis, value))
+            if type(value) is not int:
+                object.__setattr__(self, axis, _index(axis, value))
 
     @property
     def kind(self) -> Kind:
@@ -100,7 +104,7 @@ class Site:
         """Names of the activation's axes, in order."""
         return self.kind.axes
 
-    @property
+    @cached_property
     def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
         stack = None if self.stack in (TEXT, DECODER) else self.stack

@@ -21,7 +21,7 @@ from ...audit import Audit
 from ...budget import held_per_token, keeps_rows_together
 from ...plan.inputs import Inputs
 from ...plan.operations.attention import Knockout
-from ...plan.plan import Plan, World
+from ...plan.plan import Origin, Plan, World
 from ...plan.sites import Key, Site
 from ...plan.tape import Tape
 from ...resolving import source_id, touched
@@ -112,15 +112,16 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
     inputs = mine[0].inputs
     # Reference sets are needed whole; other worlds that are read go through the network beside their readers.
     sources = all_reads(mine)
-    apart = {source_id(r.source, w.inputs) for w in mine for i in w.plan for r in i.reads if not r.aligned}
+    reads = [(w, r) for w in mine for i in w.plan.interventions for r in i.reads]
+    apart = {source_id(r.source, w.inputs) for w, r in reads if not r.aligned}
     apart |= {key for key, (source, _) in sources.items() if not _shares_base(source, inputs)}
     fixed = read_tapes(network, mine, job.seed, job.expose, job.limit, only=apart)
     sources = {key: found for key, found in sources.items() if key not in apart}
     firsts = [_first_column(world, inputs) for world in mine]
     order = sorted(range(len(mine)), key=firsts.__getitem__)
-    own = {r.site.key for w in mine for i in w.plan for r in i.own_reads if r.site is not None}
+    own = {r.site.key for _, r in reads if r.source is Origin.HERE and r.site is not None}
     shown = {r.key for r in job.reads} | own | {site.key for _, sites in sources.values() for site in sites}
-    keys = {item.site.key for world in mine for item in world.plan} | shown
+    keys = {item.site.key for world in mine for item in world.plan.interventions} | shown
     spread = first_spread([*mine, *(source for source, _ in sources.values())], inputs, network.n_layers)
     exposed = frozenset(layer for layer in job.expose if _looked_into(job, layer))
     per_token = held_per_token(network)
@@ -129,7 +130,7 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
     if keeps_rows_together(network, inputs):
         step = len(inputs)
     for window in job.windows(len(inputs), step):
-        left = [i for i in order if not job.skip(members[i], window)]
+        left = [i for i in order if job.skip is None or not job.skip(members[i], window)]
         if not left:
             continue
         base = Base(
@@ -156,7 +157,7 @@ def _looked_into(job: Job, layer: int) -> bool:
     """Whether some world sees scores or patterns of a layer: edges that are only forbidden are a kernel's mask."""
     sites = [*job.reads]
     for world in job.worlds:
-        for item in world.plan:
+        for item in world.plan.interventions:
             sites += [read.site for read in item.reads if read.site is not None]
             if not isinstance(item.op, Knockout):
                 sites.append(item.site)
@@ -215,7 +216,7 @@ def _tapes_beside(
 def _first_column(world: World, inputs: Inputs) -> int:
     """About where a world forks from its base: worlds that fork at one place pack well together."""
     first = inputs.width
-    for item in world.plan:
+    for item in world.plan.interventions:
         pos = item.site.pos
         if isinstance(pos, int) and pos >= 0:
             first = min(first, pos)

@@ -14,14 +14,12 @@ from ...plan.region import Region, taken
 from ...plan.sites import DIM, HEAD, Key
 from ...plan.tape import Tape
 from .base import COPIES, Base
-from .cells import Stack
+from .cells import INSIDE, Stack
 from .effects import Effects
 from .stacking import Stacker
 from .tokens import Moves, Packed, take
 from .trace import Trace, Value
 
-INSIDE = ("scores", "pattern")
-"""Sites inside of attention, which have queries and keys."""
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 """The residual stream itself: a token whose stream is the base's again is one that the world shares with it again."""
 
