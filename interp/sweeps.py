@@ -164,8 +164,20 @@ def sweep(
 
 def _cell_worlds(cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:
     """The base, the base recomputed, and one world for each cell."""
-    worlds = [World(inputs), World(inputs, Plan((recompute(Site("embed")),)))]
+    again = recompute(Site("embed", pos=_first_position(cells)))
+    worlds = [World(inputs), World(inputs, Plan((again,)))]
     return worlds + [World(inputs, cell.plan(factory)) for cell in cells]
+
+
+def _first_position(cells: Sequence[Cell]) -> int | None:
+    """The first position that a cell edits, from which on all that cells compute is computed again; None where that is
+    not one and the same for all rows.
+    """
+    found = {None if place.stack is not None else place.pos for cell in cells for place in cell.sites}
+    ints = {i for pos in found for i in (pos if isinstance(pos, tuple) else (pos,))}
+    if not all(type(i) is int for i in ints) or len({i < 0 for i in ints if isinstance(i, int)}) != 1:
+        return None
+    return min(i for i in ints if isinstance(i, int)) or None
 
 
 def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:

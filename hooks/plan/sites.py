@@ -107,10 +107,7 @@ class Site:
     @cached_property
     def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
-        stack = None if self.stack in (TEXT, DECODER) else self.stack
-        if self.name == "resid_pre" and self.layer:
-            return ("resid_post", self.layer - 1, stack)
-        return (self.name, -1 if self.layer is None else self.layer, stack)
+        return key_of(self.name, self.layer, self.stack)
 
     @property
     def hook(self) -> str:
@@ -160,6 +157,14 @@ class Site:
         return (f"{self.stack}:" if self.stack else "") + place + (f"[{', '.join(parts)}]" if parts else "")
 
     __repr__ = __str__
+
+
+def key_of(name: str, layer: int | None, stack: str | None) -> Key:
+    """The `Site.key` of a whole activation."""
+    stack = None if stack in (TEXT, DECODER) else stack
+    if name == "resid_pre" and layer:
+        return ("resid_post", layer - 1, stack)
+    return (name, -1 if layer is None else layer, stack)
 
 
 def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Site:

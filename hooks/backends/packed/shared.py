@@ -22,12 +22,13 @@ from ...budget import held_per_token, keeps_rows_together
 from ...plan.inputs import Inputs
 from ...plan.operations.attention import Knockout
 from ...plan.plan import Origin, Plan, World
-from ...plan.sites import Key, Site
+from ...plan.sites import Key, Site, execution_order
 from ...plan.tape import Tape
 from ...resolving import source_id, touched
 from ..job import Job, Outcomes, Record
 from ..sources import all_reads, read_tapes
 from .base import COPIES, Base, first_spread, record_keys
+from .cells import INSIDE
 from .route import Route
 
 ENOUGH = {"cpu": 512}
@@ -118,12 +119,13 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
     fixed = read_tapes(network, mine, job.seed, job.expose, job.limit, only=apart)
     sources = {key: found for key, found in sources.items() if key not in apart}
     firsts = [_first_column(world, inputs) for world in mine]
-    order = sorted(range(len(mine)), key=firsts.__getitem__)
+    layers = [_first_layer(world, network.n_layers) for world in mine]
+    order = sorted(range(len(mine)), key=lambda i: (layers[i], firsts[i]))
     own = {r.site.key for _, r in reads if r.source is Origin.HERE and r.site is not None}
     shown = {r.key for r in job.reads} | own | {site.key for _, sites in sources.values() for site in sites}
     keys = {item.site.key for world in mine for item in world.plan.interventions} | shown
     spread = first_spread([*mine, *(source for source, _ in sources.values())], inputs, network.n_layers)
-    exposed = frozenset(layer for layer in job.expose if _looked_into(job, layer))
+    exposed = job.expose & _looked_into(job)
     per_token = held_per_token(network)
     limit = float("inf") if job.limit is None else job.limit
     step = max(1, _at_most(limit / 2 / (inputs.width * per_token * network.n_layers), len(inputs)))
@@ -153,15 +155,15 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
             yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
 
 
-def _looked_into(job: Job, layer: int) -> bool:
-    """Whether some world sees scores or patterns of a layer: edges that are only forbidden are a kernel's mask."""
+def _looked_into(job: Job) -> set[int | None]:
+    """Layers of which some world sees scores or patterns: edges that are only forbidden are a kernel's mask."""
     sites = [*job.reads]
     for world in job.worlds:
         for item in world.plan.interventions:
             sites += [read.site for read in item.reads if read.site is not None]
             if not isinstance(item.op, Knockout):
                 sites.append(item.site)
-    return any(site.name in ("scores", "pattern") and site.layer == layer for site in sites)
+    return {site.layer for site in sites if site.name in INSIDE}
 
 
 def _chunks(
@@ -211,6 +213,11 @@ def _tapes_beside(
         tapes[key] = Tape(source.inputs, kept, network.sizes, base.window)
         differs |= {(id(tapes[key]), at): mask for at, mask in found.dirty.items()}
     return tapes, differs
+
+
+def _first_layer(world: World, depth: int) -> int:
+    """The layer at which a world forks from its base: those that fork at one layer fill the layers above together."""
+    return min((execution_order(item.site.key, depth)[0] for item in world.plan.interventions), default=depth)
 
 
 def _first_column(world: World, inputs: Inputs) -> int:
