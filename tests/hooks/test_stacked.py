@@ -62,8 +62,8 @@ def test_a_sweep_crosses_no_more_with_more_cells_rows_and_layers(family, monkeyp
     assert swept(model, 2, model.n_layers, 3, monkeypatch) == few, "more layers"
 
 
-@pytest.mark.parametrize("intervention", [None, ip.zero])
-def test_a_cell_costs_few_calls(intervention, monkeypatch):
+@pytest.mark.parametrize(("intervention", "most"), [(None, 330), (ip.zero, 270)])
+def test_a_cell_costs_few_calls(intervention, most, monkeypatch):
     """What cells have in common is found out once, so Python calls little for one more of a kind."""
     monkeypatch.setitem(shared.ENOUGH, "cpu", 1 << 30)  # one chunk
     config = GPT2Config(n_layer=2, n_embd=32, n_head=16, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=1)
@@ -87,7 +87,7 @@ def test_a_cell_costs_few_calls(intervention, monkeypatch):
         return count
 
     calls(8)  # what is made once for a model
-    assert 0 < (calls(16) - calls(8)) / (8 * 12) < 280
+    assert 0 < (calls(16) - calls(8)) / (8 * 12) < most
 
 
 def test_a_held_step_crosses_no_more_with_more_rows_and_interventions(monkeypatch):
