@@ -55,8 +55,8 @@ class Network:
         default = torch.get_default_device()
         if default.type != "cpu":
             raise ModelError(
-                f"torch.set_default_device({str(default)!r}) is in force, so masks and indices, which are made on the CPU, "
-                "would not be: move the model with .to(), and call torch.set_default_device('cpu')"
+                f"torch.set_default_device({str(default)!r}) is in force, so masks and indices, which belong on the "
+                "CPU, would not be there: move the model with .to(), and call torch.set_default_device('cpu')"
             )
         now = Fingerprint(self.module)
         if now == self._fingerprint:
