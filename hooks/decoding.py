@@ -23,6 +23,7 @@ from .models.calls import (
     kept_logits,
     pictures_of_call,
     real_columns,
+    require_apart,
     tokens_of_call,
 )
 from .plan.inputs import Inputs
@@ -60,13 +61,14 @@ class Decodings:
         if arch.images is not None:
             inputs = inputs_of_call(call, arch.images)
             return Fed(inputs, Layout.of(inputs), Decoding())
+        require_apart(call)
         encoded_text = None
         if arch.encoder is not None:
             encoded_text, call = encoded_of_call(call), decoded_of_call(call)
         ids, cache = tokens_of_call(call), call.get("past_key_values")
         if cache is not None:
             attentions = [block.attention.module for block in arch.blocks]
-            caching.require_plain(cache, attentions, arch.encoder is not None)
+            caching.require_plain(cache, attentions, ids.device, arch.encoder is not None)
         past, kept = caching.filled(cache), kept_logits(call)
         tower = arch.tower if past == 0 and call.get("input_ids") is not None else None
         pictures, image = pictures_of_call(call, tower, ids)
