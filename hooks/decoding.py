@@ -73,7 +73,8 @@ class Decodings:
         tower = arch.tower if past == 0 and call.get("input_ids") is not None else None
         pictures, image = pictures_of_call(call, tower, ids)
         generation = self._generations.around()
-        if generation is not None and not generation.is_of(call.get("input_ids"), cache):
+        beside = generation is not None and not generation.is_of(call.get("input_ids"), cache)
+        if beside:
             generation = None
         if generation is not None:
             decoding = self._of(cache, generation)
@@ -100,7 +101,7 @@ class Decodings:
         encoded = None
         if call.get("mm_encoder_outputs") or call.get("encoder_outputs") is not None:
             encoded = {} if generation is None else generation.encoded
-        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, encoded=encoded)
+        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, beside, encoded=encoded)
 
     def looked(self, call: dict[str, Any], arch: Architecture) -> Fed | None:
         """The images of a `generate`, which it looks at before it calls the model, or the text that it encodes then.

@@ -144,6 +144,11 @@ def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
 
     def noting(name: str) -> Callable[..., Any]:
         def function(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if name == "crop" and any(hasattr(layer, "_quantized_keys") for layer in getattr(cache, "layers", ())):
+                raise PlanError(
+                    "a quantised cache keeps what it is to forget: tokens that were proposed and rejected (an "
+                    "assistant, prompt lookup) need another one"
+                )
             result = own(*args, **kwargs)
             note(name, next(iter((*args, *kwargs.values())), None))
             return result
