@@ -140,19 +140,28 @@ class Decodings:
         cache = caching.cache_of(output) if fed.cache is None else fed.cache
         if cache is None or self._known.get(cache) is decoding:
             return
+        self._follow(cache, decoding)
+
+    def _follow(self, cache: Any, decoding: Decoding) -> None:
+        """Know of what is in a cache, of what is done to it between calls, and of what is in copies of it."""
         end = self._ends.pop(id(cache), None)
         if end is not None:
             end()
         self._known[cache] = decoding
-        where = ref(decoding)
+        where, me = ref(decoding), ref(self)
 
         def note(operation: str, argument: Any) -> None:
             known = where()
             if known is not None:
                 known.note(operation, argument)
 
+        def copied(twin: Any) -> None:
+            known, mine = where(), me()
+            if known is not None and mine is not None:
+                mine._follow(twin, known.copied())
+
         self._ends = {key: end for key, end in self._ends.items() if key in {id(one) for one in self._known}}
-        self._ends[id(cache)] = caching.follow(cache, note)
+        self._ends[id(cache)] = caching.follow(cache, note, copied)
 
     def mirror(self, fed: Fed, path: Any) -> Any:
         """The cache of a world that is read of the same text; a copy of the caller's at first sight.

@@ -49,6 +49,12 @@ class Decoding:
     mirrors: dict[Any, Any] = field(default_factory=dict)
     sources: dict[Any, Plan] = field(default_factory=dict)
 
+    def copied(self) -> Decoding:
+        """What is known of a copy of the cache, which may go on otherwise."""
+        mirrors = {path: caching.apart(mirror) for path, mirror in self.mirrors.items()}
+        kept = {name: dict(getattr(self, name)) for name in ("since", "touched", "memory", "sources")}
+        return replace(self, mirrors=mirrors, **kept)
+
     def note(self, operation: str, argument: Any) -> None:
         """Follow what is done to the cache: its mirrors and its text change as it does."""
         for mirror in self.mirrors.values():

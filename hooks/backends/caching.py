@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +141,20 @@ def rows_after(name: str, argument: Any, rows: int) -> Tensor | None:
     return None
 
 
-def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
-    """Learn of all that is done to a cache between calls, as ``note(operation, argument)``; returns what ends it."""
+def follow(cache: Any, note: Callable[[str, Any], None], copied: Callable[[Any], None]) -> Callable[[], None]:
+    """Learn of all that is done to a cache between calls; returns what ends it.
+
+    Args:
+        note: called with the name of an operation and its argument.
+        copied: called with a copy that is made of it, which nobody follows.
+    """
+    # No function here holds the cache, which is to go with the last who has it.
+    where = ref(cache)
+    quantised = any(hasattr(layer, "_quantized_keys") for layer in getattr(cache, "layers", ()))
 
     def noting(name: str) -> Callable[..., Any]:
         def function(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if name == "crop" and any(hasattr(layer, "_quantized_keys") for layer in getattr(cache, "layers", ())):
+            if name == "crop" and quantised:
                 raise PlanError(
                     "a quantised cache keeps what it is to forget: tokens that were proposed and rejected (an "
                     "assistant, prompt lookup) need another one"
@@ -155,7 +165,14 @@ def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
 
         return function
 
+    def copying(own: Callable[..., Any], memo: dict[int, Any]) -> Any:
+        held = where()
+        twin = _plain_copy(held, memo, own)
+        copied(twin)
+        return twin
+
     removals = [seams.place(cache, name, noting(name)) for name in OPERATIONS if hasattr(cache, name)]
+    removals.append(seams.place(cache, "__deepcopy__", copying))
 
     def end() -> None:
         for remove in reversed(removals):
@@ -166,11 +183,18 @@ def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
 
 def apart(cache: Any) -> Any:
     """A copy of a cache, which nobody follows."""
+    found = vars(cache).get("__deepcopy__")
+    return _plain_copy(cache, {}, found.own if isinstance(found, seams.Seam) else partial(copy.deepcopy, cache))
+
+
+def _plain_copy(cache: Any, memo: dict[int, Any], copied: Callable[[dict[int, Any]], Any]) -> Any:
+    """The copy that a function makes of a cache, without what of ours came with it."""
     # What an offloaded cache moves by, no copy can be made of.
     parts = [cache, *(value for value in vars(cache).values() if is_cache(value))]
     streams = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Stream)]
-    twin = copy.deepcopy(cache, {id(stream): stream for stream in streams})
-    for name in OPERATIONS:
+    memo.update({id(stream): stream for stream in streams})
+    twin = copied(memo)
+    for name in (*OPERATIONS, "__deepcopy__"):
         if isinstance(vars(twin).get(name), seams.Seam):
             del vars(twin)[name]
     return twin

@@ -25,10 +25,12 @@ def words() -> Any:
     """A tokenizer whose tokens are t0, t1, ..., and the one by which transformers finds out what stands before each."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {f"t{number}": number for number in range(zoo.VOCAB - 1)} | {"abcdef": zoo.VOCAB - 1}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="t0"))
+    inner.pre_tokenizer = WhitespaceSplit()  # type: ignore[attr-defined]
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="t0", pad_token="t0")
 
 
