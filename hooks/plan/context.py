@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from .kinds import LATER, ROW
-from .sites import DIM, HEAD, KEY, KINDS, POS, STACKS, Site
+from .sites import DIM, HEAD, KEY, KINDS, POS, STACKS, key_of
 
 _BEYOND, _STACK = 1 << 32, 1 << 40
 
@@ -83,7 +83,7 @@ class Context:
     @property
     def salt(self) -> int:
         """A number of the site, layer and stack, so that draws at different places differ."""
-        name, layer, stack = Site(self.site, self.layer, self.stack).key
+        name, layer, stack = key_of(self.site, self.layer, self.stack)
         beyond = 0 if stack is None else (STACKS.index(stack) + 1) * _STACK
         if name in LATER:
             return beyond + (LATER.index(name) + 1) * _BEYOND + layer
