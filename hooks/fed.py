@@ -177,6 +177,10 @@ class Fed:
             PlanError: such an intervention.
         """
         for item in plan if self.beside else ():
+            where = (getattr(item.site, axis) for axis in (POS, KEY) if axis in item.site.axes)
+            if not self.caches and any(map(_from_end, where)):
+                why = "without a cache nobody knows where its prompt ends: leave out use_cache=False"
+                raise PlanError(f"{item}: {_BESIDE}, and {why}")
             if any(read.aligned and isinstance(read.source, (World, Tape)) for read in item.reads):
                 raise PlanError(f"{item}: {_BESIDE}, and the values that it puts in are for those of the prompt")
 

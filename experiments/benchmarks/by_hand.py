@@ -32,12 +32,12 @@ class ByHand:
     """
 
     def __init__(self, setting: Setting, bare: nn.Module, ids: Tensor, vector: Tensor, greedy: dict[str, Any]) -> None:
-        from nnsight import LanguageModel
+        from nnsight.modeling.transformers import TransformersModel
 
         self.ids, self.vector, self.greedy, self.layers = ids, vector, greedy, setting.layers
         self.hooked: Any = copy.deepcopy(bare)
         self.bridge = setting.bridge(bare)
-        self.traced: Any = LanguageModel(copy.deepcopy(bare), tokenizer=setting.tokenizer())
+        self.traced: Any = TransformersModel(copy.deepcopy(bare), task="text-generation", tokenizer=setting.tokenizer())
         self.names = [f"blocks.{layer}.hook_resid_post" for layer in range(setting.layers)]
 
     def prefill(self) -> dict[str, Kinds]:

@@ -259,3 +259,7 @@ def test_what_is_of_the_prompt_alone_is_refused_in_a_text_besides():
             with pytest.raises(hk.PlanError, match="negative prompt"):
                 generated(model, x, plan, guidance_scale=1.5, **options)
         generated(model, x, plan)
+    for pos in (-1, "new"):
+        with pytest.raises(hk.PlanError, match="nobody knows where its prompt ends"):
+            generated(model, x, hk.scale(site("v", 1, pos=pos), 2.0), guidance_scale=1.5, use_cache=False)
+    generated(model, x, hk.scale(site("v", 1), 2.0), guidance_scale=1.5, use_cache=False)
