@@ -88,6 +88,7 @@ class Base:
         spread: the first layer at which worlds may differ from it in some tokens and not in others.
         trim: whether tokens that no read depends on may be dropped.
         values: the base's value [b * T, ...] of the sites that are recorded, by key.
+        wanted: the sites that worlds do read of it, where all of them are written down before it is run.
         meter: counts the work.
     """
 
@@ -101,6 +102,7 @@ class Base:
     trim: bool = True
     values: dict[Key, Tensor] = field(default_factory=dict)
     meter: Meter | None = None
+    wanted: frozenset[Key] | None = None
     logits: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,6 +136,8 @@ class Base:
     def keeps(self, key: Key) -> bool:
         """Whether worlds may need its value of a site."""
         name, layer, _ = key
+        if self.wanted is not None:
+            return key in self.wanted
         if key in self.recorded:
             return True
         if name == "resid_pre" or name == "resid_post":

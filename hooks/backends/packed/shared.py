@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,8 @@ from .route import Route
 ENOUGH = {"cpu": 512}
 """Tokens in a chunk from which on the products of a block get hardly faster, by device type."""
 ENOUGH_ELSEWHERE = 1 << 18
+AHEAD = 16
+"""Chunks of worlds that are written down before their base is run, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,25 @@ def run_against(
         differs: where those may differ from the base, by tape and site.
         seed: of random interventions.
     """
-    route = Route(base, worlds, tapes or {}, differs or {}, seed)
+    return run_written(written(base, worlds, tapes or {}, differs or {}, seed))
+
+
+def written(
+    base: Base,
+    worlds: Sequence[World],
+    tapes: Mapping[Any, Tape],
+    differs: Mapping[tuple[int, Key], Tensor],
+    seed: int,
+) -> Route:
+    """The way of worlds against a base, which need not have been run; see `run_against`."""
+    route = Route(base, worlds, tapes, differs, seed)
     route.write()
+    return route
+
+
+def run_written(route: Route) -> Found:
+    """Run worlds whose way is written down."""
+    base, worlds = route.base, route.worlds
     found = route.trace.run(base.device)
     values = (found[route.read[index]] for index in range(len(base.reads)))
     changes = route.effects.read(found)
@@ -147,11 +166,21 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
             trim=not own,
             meter=job.meter,
         )
+        chunks = _chunks(base, left, firsts, limit / 2, per_token)
+        ahead = [] if sources else list(islice(chunks, AHEAD + 1))
+        if ahead and len(ahead) <= AHEAD:
+            # All that worlds read of the base is known before it is run, and no more of it is kept.
+            routes = [written(base, [mine[i] for i in chosen], fixed, {}, job.seed) for chosen in ahead]
+            base.wanted = frozenset().union(*(route.reads_of_base for route in routes))
+            run_base(base)
+            for chosen in ahead:
+                found = run_written(routes.pop(0))
+                yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
+            continue
         run_base(base)
         beside, differs = _tapes_beside(base, sources)
-        tapes = {**fixed, **beside}
-        for chosen in _chunks(base, left, firsts, limit / 2, per_token):
-            found = run_against(base, [mine[i] for i in chosen], tapes, differs, job.seed)
+        for chosen in chain(ahead, chunks):
+            found = run_against(base, [mine[i] for i in chosen], {**fixed, **beside}, differs, job.seed)
             yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
 
 

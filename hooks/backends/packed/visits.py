@@ -78,6 +78,11 @@ class Visits:
             None if self.is_base or (key[0] in COPIES and not self.base.keeps(key)) else partial(self.base_value, key)
         )
 
+    @property
+    def reads_of_base(self) -> frozenset[Key]:
+        """The sites whose value in the base is read, of what is written down."""
+        return frozenset(self._constants)
+
     def base_value(self, key: Key) -> Value:
         """The base's value of a site, to be read when the trace runs."""
         if key not in self._constants:
