@@ -633,7 +633,7 @@ MUTANTS = [
     ),
     (
         "tokens that are counted twice",
-        "marks[:, : marks.shape[1] if once and self.decoding.counted else max(0, self.decoding.counted - start)]",
+        "marks[:, : marks.shape[1] if once and counted else max(0, counted - tokens.start)]",
         "marks[:, : 0 * start]",
         WAYS + "prompt_lookup[llama] " + WAYS + "padding_that_a_finished_row_is_fed_is_no_token",
     ),
@@ -850,6 +850,12 @@ MUTANTS = [
         "return torch.where(there, made, pixels)",
         "return made",
         "tests/attention/test_seeing_families.py::test_worlds_are_separate_runs_of_the_whole_text[tp-smolvlm]",
+    ),
+    (
+        "debiased: a key that has left the window is seen by a decoded token",
+        "(window is None or keys <= window)",
+        "(window is None or keys <= window + 1)",
+        "tests/hooks/test_exposed.py::test_a_decoded_token_that_sees_all_there_is_has_no_mask",
     ),
     (
         "debiased: hidden columns that are seen",
