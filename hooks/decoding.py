@@ -23,6 +23,7 @@ from .models.calls import (
     kept_logits,
     pictures_of_call,
     real_columns,
+    require_apart,
     tokens_of_call,
 )
 from .plan.inputs import Inputs
@@ -60,18 +61,20 @@ class Decodings:
         if arch.images is not None:
             inputs = inputs_of_call(call, arch.images)
             return Fed(inputs, Layout.of(inputs), Decoding())
+        require_apart(call)
         encoded_text = None
         if arch.encoder is not None:
             encoded_text, call = encoded_of_call(call), decoded_of_call(call)
         ids, cache = tokens_of_call(call), call.get("past_key_values")
         if cache is not None:
             attentions = [block.attention.module for block in arch.blocks]
-            caching.require_plain(cache, attentions, arch.encoder is not None)
+            caching.require_plain(cache, attentions, ids.device, arch.encoder is not None)
         past, kept = caching.filled(cache), kept_logits(call)
         tower = arch.tower if past == 0 and call.get("input_ids") is not None else None
         pictures, image = pictures_of_call(call, tower, ids)
         generation = self._generations.around()
-        if generation is not None and not generation.is_of(call.get("input_ids"), cache):
+        beside = generation is not None and not generation.is_of(call.get("input_ids"), cache)
+        if beside:
             generation = None
         if generation is not None:
             decoding = self._of(cache, generation)
@@ -98,7 +101,7 @@ class Decodings:
         encoded = None
         if call.get("mm_encoder_outputs") or call.get("encoder_outputs") is not None:
             encoded = {} if generation is None else generation.encoded
-        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, encoded=encoded)
+        return Fed(inputs, layout, decoding, text, cache, caches, generation is not None, beside, encoded=encoded)
 
     def looked(self, call: dict[str, Any], arch: Architecture) -> Fed | None:
         """The images of a `generate`, which it looks at before it calls the model, or the text that it encodes then.
@@ -137,19 +140,28 @@ class Decodings:
         cache = caching.cache_of(output) if fed.cache is None else fed.cache
         if cache is None or self._known.get(cache) is decoding:
             return
+        self._follow(cache, decoding)
+
+    def _follow(self, cache: Any, decoding: Decoding) -> None:
+        """Know of what is in a cache, of what is done to it between calls, and of what is in copies of it."""
         end = self._ends.pop(id(cache), None)
         if end is not None:
             end()
         self._known[cache] = decoding
-        where = ref(decoding)
+        where, me = ref(decoding), ref(self)
 
         def note(operation: str, argument: Any) -> None:
             known = where()
             if known is not None:
                 known.note(operation, argument)
 
+        def copied(twin: Any) -> None:
+            known, mine = where(), me()
+            if known is not None and mine is not None:
+                mine._follow(twin, known.copied())
+
         self._ends = {key: end for key, end in self._ends.items() if key in {id(one) for one in self._known}}
-        self._ends[id(cache)] = caching.follow(cache, note)
+        self._ends[id(cache)] = caching.follow(cache, note, copied)
 
     def mirror(self, fed: Fed, path: Any) -> Any:
         """The cache of a world that is read of the same text; a copy of the caller's at first sight.

@@ -11,15 +11,21 @@ from torch import Tensor
 
 from .audit import Entry
 from .backends import caching
-from .errors import ElsewhereError, PlanError
+from .errors import ElsewhereError, PlanError, ShapeError, SiteError
 from .layout import Layout
 from .plan.inputs import KEYS_OF_CROSS, Inputs
-from .plan.plan import Intervention, Plan
+from .plan.plan import Intervention, Plan, World
 from .plan.region import Region, listed
 from .plan.sites import CROSS, KEY, POS, Index, Key, Site, Span, same
 from .plan.spans import Image, New
+from .plan.tape import Tape
 from .program import Program
 from .text import PIECES, UNSEEN, Text
+
+_BESIDE = (
+    "generate() calls the model on another text besides (guidance_scale: the negative prompt), on which the plan "
+    "holds, too, and whose tokens are others"
+)
 
 
 @dataclass(eq=False)
@@ -42,6 +48,12 @@ class Decoding:
     memory: dict[str, Tensor] = field(default_factory=dict)
     mirrors: dict[Any, Any] = field(default_factory=dict)
     sources: dict[Any, Plan] = field(default_factory=dict)
+
+    def copied(self) -> Decoding:
+        """What is known of a copy of the cache, which may go on otherwise."""
+        mirrors = {path: caching.apart(mirror) for path, mirror in self.mirrors.items()}
+        kept = {name: dict(getattr(self, name)) for name in ("since", "touched", "memory", "sources")}
+        return replace(self, mirrors=mirrors, **kept)
 
     def note(self, operation: str, argument: Any) -> None:
         """Follow what is done to the cache: its mirrors and its text change as it does."""
@@ -71,6 +83,7 @@ class Fed:
         cache: the caller's cache, or None.
         caches: whether a later call may go on from this one.
         generated: whether it is one of several of a `generate`.
+        beside: whether it is on another text than that of the `generate` that makes it, as guidance makes some.
         only: the one stack that runs, where a `generate` looks at the images before it calls the model; else None.
         encoded: what the tower makes of the images in worlds that are read of the same text, by how they are reached,
             for a call that is given the features of images and not the images. None where it is not.
@@ -83,6 +96,7 @@ class Fed:
     cache: Any = None
     caches: bool = False
     generated: bool = False
+    beside: bool = False
     only: str | None = None
     encoded: dict[Any, Any] | None = None
 
@@ -129,6 +143,10 @@ class Fed:
             return layout.resolve(item.site, sizes[item.site.key], item.only)
         except ElsewhereError:
             return None
+        except (SiteError, ShapeError) as error:
+            if self.beside:
+                raise PlanError(f"{item}: {_BESIDE}: {error}") from error
+            raise
 
     def note_gone(self, plan: Plan, entries: Sequence[Entry], sizes: dict[Key, dict[str, int]]) -> None:
         """Note in an audit the edits of scores whose keys a sliding window has left, where they change nothing."""
@@ -151,6 +169,20 @@ class Fed:
         except ElsewhereError:
             return False
         return listed(place.pos) and not region.elsewhere
+
+    def require_own(self, plan: Plan) -> None:
+        """Refuse values of one text in a call on another that a `generate` makes besides.
+
+        Raises:
+            PlanError: such an intervention.
+        """
+        for item in plan if self.beside else ():
+            where = (getattr(item.site, axis) for axis in (POS, KEY) if axis in item.site.axes)
+            if not self.caches and any(map(_from_end, where)):
+                why = "without a cache nobody knows where its prompt ends: leave out use_cache=False"
+                raise PlanError(f"{item}: {_BESIDE}, and {why}")
+            if any(read.aligned and isinstance(read.source, (World, Tape)) for read in item.reads):
+                raise PlanError(f"{item}: {_BESIDE}, and the values that it puts in are for those of the prompt")
 
     def require_known(self, plan: Plan) -> None:
         """Refuse what depends on where the prompt ends, if nobody knows.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .audit import Audit
+from .backends.caching import require_makeable
 from .capturing import captured
 from .errors import InputsError, ModelError, PlanError, SiteError
 from .generated import Generated, until_end
@@ -111,6 +112,7 @@ def require_generates(model: Network, prompts: Inputs, options: Mapping[str, Any
     Raises:
         ModelError: it does not generate.
         InputsError: rows that are padded on the right, or have names of their own; an argument that is ours.
+        PlanError: a cache that cannot be made here.
     """
     module: Any = model.module
     can, arch = getattr(module, "can_generate", None), model.architecture
@@ -121,6 +123,11 @@ def require_generates(model: Network, prompts: Inputs, options: Mapping[str, Any
     for name, why in _OURS.items():
         if name in options:
             raise InputsError(f"generate() takes no {name}=: {why}")
+    told = options.get("generation_config") or getattr(module, "generation_config", None)
+    kind, how = (
+        options.get(f"cache_{name}", getattr(told, f"cache_{name}", None)) for name in ("implementation", "config")
+    )
+    require_makeable(kind, how, module)
     mask = prompts.mask
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise InputsError(

@@ -328,6 +328,7 @@ class Holds:
         if keeps_listed_logits(given) and any(item.site.name == "logits" for item in plan):
             raise PlanError("the plan edits the logits, and this call computes only those it lists (logits_to_keep)")
         fed.require_known(plan)
+        fed.require_own(plan)
         for one in self.in_force(number):
             mine, _ = one.on(fed.inputs, self.network) if isinstance(one.plan, Plan) else (plan, ())
             fed.require_reached(mine, one, self.network.sizes)

@@ -177,7 +177,8 @@ class Layout:
         """The same, of this site or of another with the same indices, such as that of another layer."""
         indices = (site.head, site.pos, site.key_pos, site.dim)
         queries, keys = self.columns(site)
-        if only is not None or any(isinstance(index, Tensor) for index in indices):
+        given = [index for index in indices if isinstance(index, Tensor)]
+        if only is not None or given:
             return resolve(self.for_rows(site), queries, sizes, self.of_rows(only), keys)
         # The cells of a sweep mean the same entries in every layer.
         layer = site.layer if self.windows else None

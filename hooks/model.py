@@ -187,6 +187,8 @@ class Model(Reader):
         Raises:
             ModelError: the model does not generate.
             InputsError: prompts padded on the right, or an option that says what the prompt is.
+            PlanError: a cache that cannot be made here, continuous batching, or a way of decoding that goes on from
+                other texts than the prompts.
             UnfiredError: an intervention never fired.
         """
         self._require_here()

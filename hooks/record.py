@@ -8,7 +8,7 @@ once however many worlds have it, where the model's description can be believed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .audit import Audit
 from .backends.gate import gate_of
 from .backends.hooked import run_hooked
-from .backends.job import Job, Outcome, Outcomes, Skip
+from .backends.job import Choice, Job, Outcome, Outcomes, Skip
 from .backends.native import exposed_layers
 from .backends.packed.shared import run_shared
 from .backends.sources import all_reads, read_tapes
@@ -26,7 +26,7 @@ from .certificate import distrust
 from .errors import ModelError, PlanError, nearest
 from .hold import held
 from .meter import Meter
-from .models.checks import check_inputs, check_norms, check_plan, check_site, norms_twice
+from .models.checks import NORMED, check_norms, check_plan, check_site, check_worlds, norms_twice
 from .models.network import Network
 from .plan.plan import World
 from .plan.sites import TEXT, Site, sites_of
@@ -35,14 +35,6 @@ from .program import State, visit
 from .resolving import resolve
 
 EXECUTORS = ("auto", "sequential", "batched", "shared")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The executor that is used, and why it is not the one that was asked for (or the fastest)."""
-
-    executor: str
-    reason: str = ""
 
 
 def choose(network: Network, worlds: Sequence[World], executor: str = "auto", reads: Sequence[Site] = ()) -> Choice:
@@ -63,7 +55,7 @@ def choose(network: Network, worlds: Sequence[World], executor: str = "auto", re
     network.refresh()
     everything = [*worlds, *(source for source, _ in all_reads(worlds).values())]
     reason = network.unshareable() or _looks(network, worlds, reads) or _one_norm(network, everything, reads)
-    mixes = next((item for w in everything for item in w.plan if item.op.mixes), None)
+    mixes = next((item for w in everything for item in w.plan.interventions if item.op.mixes), None)
     if not reason and mixes is not None:
         reason = f"{mixes} mixes {' and '.join(sorted(mixes.op.mixes))}"
     seen: set[int] = set()
@@ -81,9 +73,11 @@ def _one_norm(network: Network, worlds: Sequence[World], reads: Sequence[Site]) 
     one another; empty where none does.
     """
     blocks = network.architecture.blocks
-    sites = [*reads, *(item.site for world in worlds for item in world.plan)]
+    sites = [*reads, *(item.site for world in worlds for item in world.plan.interventions)]
+    if not any(site.name in NORMED for site in sites):
+        return ""
     for site in sites:
-        if site.name in ("ln1", "ln1_scale") and site.stack in (None, TEXT) and blocks[site.layer or 0].shares_norm:
+        if site.name in NORMED and site.stack in (None, TEXT) and blocks[site.layer or 0].shares_norm:
             return f"{site.whole} is read by attention and MLP alike"
     return next(filter(None, (norms_twice(network, world.plan) for world in worlds)), "")
 
@@ -159,19 +153,19 @@ def record_chunks(
         PlanError, SiteError, ShapeError: a plan that does not fit the model or the inputs.
     """
     network.refresh()
-    for world in [*worlds, *alongside]:
-        check_inputs(network, world.inputs)
-        check_plan(network, world.plan)
+    check_worlds(network, [*worlds, *alongside])
     for read in reads:
         check_site(network, read)
     limit = None if together else budget_of(network, budget)
     if grad and limit is not None:
         # The graph keeps every layer's activations, where an executor keeps one's.
         limit = limit / network.n_layers
-    under = [held(network, world.inputs) for world in worlds]
+    holding = {id(inputs): held(network, inputs) for inputs in {id(w.inputs): w.inputs for w in worlds}.values()}
+    under = [holding[id(world.inputs)] for world in worlds]
     mine = [World(w.inputs, plan + w.plan) if len(plan) else w for (plan, _), w in zip(under, worlds, strict=True)]
-    for world in mine:
-        check_norms(network, world.plan)
+    if any(len(plan) for plan, _ in holding.values()):
+        for world in mine:
+            check_norms(network, world.plan)
     gate = gate_of(network.module)
     with gate.suspended():
         choice = (
@@ -186,7 +180,7 @@ def record_chunks(
         limit=limit,
         seed=seed,
         expose=exposed_layers([*mine, *alongside], reads),
-        skip=skip or (lambda index, rows: False),
+        skip=skip,
         meter=meter,
         graph=grad,
         through_reads=grad and through_reads,
@@ -205,7 +199,7 @@ def record_chunks(
                 plan, into = under[index]
                 one.audit.split(len(plan), into)
             chunk = replace(chunk, starts=starts)
-        yield chunk
+        yield replace(chunk, choice=choice)
 
 
 def run_worlds(

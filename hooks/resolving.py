@@ -96,6 +96,7 @@ class Resolver:
         self.window = window
         self.known: dict[tuple[int, int], tuple[Region, Region]] = {}
         self._alike: dict[tuple[int, int], tuple[Tape, bool]] = {}
+        self._there: dict[tuple[int, Key], Tensor] = {}
 
     def region(self, site: Site, only: Tensor | None = None) -> tuple[Region, Region]:
         """A site on all rows, and on those that are run."""
@@ -157,6 +158,9 @@ class Resolver:
 
     def taped(self, tape: Tape, read: Read, item: Intervention, region: Region) -> tuple[Tensor, Region] | Tensor:
         """Where a tape holds what is read, with its positions laid where ours are."""
+        known = self._there.get((id(tape), item.site.key)) if read.site is None else None
+        if known is not None:
+            return known, region
         place = item.site if read.site is None else read.site
         (there, there_keys), rows, layout = tape.inputs.tokens_of(place), self.layout.total, self.layout
         there_keys = None if there_keys is there else there_keys
@@ -179,6 +183,9 @@ class Resolver:
             if there_keys is not None or not self.alike(tape, there, queries):
                 mine, size = replace(full, site=item.site), self.sizes[place.key]
                 full = corresponding(mine, queries, there, size, keys, there_keys)
+            elif layout.origin is None and tape.window in (None, self.window):
+                # Whatever else is read of it at this site: the same entries of the same activation.
+                self._there[id(tape), place.key] = whole[self.window] if tape.window is None else whole
             found = full
         else:
             found = resolve_site(layout.for_rows(place), there, self.sizes[place.key], keys=there_keys)

@@ -148,9 +148,10 @@ class Grid:
                 axes.append(axis)
                 entries.append(meant)
         cells = []
+        known: dict[Any, Any] = {}
         for index in itertools.product(*(range(len(axis)) for axis in axes)):
             chosen = fixed | {a.name: meant[i] for a, meant, i in zip(axes, entries, index, strict=True)}
-            cells.append(self._cell(index, chosen, model, inputs))
+            cells.append(self._cell(index, chosen, model, inputs, known))
         return tuple(axes), cells
 
     def _axis(self, name: str, value: Any, model: Model, inputs: Inputs) -> tuple[Axis, tuple]:
@@ -221,28 +222,28 @@ class Grid:
         model.require(place)
         return model.sizes[place.key][name]
 
-    def _cell(self, index: tuple[int, ...], chosen: dict[str, Any], model: Model, inputs: Inputs) -> Cell:
+    def _cell(
+        self, index: tuple[int, ...], chosen: dict[str, Any], model: Model, inputs: Inputs, known: dict[Any, Any]
+    ) -> Cell:
+        """A cell, of what its entries mean; `known` is what was found out of them for other cells of the grid."""
         names = (chosen.pop("site"),) if "site" in chosen else self.names
         layers = chosen.pop("layer", None)
         present = match = None
-        parts: dict[str, Any] = {}
         for axis, value in chosen.items():
             if isinstance(value, Matched):
                 match, value = value, value.pos
             if axis in (POS, KEY):
-                value, rows = row_positions(value, inputs, self._tokens(axis, names[0], inputs)[0])
+                at = (axis, names[0], id(value))
+                if at not in known:
+                    known[at] = value, *row_positions(value, inputs, self._tokens(axis, names[0], inputs)[0])
+                _, value, rows = known[at]
                 if rows is not None:
                     present = rows if present is None else present & rows
-            parts[axis] = value
-        sites = []
-        for name in names:
-            if not KINDS[name].per_layer:
-                sites.append(Site(name, stack=self.stack, **parts))
-                continue
-            depth = self._depth(model)
-            listed = range(depth) if layers is None else layers if isinstance(layers, tuple) else (layers,)
-            layered = (layer + depth if layer < 0 else layer for layer in listed)
-            sites += [Site(name, layer, self.stack, **parts) for layer in layered]
+            chosen[axis] = value
+        at = (names, layers)
+        if at not in known:
+            known[at] = self._places(names, layers, model)
+        sites = tuple(Site(name, layer, self.stack, **chosen) for name, layer in known[at])
         for place in sites:
             model.require(place)
         if not self._in_text:
@@ -250,7 +251,14 @@ class Grid:
             some = inputs.along(self.stack).lengths > 0
             if not bool(some.all()):
                 present = some if present is None else present & some
-        return Cell(index, tuple(sites), present, match)
+        return Cell(index, sites, present, match)
+
+    def _places(self, names: Sequence[str], layers: Any, model: Model) -> list[tuple[str, int | None]]:
+        """Kinds of sites, each in every layer that is meant."""
+        depth = self._depth(model)
+        listed = range(depth) if layers is None else layers if isinstance(layers, tuple) else (layers,)
+        there = [layer + depth if layer < 0 else layer for layer in listed]
+        return [(name, layer) for name in names for layer in (there if KINDS[name].per_layer else (None,))]
 
 
 def grid(names: str | Sequence[str], *, stack: str | None = None, **axes: Any) -> Grid:

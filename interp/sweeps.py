@@ -111,20 +111,20 @@ def sweep(
         identity = sweep_identity(
             model, base_inputs, source, axes, worlds, metrics, bound, several, told, seed, executor
         )
-        known = finished(path, identity)
-        if known is not None:
-            return known
+        before = finished(path, identity)
+        if before is not None:
+            return before
     rows = len(base_inputs)
     stream = Stream(path, (len(metrics), len(worlds), rows), identity)
     # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.
     todo = stream.remaining()
     reads, spans = _all_reads(bound)
-    with model.suspended():
-        choice = choose(model, [worlds[i] for i in todo], executor, reads)
+    # What an interrupted sweep has left; what is run now is run once.
+    known = stream.done.copy()
+    choice = None if todo else choose(model, [], executor)
     hidden = None if progress is None else not progress
     bar = tqdm(total=len(cells), initial=stream.complete(), disable=hidden, unit="cell", leave=False)
     with bar:
-        bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
         for chunk in run_worlds(
             model,
             [worlds[i] for i in todo],
@@ -132,8 +132,11 @@ def sweep(
             executor=executor,
             budget=budget,
             seed=seed,
-            skip=lambda i, rows: bool(stream.done[todo[i], rows].all()),
+            skip=(lambda i, rows: bool(known[todo[i], rows].all())) if known.any() else None,
         ):
+            if choice is None:
+                choice = chunk.choice
+                bar.set_description(f"{len(cells)} cells x {rows} rows ({choice.executor})")
             # A function of the user's may take long or break: what it has given is written world by world.
             alone = any(b.alone for b in bound)
             for part in map(chunk.one, range(len(chunk))) if alone else [chunk]:
@@ -144,6 +147,7 @@ def sweep(
                 stream.write(numbers, places, part.rows, [STATUS.index(status) for status in part.statuses])
                 bar.update(stream.complete() - bar.n)
 
+    assert choice is not None
     source_values = None if source is None else source_metrics(model, metrics, source, compared, budget, seed, executor)
     values, status = np.array(stream.values), np.array(stream.status)
     result = assemble(values, status, axes, cells, metrics, several, source_values, base_inputs, model)
@@ -160,8 +164,20 @@ def sweep(
 
 def _cell_worlds(cells: Sequence[Cell], factory: Factory, inputs: Inputs) -> list[World]:
     """The base, the base recomputed, and one world for each cell."""
-    worlds = [World(inputs), World(inputs, Plan((recompute(Site("embed")),)))]
+    again = recompute(Site("embed", pos=_first_position(cells)))
+    worlds = [World(inputs), World(inputs, Plan((again,)))]
     return worlds + [World(inputs, cell.plan(factory)) for cell in cells]
+
+
+def _first_position(cells: Sequence[Cell]) -> int | None:
+    """The first position that a cell edits, from which on all that cells compute is computed again; None where that is
+    not one and the same for all rows.
+    """
+    found = {None if place.stack is not None else place.pos for cell in cells for place in cell.sites}
+    ints = {i for pos in found for i in (pos if isinstance(pos, tuple) else (pos,))}
+    if not all(type(i) is int for i in ints) or len({i < 0 for i in ints if isinstance(i, int)}) != 1:
+        return None
+    return min(i for i in ints if isinstance(i, int)) or None
 
 
 def _all_reads(bound: Sequence[Bound]) -> tuple[list[Site], list[slice]]:

@@ -290,8 +290,8 @@ MUTANTS = [
     ("all rows done with one", "self.done[at, rows] = True", "self.done[at] = True", STREAM),
     (
         "skipped where one row is done",
-        "bool(stream.done[todo[i], rows].all())",
-        "bool(stream.done[todo[i], rows].any())",
+        "bool(known[todo[i], rows].all())",
+        "bool(known[todo[i], rows].any())",
         STREAM,
     ),
     ("resumed with other buffers", "    yield from model.module.named_buffers()\n", "", STREAM),
@@ -479,8 +479,8 @@ MUTANTS = [
     ),
     (
         "a call that is made twice writes twice",
-        "twin = copy.deepcopy(cache)",
-        "twin = cache",
+        "    twin = copied(memo)\n",
+        "    twin = cache\n",
         CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache",
     ),
     (

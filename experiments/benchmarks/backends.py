@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import random
+import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 import interp as ip
+from experiments.benchmarks.by_hand import ByHand, Entered, plain
 from experiments.benchmarks.setting import Setting
+from experiments.tables import table
 from experiments.timing import timed
 
-Entered = Callable[[], AbstractContextManager[Callable[[], Any]]]
 NEW = 16
 """Tokens that are generated."""
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -35,6 +37,7 @@ class Backends:
         self.places = [ip.site("resid_post", layer=layer) for layer in range(setting.layers)]
         vector = torch.full((setting.width,), 1e-3, device=self.native.device, dtype=self.native.dtype)
         self.edits = ip.Plan(tuple(ip.steer(place, vector) for place in self.places))
+        self.by_hand = ByHand(setting, bare, self.ids, vector, GREEDY)
 
     def prefill(self) -> dict[str, dict[str, Entered]]:
         """Forward passes of a prompt: for each backend its own without a visit, one that reads, and one that edits."""
@@ -52,7 +55,7 @@ class Backends:
                 "read": plain(lambda: reads(inputs)),
                 "edit": plain(lambda: edits(inputs)),
             }
-        return found
+        return found | self.by_hand.prefill()
 
     def decoding(self) -> dict[str, dict[str, Entered]]:
         """Generation of `NEW` tokens with a cache: without a plan, keeping every layer, under a plan that is held."""
@@ -71,7 +74,7 @@ class Backends:
                 "none": plain(lambda: none.generate(inputs, max_new_tokens=NEW, eos_token_id=None)),
                 "edit": plain(lambda: edits.generate(inputs, max_new_tokens=NEW, eos_token_id=None)),
             }
-        return found
+        return found | self.by_hand.decoding()
 
     def _runs(self, model: ip.Model, bare: Callable[[], Any]) -> dict[str, Entered]:
         inputs = model.inputs(self.ids)
@@ -107,13 +110,10 @@ class Backends:
         return enter
 
 
-def plain(run: Callable[[], Any]) -> Entered:
-    """Something that is timed as it is."""
-    return lambda: nullcontext(run)
-
-
 def measured(setting: Setting, variants: dict[str, dict[str, Entered]], visits: int, repetitions: int) -> Any:
-    """Least seconds of each, in an order shuffled anew in each repetition, and microseconds a visit over none.
+    """Seconds of each, the least and the median, and microseconds that the least has over none, by visits.
+
+    The order is shuffled anew in each repetition.
 
     The first two repetitions are warm-up and do not count.
     """
@@ -131,6 +131,7 @@ def measured(setting: Setting, variants: dict[str, dict[str, Entered]], visits: 
     return {
         name: {
             "seconds": {kind: least[name, kind] for kind in kinds},
+            "median_seconds": {kind: statistics.median(seconds[name, kind]) for kind in kinds},
             "microseconds_a_visit": {
                 kind: 1e6 * (least[name, kind] - least[name, "none"]) / visits
                 for kind in kinds
@@ -151,19 +152,37 @@ def measure(setting: Setting, tokens: int, repetitions: int, compiled: bool) -> 
 
 def tables(record: dict[str, Any]) -> str:
     """The record as the table of the README."""
-    lines = [
-        "| backend | prefill, without a visit | a read | an edit | decoding, a token | a read | an edit |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in record["prefill"].items():
-        each, decoded = row["microseconds_a_visit"], record["decoding"].get(name)
-        cells = [f"{1e3 * row['seconds']['none']:.1f} ms"]
-        cells += [f"{each[kind]:.0f} µs" if kind in each else "" for kind in ("read", "edit")]
-        if decoded is None:
-            cells += ["", "", ""]
-        else:
-            visits = decoded["microseconds_a_visit"]
-            cells.append(f"{1e3 * decoded['seconds']['none'] / record['setting']['new_tokens']:.1f} ms")
-            cells += [f"{visits[kind]:.0f} µs" if kind in visits else "" for kind in ("read", "edit")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    setting, machine = record["setting"], record["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    parts = {"prefill": record["prefill"], "decoding": record.get("decoding", {})}
+    bare = {part: rows["native"]["seconds"]["bare" if part == "prefill" else "none"] for part, rows in parts.items()}
+    head = ["", "prefill", "a read", "an edit", "decoding, a token", "a read", "an edit"]
+    lines = [["bare model", _ms(bare["prefill"]), "", "", _ms(bare["decoding"] / setting["new_tokens"]), "", ""]]
+    for name in parts["prefill"]:
+        cells = [name]
+        for part, rows in parts.items():
+            cells += _cells(rows.get(name), bare[part], setting["new_tokens"] if part == "decoding" else 1)
+        lines.append(cells)
+    return (
+        f"Measured on {where}; {versions}; commit `{record['commit'][:12]}`; {record['took_seconds']:.0f} s in all.\n\n"
+        f"A GPT-2 of {setting['layers']} layers and width {setting['width']} with random weights, a prompt of "
+        f"{setting['tokens']} tokens, {setting['new_tokens']} new ones; the residual stream after each layer.\n\n"
+        + table(head, lines)
+        + "\n\nIn brackets: the whole call over the bare model's."
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def _cells(row: dict[str, Any] | None, bare: float, tokens: int) -> list[str]:
+    """Of one backend: what a call takes without a visit, and what a read and an edit add to it."""
+    if row is None:
+        return ["", "", ""]
+    seconds, visits = row["seconds"], row["microseconds_a_visit"]
+    cells = [f"{_ms(seconds['none'] / tokens)} ({seconds['none'] / bare:.2f})"]
+    for kind in ("read", "edit"):
+        cells.append(f"{visits[kind]:.0f} µs ({seconds[kind] / bare:.2f})" if kind in visits else "")
+    return cells

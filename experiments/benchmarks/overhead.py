@@ -1,6 +1,7 @@
 """What plans cost: the wrapped model's time over the bare model's, and of one visit on each backend.
 
-``python -m experiments.benchmarks.overhead --out experiments/benchmarks/overhead.json``
+``python -m experiments.benchmarks.overhead --out experiments/benchmarks/overhead.json``, and the same with
+``--write-readme`` to put its table into the README.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,10 +21,12 @@ import torch
 import interp as ip
 from experiments.benchmarks import backends
 from experiments.benchmarks.setting import Setting
-from experiments.machine import describe, versions
+from experiments.machine import commit, describe, versions
+from experiments.tables import written
 from experiments.timing import ratio, timed
 
 Entered = Callable[[], AbstractContextManager[Callable[[], Any]]]
+HERE = Path(__file__).resolve().parent
 
 
 def forward_overhead(setting: Setting, model: ip.Model, batch: int, tokens: int, repetitions: int) -> dict[str, Any]:
@@ -82,19 +86,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tiny model, a few repetitions, nothing compiled")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write-readme", action="store_true", help="measure nothing; put the table in README.md")
     args = parser.parse_args(argv)
+    if args.write_readme:
+        written(args.out or HERE / "overhead.json", HERE / "README.md", backends.tables)
+        return
+    began = time.perf_counter()
     layers, width, heads = (2, 32, 2) if args.quick else (6, 256, 4)
-    tokens, repetitions = (8, 3) if args.quick else (32, 12)
+    tokens, repetitions = (8, 3) if args.quick else (32, 20)
     setting = Setting(layers=layers, width=width, heads=heads, vocabulary=256, device=args.device, quick=args.quick)
     record: dict[str, Any] = {
         "setting": {"layers": layers, "width": width, "tokens": tokens, "new_tokens": backends.NEW},
         "machine": describe(args.device),
         "versions": versions("transformers", "transformer-lens", "nnsight"),
+        "commit": commit(),
         "repetitions": repetitions,
     }
 
     def save(name: str, found: Any) -> None:
         record[name] = found
+        record["took_seconds"] = time.perf_counter() - began
         if args.out is not None:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -74,17 +74,22 @@ class Setting:
         model: Any = GPT2LMHeadModel(config).eval()
         return model.to(self.device, getattr(torch, self.dtype))
 
-    def bridge(self, model: Any) -> Any:
-        """A `TransformerBridge` on a copy of the model, because a bridge changes the model that it wraps."""
+    def tokenizer(self) -> Any:
+        """One whose tokens are w0, w1, ..., for tools that want one."""
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
-        from transformer_lens.model_bridge import TransformerBridge
         from transformers import PreTrainedTokenizerFast
 
         words = Tokenizer(WordLevel({f"w{i}": i for i in range(self.vocabulary)}, unk_token="w0"))
-        tokenizer = PreTrainedTokenizerFast(
+        return PreTrainedTokenizerFast(
             tokenizer_object=words, unk_token="w0", bos_token="w0", eos_token="w0", pad_token="w0"
         )
+
+    def bridge(self, model: Any) -> Any:
+        """A `TransformerBridge` on a copy of the model, because a bridge changes the model that it wraps."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        tokenizer = self.tokenizer()
         with tempfile.TemporaryDirectory() as folder:  # a bridge reads its config from a folder or from the hub
             config = copy.deepcopy(model.config)
             config.architectures = ["GPT2LMHeadModel"]

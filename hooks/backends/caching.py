@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PlanError
 from . import seams
 
 OPERATIONS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
 """Methods of a cache that change which tokens of which rows it holds."""
+BATCHING = (
+    "continuous batching (generate_batch, cache_implementation='paged') lays tokens of many texts in one row and keys "
+    "and values in pages, so nobody knows which text and which position a token is of: call generate() with the "
+    "prompts as one batch, padded on the left"
+)
+
+_MOVES = "keeps keys and values on the host and moves them to a CUDA device, and the model runs on"
 
 
 def is_cache(value: Any) -> bool:
@@ -34,12 +43,12 @@ def filled(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def require_plain(cache: Any, attentions: Iterable[Any], encodes: bool = False) -> None:
+def require_plain(cache: Any, attentions: Iterable[Any], device: torch.device, encodes: bool = False) -> None:
     """Refuse caches that hold something else than one key and one value for each token, as attention sees them.
 
     Args:
         cache: the cache.
-        attentions: of the model.
+        attentions: of the model; `device`: on which it runs.
         encodes: whether it decodes what it encodes, and so has another cache, of keys of that.
 
     Raises:
@@ -51,6 +60,8 @@ def require_plain(cache: Any, attentions: Iterable[Any], encodes: bool = False) 
         )
     if encodes and hasattr(cache, "self_attention_cache"):
         cache = cache.self_attention_cache
+    if getattr(cache, "offloading", False) and device.type != "cuda":
+        raise PlanError(f"a {type(cache).__name__} with offloading=True {_MOVES} {device}: make it without")
     if hasattr(cache, "cross_attention_cache"):
         raise PlanError("an EncoderDecoderCache holds two caches, and plans know models with one stack of layers")
     if any(getattr(cache, "is_linear", ())):
@@ -60,6 +71,36 @@ def require_plain(cache: Any, attentions: Iterable[Any], encodes: bool = False) 
             "latent attention caches what keys and values are made of, so their edits would not persist: decode with "
             "use_cache=False"
         )
+
+
+def require_makeable(kind: str | None, options: Mapping[str, Any] | None, module: nn.Module) -> None:
+    """Refuse caches that `generate` is told to make and cannot make here, or that no plan can follow.
+
+    Args:
+        kind: its ``cache_implementation``; `options`: its ``cache_config``.
+        module: the model.
+
+    Raises:
+        PlanError: such a cache.
+    """
+    if kind == "paged":
+        raise PlanError(BATCHING)
+    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    if kind is not None and "offloaded" in kind and device.type != "cuda":
+        same = "'dynamic'" if kind == "offloaded" else "'static'"
+        raise PlanError(f"cache_implementation={kind!r} {_MOVES} {device}: {same} holds the same where the model is")
+    if kind == "quantized":
+        from transformers import QuantizedCache
+
+        given: dict[str, Any] = {"backend": "quanto", "config": module.config} | dict(options or {})
+        try:
+            QuantizedCache(**given)
+        except (ImportError, ValueError, TypeError) as error:
+            raise PlanError(
+                f"cache_implementation='quantized' with backend {given['backend']!r} cannot be made here "
+                f"({error}): cache_config={{'backend': 'fp8'}} needs no package, where all layers attend to all "
+                "that came before; leave it out for keys and values as they are"
+            ) from error
 
 
 def windows(cache: Any, queries: int, layers: int) -> dict[int, tuple[int, int]]:
@@ -100,18 +141,38 @@ def rows_after(name: str, argument: Any, rows: int) -> Tensor | None:
     return None
 
 
-def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
-    """Learn of all that is done to a cache between calls, as ``note(operation, argument)``; returns what ends it."""
+def follow(cache: Any, note: Callable[[str, Any], None], copied: Callable[[Any], None]) -> Callable[[], None]:
+    """Learn of all that is done to a cache between calls; returns what ends it.
+
+    Args:
+        note: called with the name of an operation and its argument.
+        copied: called with a copy that is made of it, which nobody follows.
+    """
+    # No function here holds the cache, which is to go with the last who has it.
+    where = ref(cache)
+    quantised = any(hasattr(layer, "_quantized_keys") for layer in getattr(cache, "layers", ()))
 
     def noting(name: str) -> Callable[..., Any]:
         def function(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if name == "crop" and quantised:
+                raise PlanError(
+                    "a quantised cache keeps what it is to forget: tokens that were proposed and rejected (an "
+                    "assistant, prompt lookup) need another one"
+                )
             result = own(*args, **kwargs)
             note(name, next(iter((*args, *kwargs.values())), None))
             return result
 
         return function
 
+    def copying(own: Callable[..., Any], memo: dict[int, Any]) -> Any:
+        held = where()
+        twin = _plain_copy(held, memo, own)
+        copied(twin)
+        return twin
+
     removals = [seams.place(cache, name, noting(name)) for name in OPERATIONS if hasattr(cache, name)]
+    removals.append(seams.place(cache, "__deepcopy__", copying))
 
     def end() -> None:
         for remove in reversed(removals):
@@ -122,8 +183,18 @@ def follow(cache: Any, note: Callable[[str, Any], None]) -> Callable[[], None]:
 
 def apart(cache: Any) -> Any:
     """A copy of a cache, which nobody follows."""
-    twin = copy.deepcopy(cache)
-    for name in OPERATIONS:
+    found = vars(cache).get("__deepcopy__")
+    return _plain_copy(cache, {}, found.own if isinstance(found, seams.Seam) else partial(copy.deepcopy, cache))
+
+
+def _plain_copy(cache: Any, memo: dict[int, Any], copied: Callable[[dict[int, Any]], Any]) -> Any:
+    """The copy that a function makes of a cache, without what of ours came with it."""
+    # What an offloaded cache moves by, no copy can be made of.
+    parts = [cache, *(value for value in vars(cache).values() if is_cache(value))]
+    streams = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Stream)]
+    memo.update({id(stream): stream for stream in streams})
+    twin = copied(memo)
+    for name in (*OPERATIONS, "__deepcopy__"):
         if isinstance(vars(twin).get(name), seams.Seam):
             del vars(twin)[name]
     return twin

@@ -26,6 +26,7 @@ HARMLESS = frozenset(
         *("position_ids", "cache_position", "past_key_values", "use_cache", "is_causal", "sliding_window"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
         *("labels", "num_items_in_batch", "token_type_ids", "mm_token_type_ids", "deterministic"),
+        *("tokenizer", "assistant_tokenizer"),  # of stop strings, which generate() hands on to the model
     }
 )
 """Keyword arguments of attention functions that do not change what they compute, given their mask."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..text import Text
-from . import seams
+from . import caching, seams
 
 _NEVER = 1 << 62
 _ITSELF = (
@@ -170,8 +170,10 @@ class Generations:
         self._seen: dict[int, Seen] = {}
         self._live: list[Generation] = []
         self._removals: list[Callable[[], None]] = []
-        where = ref(module)
+        self._module = where = ref(module)
         functions = {
+            "_prepare_generation_config": self._told,
+            "init_continuous_batching": self._batching,
             "_expand_inputs_for_generation": self._begin,
             "_get_stopping_criteria": self._configure,
             "_maybe_prepare_encoder_kwargs_for_generation": self._look,
@@ -195,6 +197,18 @@ class Generations:
         """The innermost that this thread is within."""
         self._live = [one for one in self._live if not one.over]
         return next((one for one in reversed(self._live) if one.stands()), None)
+
+    def _told(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found, module = own(*args, **kwargs), self._module()
+        if module is not None and self._binds():
+            told: Any = found[0] if isinstance(found, tuple) else found
+            caching.require_makeable(told.cache_implementation, told.cache_config, module)
+        return found
+
+    def _batching(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._binds():
+            raise PlanError(caching.BATCHING)
+        return own(*args, **kwargs)
 
     def _begin(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._binds():

@@ -41,7 +41,7 @@ def run_hooked(job: Job, batch: bool) -> Iterator[Outcomes]:
         step = min(fit, len(first))
         together = max(1, fit // step) if batch else 1
         for window in job.windows(len(first), step):
-            left = [index for index in members if not job.skip(index, window)]
+            left = [index for index in members if job.skip is None or not job.skip(index, window)]
             for at in range(0, len(left), together):
                 chosen = left[at : at + together]
                 programs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -19,6 +19,14 @@ Skip = Callable[[int, slice], bool]
 """Says of a world (by index) and a range of rows that they need not be run."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The executor that is used, and why it is not the one that was asked for (or the fastest)."""
+
+    executor: str
+    reason: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """Worlds to run.
@@ -30,7 +38,7 @@ class Job:
         limit: bytes that the activations of a chunk may take; None for as many as they take.
         seed: of random interventions.
         expose: layers whose attention is computed with its inside exposed, for every world alike.
-        skip: says what need not be run.
+        skip: says what need not be run; None where all is.
         meter: counts the work of the worlds (not of those that they read).
         graph: keep what is read attached to the autograd graph; `through_reads`: and what the plans read.
         rows: the rows that are run; None for all.
@@ -42,7 +50,7 @@ class Job:
     limit: float | None
     seed: int
     expose: frozenset[int]
-    skip: Skip
+    skip: Skip | None = None
     meter: Meter | None = None
     graph: bool = False
     through_reads: bool = False
@@ -100,11 +108,13 @@ class Record:
         """``pruned`` if every intervention from place `start` on was, ``inert`` if none changed anything, else
         ``fired``.
         """
-        numbers = range(start, len(self.plan))
-        if len(numbers) and self.pruned.issuperset(numbers):
+        count = len(self.plan.interventions)
+        if self.pruned and start < count and self.pruned.issuperset(range(start, count)):
             return PRUNED
-        fired = any(self.changes.get(n, 0.0) != 0.0 and n not in self.pruned for n in numbers)
-        return FIRED if fired else INERT
+        for n in range(start, count):
+            if self.changes.get(n, 0.0) != 0.0 and n not in self.pruned:
+                return FIRED
+        return INERT
 
     @property
     def audit(self) -> Audit:
@@ -127,6 +137,7 @@ class Outcomes:
         starts: for each world the first of its plan's interventions that is its own; those before it are held on the
             model. None are where it is empty.
         own: of one world alone, its values [b, ...] as they were made.
+        choice: the executor that ran them.
     """
 
     indices: tuple[int, ...]
@@ -136,6 +147,7 @@ class Outcomes:
     output: Tensor | None = None
     starts: tuple[int, ...] = ()
     own: tuple[Tensor, ...] | None = None
+    choice: Choice = Choice("")
 
     @classmethod
     def of_one(cls, index: int, rows: slice, values: tuple[Tensor, ...], record: Record, output: Tensor) -> Outcomes:
@@ -150,7 +162,14 @@ class Outcomes:
         here = slice(world, world + 1)
         output = None if self.output is None else self.output[here]
         values = tuple(value[here] for value in self.values)
-        return Outcomes(self.indices[here], self.rows, values, self.records[here], output, self.starts[here], self.own)
+        return replace(
+            self,
+            indices=self.indices[here],
+            values=values,
+            records=self.records[here],
+            output=output,
+            starts=self.starts[here],
+        )
 
     @property
     def statuses(self) -> list[str]:

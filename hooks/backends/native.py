@@ -339,8 +339,9 @@ def exposed_layers(worlds: Iterable[World], reads: Sequence[Site]) -> frozenset[
     """
     sites = [*reads]
     for world in worlds:
-        for item in world.plan:
-            sites += [item.site, *(read.site for read in item.reads if read.site is not None)]
+        for item in world.plan.interventions:
+            sites.append(item.site)
+            sites += [read.site for read in item.reads if read.site is not None]
     return frozenset(layer_of(s) for s in sites if s.name in ("scores", "pattern") and s.layer is not None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,36 @@ class Seam:
         return Seam, (self.owner(), self.name)
 
 
+class Copies(Seam):
+    """The same in the place of ``__deepcopy__``, which `copy.deepcopy` asks an object for, and most have none of."""
+
+    def __init__(self, owner: Any, name: str = "__deepcopy__", function: Callable[..., Any] | None = None) -> None:
+        super().__init__(owner, name, function)
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """Makes a copy as it is made without us."""
+        return self._copied
+
+    def _copied(self, memo: dict[int, Any]) -> Any:
+        owner = self.owner()
+        assert owner is not None
+        held = vars(owner).pop(self.name, None)
+        if self.before is not None:
+            vars(owner)[self.name] = self.before
+        try:
+            return copy.deepcopy(owner, memo)
+        finally:
+            if held is not None:
+                vars(owner)[self.name] = held
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Copies, (self.owner(),)
+
+
 def place(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Put a function in a method's place; returns what takes it away again, if the object is still there."""
-    seam = Seam(owner, name, function)
+    seam = (Copies if name == "__deepcopy__" else Seam)(owner, name, function)
     vars(owner)[name] = seam
     where = seam.owner
 

@@ -24,10 +24,15 @@ def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
     `resolving.source_id`.
     """
     found: dict[Any, tuple[World, dict[Key, Site]]] = {}
+    known: set[Any] = set()
     for world in worlds:
-        for item in world.plan:
+        for item in world.plan.interventions:
             for read in item.reads:
-                source = read.source
+                source, site = read.source, item.site if read.site is None else read.site
+                this = (id(source), id(world.inputs), site.key)
+                if this in known:
+                    continue
+                known.add(this)
                 if source is Origin.UNEDITED:
                     source = World(world.inputs)
                 elif isinstance(source, Plan):
@@ -35,9 +40,8 @@ def all_reads(worlds: Sequence[World]) -> dict[Any, tuple[World, list[Site]]]:
                 if not isinstance(source, World):
                     continue
                 _, sites = found.setdefault(source_id(read.source, world.inputs), (source, {}))
-                place = item.site if read.site is None else read.site
-                if place.key not in sites:
-                    sites[place.key] = place.whole
+                if site.key not in sites:
+                    sites[site.key] = site.whole
     return {key: (source, list(sites.values())) for key, (source, sites) in found.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ class Architecture:
     lift_cap: Callable[[], AbstractContextManager[None]] = nullcontext
     tower: Tower | None = None
 
-    @property
+    @cached_property
     def stacks(self) -> Mapping[str | None, Architecture | Tower | Stack]:
         """The stacks of layers, by the name that keys of sites have for them, as a pass computes them."""
         beside = {VISION: self.tower, ENCODER: self.encoder, CROSS: self.cross}

@@ -14,6 +14,9 @@ from ..plan.inputs import Inputs
 from ..plan.pictures import Pictures, number_images
 from .architecture import ImageFormat, Tower
 
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table", "read_index", "write_index")
+"""Arguments that say which tokens of a row are of one text."""
+
 
 def arguments_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a module by name, also those that its forward takes as ``**anything``."""
@@ -23,6 +26,20 @@ def arguments_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= found.pop(name, {})
     return found
+
+
+def require_apart(call: dict[str, Any]) -> None:
+    """Refuse a call that says which tokens of a row belong together, and so has several texts in one row.
+
+    Raises:
+        PlanError: such a call.
+    """
+    odd = [name for name in _PACKED if call.get(name) is not None]
+    if odd:
+        raise PlanError(
+            f"the call gives {', '.join(odd)}: texts that are packed in one row, or whose keys and values lie in pages "
+            "(continuous batching), have no positions that a plan could mean; give each text its row"
+        )
 
 
 def encoded_of_call(call: dict[str, Any]) -> Inputs:

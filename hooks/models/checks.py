@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,36 +50,58 @@ def check_site(model: Network, where: Site) -> None:
         raise SiteError(f"{where}: this layer has no site {where.name!r}, which others of the model have")
     for axis in (HEAD, DIM):
         index: Index = getattr(where, axis)
+        if index is None:
+            continue
         listed = index if isinstance(index, tuple) else (index,) if isinstance(index, int) else ()
         for i in listed:
             if not -size[axis] <= i < size[axis]:
                 raise SiteError(_no_such(where, axis, i, size[axis], stacks[stack]))
 
 
-def check_plan(model: Network, plan: Plan) -> None:
+def check_worlds(model: Network, worlds: Sequence[World]) -> None:
+    """Check that the inputs and plans of worlds fit the model.
+
+    Raises:
+        SiteError, ShapeError, PlanError, InputsError: they do not.
+    """
+    for inputs in {id(world.inputs): world.inputs for world in worlds}.values():
+        check_inputs(model, inputs)
+    known: dict[int, Any] = {}
+    for world in worlds:
+        check_plan(model, world.plan, known)
+
+
+def check_plan(model: Network, plan: Plan, known: dict[int, Any] | None = None) -> None:
     """Check that a plan fits the model: its sites, heads and dimensions, what it reads, and the widths of its values.
+
+    Args:
+        known: the worlds and plans that were read and found right, by id; those found are added.
 
     Raises:
         SiteError, ShapeError, PlanError, InputsError: it does not.
     """
+    known = {} if known is None else known
     check_norms(model, plan)
-    for item in plan:
+    for item in plan.interventions:
         check_site(model, item.site)
         if isinstance(item.site.dim, Tensor) and not _distinct(item.site.dim):
             raise SiteError(f"{item}: dim names one entry of a row twice, so it does not say which value it gets")
         for read in item.reads:
             if read.site is not None:
                 check_site(model, read.site)
-            if read.source is Origin.HERE:
+            source = read.source
+            if source is Origin.HERE:
                 _check_order(item, read.site, model.n_layers)
-            elif isinstance(read.source, World):
-                check_inputs(model, read.source.inputs)
-                check_plan(model, read.source.plan)
-            elif isinstance(read.source, Plan):
-                check_plan(model, read.source)
+            elif id(source) not in known and isinstance(source, (World, Plan)):
+                if isinstance(source, World):
+                    check_inputs(model, source.inputs)
+                check_plan(model, source.plan if isinstance(source, World) else source, known)
+                known[id(source)] = source
         _check_values(model, item)
 
 
+NORMED = ("ln1", "ln1_scale")
+"""The output of the norm that attention reads through, and what it divides by."""
 APART = ("q_input", "k_input", "v_input")
 """Edits of what single heads read, before the norm, so that there is one output of the norm for each."""
 
@@ -87,10 +112,12 @@ def norms_twice(model: Network, plan: Plan) -> str:
 
     What the edit changes in the norm's output is then added to what is computed anew.
     """
+    if not any(item.site.name in NORMED for item in plan):
+        return ""
     edited = {item.site.key for item in plan}
     keys = edited | {read.site.key for item in plan for read in item.own_reads if read.site is not None}
     for name, layer, stack in edited:
-        if name not in ("ln1", "ln1_scale"):
+        if name not in NORMED:
             continue
         blocks = model.architecture.stacks[stack].blocks if stack in model.architecture.stacks else ()
         shares = layer < len(blocks) and blocks[layer].shares_norm
@@ -106,7 +133,9 @@ def check_norms(model: Network, plan: Plan) -> None:
     Raises:
         PlanError: it edits the output of a norm, and what single heads read before it, in a bridge of TransformerLens.
     """
-    twice = norms_twice(model, plan) if getattr(model.tool, "splits_norms", False) else ""
+    if model.tool is None or not getattr(model.tool, "splits_norms", False):
+        return
+    twice = norms_twice(model, plan)
     if twice:
         raise PlanError(
             f"{twice}: {model.tool.name} norms what each head reads by itself, and shows one output of the norm; edit "
@@ -189,6 +218,8 @@ def _check_values(model: Network, item: Intervention) -> None:
                 whole = size.get(axis)
                 if whole is not None and getattr(where, axis) is None and n != whole:
                     raise ShapeError(f"{item}: the source has {n} along {axis}, the site {whole}")
+    if not item.op.__dataclass_fields__:  # type: ignore[attr-defined]
+        return
     last = size.get(DIM)
     if isinstance(where.dim, int):
         # Values may leave out an axis that is selected with one int.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from .kinds import LATER, ROW
-from .sites import DIM, HEAD, KEY, KINDS, POS, STACKS, Site
+from .sites import DIM, HEAD, KEY, KINDS, POS, STACKS, key_of
 
 _BEYOND, _STACK = 1 << 32, 1 << 40
 
@@ -105,7 +105,7 @@ class Context:
 
 @cache
 def _salt(site: str, layer: int | None, stack: str | None) -> int:
-    name, number, own = Site(site, layer, stack).key
+    name, number, own = key_of(site, layer, stack)
     beyond = 0 if own is None else (STACKS.index(own) + 1) * _STACK
     if name in LATER:
         return beyond + (LATER.index(name) + 1) * _BEYOND + number

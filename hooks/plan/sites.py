@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -86,9 +87,12 @@ class Site:
             raise SiteError(f"a layer is an int, not {self.layer!r}")
         for axis in (HEAD, POS, KEY, DIM):
             value = getattr(self, axis)
-            if value is not None and axis not in kind.axes:
+            if value is None:
+                continue
+            if axis not in kind.axes:
                 raise SiteError(f"site {self.name!r} has axes {kind.axes}: it cannot be restricted by {axis}={value!r}")
-            object.__setattr__(self, axis, _index(axis, value))
+            if type(value) is not int:
+                object.__setattr__(self, axis, _index(axis, value))
 
     @property
     def kind(self) -> Kind:
@@ -100,13 +104,10 @@ class Site:
         """Names of the activation's axes, in order."""
         return self.kind.axes
 
-    @property
+    @cached_property
     def key(self) -> Key:
         """What identifies the tensor: the same for ``resid_pre`` of a layer and ``resid_post`` of the one before."""
-        stack = None if self.stack in (TEXT, DECODER) else self.stack
-        if self.name == "resid_pre" and self.layer:
-            return ("resid_post", self.layer - 1, stack)
-        return (self.name, -1 if self.layer is None else self.layer, stack)
+        return key_of(self.name, self.layer, self.stack)
 
     @property
     def hook(self) -> str:
@@ -156,6 +157,14 @@ class Site:
         return (f"{self.stack}:" if self.stack else "") + place + (f"[{', '.join(parts)}]" if parts else "")
 
     __repr__ = __str__
+
+
+def key_of(name: str, layer: int | None, stack: str | None) -> Key:
+    """The `Site.key` of a whole activation."""
+    stack = None if stack in (TEXT, DECODER) else stack
+    if name == "resid_pre" and layer:
+        return ("resid_post", layer - 1, stack)
+    return (name, -1 if layer is None else layer, stack)
 
 
 def site(name: str | Site, layer: int | None = None, **restrictions: Any) -> Site:

@@ -5,11 +5,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments.benchmarks import backends, callbacks, long, overhead
+import interp as ip
+from experiments.benchmarks import backends, by_hand, callbacks, long, overhead
+from experiments.benchmarks.setting import Setting
 from experiments.induction_formation import benchmark
+from experiments.tables import written
+from tests.hooks import bridged
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+backward = pytest.fixture(autouse=True, scope="module")(bridged.torch_backward)
 
 
 @pytest.mark.parametrize(
@@ -28,9 +34,51 @@ def test_every_backend_is_timed(tmp_path):
     overhead.main(["--quick", "--out", str(tmp_path / "overhead.json")])
     record = json.loads((tmp_path / "overhead.json").read_text())
     tools = {"native", "TransformerBridge", "nnsight"}
-    assert set(record["prefill"]) == tools | {"native, held"} and set(record["decoding"]) == tools
+    hands = {f"{name}, by hand" for name in ("torch hooks", "TransformerLens", "nnsight")}
+    assert set(record["prefill"]) == tools | hands | {"native, held"} and set(record["decoding"]) == tools | hands
     assert all(set(record["decoding"][name]["seconds"]) == {"none", "read", "edit"} for name in tools)
-    assert record["forward"]["over_bare"] and backends.tables(record).count("µs") > 8
+    text = backends.tables(record)
+    assert record["forward"]["over_bare"] and record["took_seconds"] > 0 and text.count("µs") == 24
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- begin overhead.json -->\n\n<!-- end overhead.json -->\n\nafter\n")
+    written(tmp_path / "overhead.json", readme, backends.tables)
+    assert text in readme.read_text() and readme.read_text().endswith("after\n")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not (find_spec("transformer_lens") and find_spec("nnsight")), reason="a tool is not installed")
+def test_by_hand_is_what_plans_do():
+    """What is compared with ours does the same."""
+    setting = Setting(layers=2, width=32, heads=2, vocabulary=256, quick=True)
+    bare, ids, vector = setting.model(), setting.ids(1, 8), torch.linspace(-3, 3, 32)
+    hands, model = by_hand.ByHand(setting, bare, ids, vector, backends.GREEDY), ip.wrap(bare)
+    plan = ip.Plan(tuple(ip.steer(ip.site("resid_post", layer=layer), vector) for layer in range(2)))
+    inputs = model.inputs(ids)
+    logits = {"none": model.run(inputs).logits, "edit": model.run(inputs, plan).logits}
+    texts = {
+        kind: model.generate(inputs, p, **backends.GREEDY).sequences for kind, p in (("none", None), ("edit", plan))
+    }
+    assert not torch.equal(texts["none"], texts["edit"])
+    for name, kinds in hands.prefill().items():
+        for kind, enter in kinds.items():
+            with enter() as run:
+                found = run()
+            if kind != "read":
+                assert torch.allclose(found, logits[kind], atol=1e-5), (name, kind)
+    for name, kinds in hands.decoding().items():
+        for kind, enter in kinds.items():
+            with enter() as run:
+                found = run()
+            if kind != "read":
+                assert torch.equal(found, texts[kind]), (name, kind)
+
+
+def test_the_readme_has_a_place_for_what_visits_cost():
+    path = EXPERIMENTS / "benchmarks" / "overhead.json"
+    text = (path.parent / "README.md").read_text()
+    assert text.count("<!-- begin overhead.json -->") == text.count("<!-- end overhead.json -->") == 1
+    if path.exists():
+        assert backends.tables(json.loads(path.read_text())) in text
 
 
 def test_a_long_text_is_measured():

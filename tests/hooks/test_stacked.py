@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import interp as ip
+from hooks.backends.packed import shared
 from tests.zoo import random_inputs, wrapped
 
 
@@ -57,6 +60,34 @@ def test_a_sweep_crosses_no_more_with_more_cells_rows_and_layers(family, monkeyp
     assert swept(model, 2, 1, 8, monkeypatch) == few, "more cells"
     assert swept(model, 4, 1, 3, monkeypatch) == few, "more rows"
     assert swept(model, 2, model.n_layers, 3, monkeypatch) == few, "more layers"
+
+
+@pytest.mark.parametrize(("intervention", "most"), [(None, 330), (ip.zero, 270)])
+def test_a_cell_costs_few_calls(intervention, most, monkeypatch):
+    """What cells have in common is found out once, so Python calls little for one more of a kind."""
+    monkeypatch.setitem(shared.ENOUGH, "cpu", 1 << 30)  # one chunk
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=16, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=1)
+    model = ip.wrap(GPT2LMHeadModel(config).eval())
+    clean, corrupt = (model.inputs(random_inputs(model.architecture.vocabulary, [12], seed=s)[0]) for s in (0, 1))
+    told = {} if intervention is None else {"intervention": intervention, "direction": "noising"}
+
+    def calls(heads):
+        count = 0
+
+        def counted(_frame, event, _arg):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        grid = ip.grid("z", layer=[0], head=list(range(heads)), pos="all")
+        sys.setprofile(counted)
+        try:
+            ip.sweep(model, clean, corrupt, grid, metric=ip.logit_diff(5, 9), progress=False, **told)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(8)  # what is made once for a model
+    assert 0 < (calls(16) - calls(8)) / (8 * 12) < most
 
 
 def test_a_held_step_crosses_no_more_with_more_rows_and_interventions(monkeypatch):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import interp as ip
 from hooks.errors import InputsError, InterpError, MetricError, ModelError, SiteError, UnfiredError
+from interp import sweeps
 from interp.results import STATUS
 from tests import oracle, zoo
 from tests.turns import in_turn
@@ -729,6 +730,28 @@ def test_a_sweep_while_a_plan_is_held():
         expected = ip.evaluate(pair.model, ip.World(pair.corrupt, plan), METRIC).numpy()
         np.testing.assert_allclose(result.base, expected, **CLOSE)
     assert np.abs(result.base - pair.sweep(grid).base).max() > 1e-3
+
+
+def test_a_sweep_says_which_executor_ran_under_what_is_held():
+    pair, grid = Pair("gpt2"), ip.grid("z", layer=[1])
+    assert pair.sweep(grid).config["executor"] == "shared"
+    mixing = ip.intervene(ip.site("attn_out", layer=0), lambda x: x - x.mean(0, keepdim=True), mixes="row")
+    with pair.model.apply(mixing):
+        held = pair.sweep(grid).config
+    assert held["executor"] != "shared" and "mixes row" in held["executor_reason"]
+
+
+def test_what_no_cell_reaches_is_not_computed_again():
+    pair = Pair("gpt2")
+
+    def noise(**grid):
+        cells = ip.grid("z", layer=[1], **grid).cells(pair.model, pair.corrupt)[1]
+        return sweeps._cell_worlds(cells, ip.zero, pair.corrupt)[1].plan[0].site.pos
+
+    assert noise(pos=[-1]) == noise(pos=-1) == -1
+    assert noise(pos=[(2, 4), 3]) == 2
+    assert noise(head="all") is None and noise(pos="all") is None and noise(pos=[2, -1]) is None
+    assert noise(pos=slice(2, None)) is None and noise(pos=pair.corrupt.mask) is None
 
 
 def test_the_model_is_left_as_it_was():

@@ -7,10 +7,10 @@ where it asks with many, its own are filled in among the base's (`Filled`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,25 +109,22 @@ class Sharing:
         q, k = self.attention.q, self.attention.k
         itemsize, width = 4, self.layout.keys.width
         scratch = SCRATCH.get(self.device, SCRATCH_ELSEWHERE)
-        members = (out.counts > 0).nonzero().squeeze(1)
-        asked, changed = out.counts[members], own.counts[members]
+        every, held = out.counts.numpy(), own.counts.numpy()
+        members = every.nonzero()[0]
+        asked, changed = every[members], held[members]
         few = (asked * SHARE <= width) & (changed * 2 <= width)
-        banned = torch.zeros(len(members), dtype=torch.bool) if bans is None else bans.of[members] >= 0
-        for merged in (True, False):
-            for forbids in (False, True):
-                some = (few == merged) & (banned == forbids)
-                if not bool(some.any()):
-                    continue
-                # Sizes of a group are within a quarter of one another.
-                kinds = torch.ceil(asked[some].double().log() / math.log(1.25)).long()
-                for kind in kinds.unique().tolist():
-                    mine = members[some][kinds == kind]
-                    high, most = int(out.counts[mine].max()), int(own.counts[mine].max())
-                    each = 3 * q.heads * high * (width + (most if merged else 0)) if merged or self.looks else 0
-                    each += 0 if merged else 2 * width * k.heads * k.width
-                    fit = max(1, scratch // (each * itemsize))
-                    for start in range(0, len(mine), fit):
-                        yield mine[start : start + fit], merged
+        # Sizes of a group are within a quarter of one another.
+        kinds = 4 * np.ceil(np.log(asked) / np.log(1.25)).astype(np.int64) + 2 * ~few
+        if bans is not None:
+            kinds += bans.of.numpy()[members] >= 0
+        for kind in np.unique(kinds):
+            some, merged = kinds == kind, not kind & 2
+            mine, high, most = members[some], int(asked[some].max()), int(changed[some].max())
+            each = 3 * q.heads * high * (width + (most if merged else 0)) if merged or self.looks else 0
+            each += 0 if merged else 2 * width * k.heads * k.width
+            fit = max(1, scratch // (each * itemsize))
+            for start in range(0, len(mine), fit):
+                yield torch.from_numpy(mine[start : start + fit]), merged
 
     @property
     def looks(self) -> bool:
@@ -148,15 +145,13 @@ class Sharing:
         rows, width = members % out.rows, out.width
         n, attention = cols.shape[1], self.attention
         source, target = _own(members, own)
-        padded = not bool(self.layout.keys.real.all())
+        every, last = self.layout.keys.real.numpy(), int(cols.max()) + 1 + self.layout.offset
         # Members whose keys are all their own need none of the base's, which then may not even be there.
-        seen = self.layout.keys.real[rows]
-        if attention.causal:
-            seen = seen & (torch.arange(width) <= cols.max() + self.layout.offset)
-        based = bases[0] is not None and bool((seen & ~own.mask[members]).any())
+        seen = every[rows.numpy()] & ~own.mask.numpy()[members.numpy()]
+        based = bases[0] is not None and bool((seen[:, :last] if attention.causal else seen).any())
         complete = len(source) == len(members) * width
         span = (int(source[0]), int(source[-1]) + 1) if complete and _consecutive(source) else None
-        square = n == width and bool((cols == torch.arange(width)).all()) and not padded
+        square = n == width and bool((cols.numpy() == np.arange(width)).all()) and bool(every.all())
         tiles = [(0, n, width)]
         if n * width > TILE * TILE:
             starts = range(0, n, TILE)
@@ -168,7 +163,7 @@ class Sharing:
             attention, (len(members), n), width, out.rows, tuple(tiles), self.looks,
             whole=square and attention.causal and attention.window is None and not forbidden and not self.looks,
             based=based, shared=out.rows == 1 and not len(source), span=span,
-            offset=self.layout.offset, padded=bool((~real).any()), bans=len(forbidden),
+            offset=self.layout.offset, padded=not real.numpy().all(), bans=len(forbidden),
         )  # fmt: skip
         at = [ask, rows, cols, self.layout.keys.real, source, target]
         at += [real.flatten().nonzero().squeeze(1)] if kernel.padded else []
@@ -223,31 +218,34 @@ def _queries(members: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, T
     """The tokens of some members, padded to one number n.
 
     Returns:
-        Their numbers int64 [m * n] (0 where there is none) and columns [m, n], which are real, bool [m, n], and the
-        numbers of the real ones.
+        Their numbers int64 [m * n] (0 where there is none) and columns [m, n] (again the first of a member, where there
+        is none), which are real, bool [m, n], and the numbers of the real ones.
     """
-    mask, counts = tokens.mask[members], tokens.counts[members]
-    n = int(counts.max())
-    cols = torch.argsort((~mask).byte(), dim=1, stable=True)[:, :n]
-    real = torch.arange(n) < counts[:, None]
-    flat = (members[:, None] * tokens.width + cols).flatten()
-    ask = torch.where(real.flatten(), tokens.place[flat], 0)
-    return ask, cols, real, ask[real.flatten()]
+    counts, mask = tokens.counts.numpy()[members.numpy()], tokens.mask.numpy()[members.numpy()]
+    n, (member, column) = int(counts.max()), mask.nonzero()
+    slot = np.arange(len(member)) - (counts.cumsum() - counts)[member]
+    cols, ask = np.zeros((2, len(counts), n), np.int64)
+    cols += mask.argmax(1)[:, None]
+    cols[member, slot] = column
+    numbers = tokens.place.numpy()[members.numpy()[member] * tokens.width + column]
+    ask[member, slot] = numbers
+    real = np.arange(n) < counts[:, None]
+    return torch.from_numpy(ask.reshape(-1)), torch.from_numpy(cols), torch.from_numpy(real), torch.from_numpy(numbers)
 
 
 def _own(members: Tensor, own: Tokens) -> tuple[Tensor, Tensor]:
     """The numbers of the tokens that members hold, and where they go in [g * T]."""
-    where = own.mask[members].flatten().nonzero().squeeze(1)
-    flat = members[where // own.width] * own.width + where % own.width
-    return own.place[flat], where
+    member, column = own.mask.numpy()[members.numpy()].nonzero()
+    numbers = own.place.numpy()[members.numpy()[member] * own.width + column]
+    return torch.from_numpy(numbers), torch.from_numpy(member * own.width + column)
 
 
 def _consecutive(tokens: Tensor) -> bool:
-    return bool((tokens[1:] == tokens[:-1] + 1).all())
+    return bool((np.diff(tokens.numpy()) == 1).all())
 
 
 def _in_order(tokens: Tensor) -> bool:
-    return bool((tokens == torch.arange(len(tokens))).all())
+    return bool((tokens.numpy() == np.arange(len(tokens))).all())
 
 
 def _joined(*args: Tensor) -> Tensor:

@@ -58,14 +58,19 @@ def record_keys(keys: Iterable[Key]) -> frozenset[Key]:
 def first_spread(worlds: Iterable[World], inputs: Inputs, depth: int) -> int:
     """The first layer at which some world may differ from its base in some tokens and not in others."""
     first = depth
+    known: set[Key] = set()
     for world in worlds:
         if world.inputs is not inputs:
             return 0
-        for item in world.plan:
-            whole = not item.site.restricted and item.only is None and not item.op.still
+        for item in world.plan.interventions:
+            site = item.site
+            if site.key in known:
+                continue
+            whole = site.name == "embed" and not site.restricted and item.only is None and not item.op.still
             # Padding stays as it is, so rows with some are never edited whole.
-            if inputs.padded or not (whole and item.site.name == "embed"):
-                first = min(first, max(0, execution_order(item.site.key, depth)[0]))
+            if not whole or inputs.padded:
+                first = min(first, max(0, execution_order(site.key, depth)[0]))
+                known.add(site.key)
     return first
 
 

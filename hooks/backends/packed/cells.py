@@ -13,6 +13,9 @@ from ...plan.plan import Intervention
 from ...plan.region import Region
 from ...plan.sites import POS, Site
 
+INSIDE = ("scores", "pattern")
+"""Sites inside of attention, which have queries and keys."""
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -99,12 +102,18 @@ def stacked_index(each: Sequence[Tensor | None], rows: int, size: int) -> Tensor
     """Indices along one axis [k] or [b, k] of several worlds: [k] where all are the same, else [m, k]."""
     whole = torch.arange(size)
     given = [whole if index is None else index for index in each]
-    first = given[0]
-    if all(index is first or (index.shape == first.shape and torch.equal(index, first)) for index in given[1:]):
-        return first if first.ndim == 1 else first.repeat(len(given), 1)
-    return torch.cat([index.expand(rows, -1) if index.ndim == 1 else index for index in given])
+    first, flat = given[0], all(index.ndim == 1 for index in given)
+    if all(index is first for index in given[1:]):
+        return first if flat else first.repeat(len(given), 1)
+    together = torch.stack(given) if flat else torch.stack([index.expand(rows, -1) for index in given])
+    if bool((together == together[:1]).all()):
+        return first if flat else together.flatten(0, 1)
+    return together.repeat_interleave(rows, 0) if flat else together.flatten(0, 1)
 
 
 def index_of(region: Region, axis: int) -> Tensor | None:
     """The index of a region along an axis, or None where it takes all of it."""
-    return next((index for at, index in region.steps if at == axis), None)
+    for at, index in region.steps:
+        if at == axis:
+            return index
+    return None

@@ -78,19 +78,21 @@ class Inside:
         visits, mask = self.visits, torch.zeros_like(self.visits.real)
         looking, found = set(self.looking), []
         earlier: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
-        for cells in visits.stacker.asked.get(self.keys[0], []):
+        turns = visits.stacker.asked.get(self.keys[0], [])
+        several = len(turns) > 1
+        for cells in turns:
             for stack in visits.stacker.stacks([cell for cell in cells if cell.world not in looking]):
                 queries, keys, heads = self._product(stack)
                 real = visits.real[stack.members]
                 hits = queries & real & reach(keys & real, self.attention.window, self.attention.causal)
-                changes = []
-                for i, cell in enumerate(stack.cells):
+                fired = hits.reshape(len(stack), -1).any(1).tolist()
+                for i, cell in enumerate(stack.cells if several else ()):
                     rows = slice(i * visits.rows, (i + 1) * visits.rows)
                     mine = (queries[rows], keys[rows], None if heads is None else heads[rows])
                     before = earlier.setdefault(cell.world, [])
-                    fired = bool(hits[rows].any()) if not before else self._adds(mine, before)
-                    changes.append(torch.inf if fired else 0.0)
+                    fired[i] = self._adds(mine, before) if before else fired[i]
                     before.append(mine)
+                changes = [torch.inf if one else 0.0 for one in fired]
                 visits.effects.note_known(stack, changes, hits, visits.needed[self.layer])
                 mask[stack.members] |= hits
                 found.append((stack.members, queries, keys, heads))

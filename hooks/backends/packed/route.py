@@ -70,10 +70,11 @@ class Route(Visits):
         base, masks, chosen = self.base, [], []
         none = torch.zeros_like(base.layout.queries.real)
         for world in self.worlds:
+            if world.inputs is base.whole and not self.is_base:
+                masks.append(none)
+                continue
             own = base.inputs if world.inputs is base.whole else world.inputs.rows(base.window)
-            mask = base.inputs.mask if self.is_base else none
-            if own is not base.inputs:
-                mask = own.differs(base.inputs) & base.inputs.mask
+            mask = base.inputs.mask if self.is_base else own.differs(base.inputs) & base.inputs.mask
             masks.append(mask)
             if bool(mask.any()):
                 chosen.append((own, mask))

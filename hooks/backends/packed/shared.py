@@ -21,13 +21,14 @@ from ...audit import Audit
 from ...budget import held_per_token, keeps_rows_together
 from ...plan.inputs import Inputs
 from ...plan.operations.attention import Knockout
-from ...plan.plan import Plan, World
-from ...plan.sites import Key, Site
+from ...plan.plan import Origin, Plan, World
+from ...plan.sites import Key, Site, execution_order
 from ...plan.tape import Tape
 from ...resolving import source_id, touched
 from ..job import Job, Outcomes, Record
 from ..sources import all_reads, read_tapes
 from .base import COPIES, Base, first_spread, record_keys
+from .cells import INSIDE
 from .route import Route
 
 ENOUGH = {"cpu": 512}
@@ -112,24 +113,26 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
     inputs = mine[0].inputs
     # Reference sets are needed whole; other worlds that are read go through the network beside their readers.
     sources = all_reads(mine)
-    apart = {source_id(r.source, w.inputs) for w in mine for i in w.plan for r in i.reads if not r.aligned}
+    reads = [(w, r) for w in mine for i in w.plan.interventions for r in i.reads]
+    apart = {source_id(r.source, w.inputs) for w, r in reads if not r.aligned}
     apart |= {key for key, (source, _) in sources.items() if not _shares_base(source, inputs)}
     fixed = read_tapes(network, mine, job.seed, job.expose, job.limit, only=apart)
     sources = {key: found for key, found in sources.items() if key not in apart}
     firsts = [_first_column(world, inputs) for world in mine]
-    order = sorted(range(len(mine)), key=firsts.__getitem__)
-    own = {r.site.key for w in mine for i in w.plan for r in i.own_reads if r.site is not None}
+    layers = [_first_layer(world, network.n_layers) for world in mine]
+    order = sorted(range(len(mine)), key=lambda i: (layers[i], firsts[i]))
+    own = {r.site.key for _, r in reads if r.source is Origin.HERE and r.site is not None}
     shown = {r.key for r in job.reads} | own | {site.key for _, sites in sources.values() for site in sites}
-    keys = {item.site.key for world in mine for item in world.plan} | shown
+    keys = {item.site.key for world in mine for item in world.plan.interventions} | shown
     spread = first_spread([*mine, *(source for source, _ in sources.values())], inputs, network.n_layers)
-    exposed = frozenset(layer for layer in job.expose if _looked_into(job, layer))
+    exposed = job.expose & _looked_into(job)
     per_token = held_per_token(network)
     limit = float("inf") if job.limit is None else job.limit
     step = max(1, _at_most(limit / 2 / (inputs.width * per_token * network.n_layers), len(inputs)))
     if keeps_rows_together(network, inputs):
         step = len(inputs)
     for window in job.windows(len(inputs), step):
-        left = [i for i in order if not job.skip(members[i], window)]
+        left = [i for i in order if job.skip is None or not job.skip(members[i], window)]
         if not left:
             continue
         base = Base(
@@ -152,15 +155,15 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
             yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
 
 
-def _looked_into(job: Job, layer: int) -> bool:
-    """Whether some world sees scores or patterns of a layer: edges that are only forbidden are a kernel's mask."""
+def _looked_into(job: Job) -> set[int | None]:
+    """Layers of which some world sees scores or patterns: edges that are only forbidden are a kernel's mask."""
     sites = [*job.reads]
     for world in job.worlds:
-        for item in world.plan:
+        for item in world.plan.interventions:
             sites += [read.site for read in item.reads if read.site is not None]
             if not isinstance(item.op, Knockout):
                 sites.append(item.site)
-    return any(site.name in ("scores", "pattern") and site.layer == layer for site in sites)
+    return {site.layer for site in sites if site.name in INSIDE}
 
 
 def _chunks(
@@ -212,10 +215,15 @@ def _tapes_beside(
     return tapes, differs
 
 
+def _first_layer(world: World, depth: int) -> int:
+    """The layer at which a world forks from its base: those that fork at one layer fill the layers above together."""
+    return min((execution_order(item.site.key, depth)[0] for item in world.plan.interventions), default=depth)
+
+
 def _first_column(world: World, inputs: Inputs) -> int:
     """About where a world forks from its base: worlds that fork at one place pack well together."""
     first = inputs.width
-    for item in world.plan:
+    for item in world.plan.interventions:
         pos = item.site.pos
         if isinstance(pos, int) and pos >= 0:
             first = min(first, pos)

@@ -16,15 +16,14 @@ from torch import Tensor
 from ...layout import Layout
 from ...plan.context import Reference
 from ...plan.inputs import Inputs
-from ...plan.kinds import ROW
 from ...plan.operation import Op
 from ...plan.plan import Origin, Read, World
-from ...plan.region import Region, listed
-from ...plan.sites import DIM, HEAD, KEY, POS, Key, Site
+from ...plan.region import Region
+from ...plan.sites import DIM, HEAD, Index, Key, Site
 from ...plan.tape import Tape
 from ...program import Whole
 from ...resolving import Resolver, Sizes
-from .cells import Cell, Stack, index_of, stacked_index
+from .cells import INSIDE, Cell, Stack, index_of, stacked_index
 from .stacked import ContextOf, Gathered, Given, Parameter, Placed, StackedEdit, change_of, value_of
 from .trace import Trace, Value
 
@@ -64,7 +63,7 @@ class Stacker:
         self._partly: dict[tuple[int, int, Key], tuple[int, bool]] = {}
         for w, world in enumerate(self.worlds):
             count: dict[Key, int] = {}
-            for number, item in enumerate(world.plan):
+            for number, item in enumerate(world.plan.interventions):
                 key = item.site.key
                 at = count[key] = count.get(key, -1) + 1
                 turns = self.asked.setdefault(key, [])
@@ -107,10 +106,11 @@ class Stacker:
     def likeness(self, cell: Cell) -> Any:
         """What interventions have in common that are stacked."""
         item, site = cell.item, cell.item.site
-        inside = any(r.source is Origin.HERE and r.site is not None and r.site.name in ("scores", "pattern")
-                     for r in item.reads)  # fmt: skip
-        if not item.op.stacks or inside:
+        if not item.op.stacks:
             return cell.world
+        for read in item.reads:
+            if read.source is Origin.HERE and read.site is not None and read.site.name in INSIDE:
+                return cell.world
         reads = tuple(self._likeness_of_read(read, cell) for read in item.reads)
         weight = tuple(item.weight.shape) if isinstance(item.weight, Tensor) else None
         return type(item.op), _likeness_of_op(item.op), self._form(cell.region, site), weight, reads
@@ -118,12 +118,11 @@ class Stacker:
     def _form(self, region: Region, site: Site) -> Any:
         """What regions have in common whose entries are stacked."""
         if id(region) not in self._forms:
-            single = tuple(isinstance(getattr(site, axis), int) for axis in site.axes if axis != ROW)
             valid = None if region.valid is None else tuple(region.valid.shape[1:])
-            parts = tuple(axis for axis, _ in region.steps if site.axes[axis] == DIM)
-            lists = tuple(listed(getattr(site, axis)) for axis in (POS, KEY))
-            whole = (site.head is None, site.dim is None)
-            self._forms[id(region)] = (region, (tuple(region.shape.items()), single, valid, parts, lists, whole))
+            kinds = (_kind(site.head), _kind(site.pos), _kind(site.key_pos), _kind(site.dim))
+            # A slice of the last axis may mean all of it.
+            parts = DIM in site.axes and index_of(region, site.axes.index(DIM)) is not None
+            self._forms[id(region)] = (region, (tuple(region.shape.values()), valid, kinds, parts))
         return self._forms[id(region)][1]
 
     def _likeness_of_read(self, read: Read, cell: Cell) -> Any:
@@ -140,8 +139,7 @@ class Stacker:
             self._partly[known] = (id(tape), tape.whole(place) is None)
         told: Any = None
         if read.site is not None:
-            lists = tuple(listed(getattr(place, axis)) for axis in (POS, KEY))
-            told = (place.key, lists, place.head is None, place.dim is None)
+            told = (place.key, _kind(place.pos), _kind(place.key_pos), place.head is None, place.dim is None)
         return (*self._partly[known], read.aligned, told)
 
     def apply(self, stack: Stack, x: Value, axes: Sequence[str], guard: Value | None = None) -> tuple[Value, Value]:
@@ -311,3 +309,8 @@ def _likeness_of_op(op: Op) -> Any:
         else:
             found.append((name, value))
     return tuple(found)
+
+
+def _kind(index: Index) -> Any:
+    """How a site takes an axis: whole, one entry of it, listed entries, or others."""
+    return (type(index), index.dtype) if isinstance(index, Tensor) else type(index)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class Tokens:
     @cached_property
     def flat(self) -> Tensor:
         """int64 [N]: ``member * T + column`` of each token."""
-        return self.mask.flatten().nonzero().squeeze(1)
+        return torch.from_numpy(self.mask.numpy().reshape(-1).nonzero()[0])
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -42,7 +43,7 @@ class Tokens:
     @cached_property
     def place(self) -> Tensor:
         """int64 [W * b * T]: the number of each token that is held; of others it means nothing."""
-        return self.mask.flatten().long().cumsum(0) - 1
+        return torch.from_numpy(self.mask.numpy().cumsum(dtype=np.int64) - 1)
 
     @cached_property
     def home(self) -> Tensor:
@@ -52,7 +53,7 @@ class Tokens:
     @cached_property
     def counts(self) -> Tensor:
         """int64 [W * b]: how many tokens each member holds."""
-        return self.mask.sum(1)
+        return torch.from_numpy(self.mask.numpy().sum(1, dtype=np.int64))
 
     def __and__(self, mask: Tensor) -> Tokens:
         return self.become(self.mask & mask)
@@ -133,11 +134,11 @@ class Shaped:
 
 def _way(old: Tokens, new: Tokens) -> tuple[Tensor, ...]:
     """Which tokens to take; or, where some are new: the homes of all, and where those that are held go to."""
-    kept = (new.mask & old.mask).flatten().nonzero().squeeze(1)
-    source = old.place[kept]
+    kept = (new.mask.numpy() & old.mask.numpy()).reshape(-1).nonzero()[0]
+    source = torch.from_numpy(old.place.numpy()[kept])
     if len(kept) == len(new):
         return (source,)
-    return new.home, new.place[kept], source
+    return new.home, torch.from_numpy(new.place.numpy()[kept]), source
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ class Trace:
 
     def do(self, fn: Callable[..., Any], *args: Value, at: Sequence[Tensor] = ()) -> Value:
         """Note that a function is to be called on values, and on indices that follow them."""
-        handles = tuple(self._handle(index) for index in at)
+        handles = tuple([self._handle(index) for index in at]) if at else ()
+        value = Value(self._slots)
         self._slots += 1
-        value = Value(self._slots - 1)
-        self.instructions.append(Instruction(fn, tuple(a.slot for a in args), handles, value.slot))
+        self.instructions.append(Instruction(fn, tuple([a.slot for a in args]), handles, value.slot))
         return value
 
     def keep(self, value: Value) -> Value:

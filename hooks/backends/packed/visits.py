@@ -14,14 +14,12 @@ from ...plan.region import Region, taken
 from ...plan.sites import DIM, HEAD, Key
 from ...plan.tape import Tape
 from .base import COPIES, Base
-from .cells import Stack
+from .cells import INSIDE, Stack
 from .effects import Effects
 from .stacking import Stacker
-from .tokens import Moves, Packed, take
+from .tokens import Moves, Packed, Tokens, take
 from .trace import Trace, Value
 
-INSIDE = ("scores", "pattern")
-"""Sites inside of attention, which have queries and keys."""
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 """The residual stream itself: a token whose stream is the base's again is one that the world shares with it again."""
 
@@ -72,6 +70,7 @@ class Visits:
         self.held: dict[Key, Packed] = {}
         self.seen: dict[tuple[int, Key], Value] = {}
         self._constants: dict[Key, Value] = {}
+        self._within: dict[tuple[int, int], tuple[Tokens, Tensor, Tokens]] = {}
 
     def plain(self, key: Key) -> Callable[[], Value] | None:
         """The base's value [b * T, ...] of a site; None while the base itself is computed, or where nobody needs it."""
@@ -89,8 +88,10 @@ class Visits:
         """Edit a site in the worlds whose plans name it, drop what cannot matter, and keep what is asked for."""
         for stacks in self.stacker.turns(key):
             x = self.edit(key, x, needed, stacks)
-        if not bool((needed | ~x.tokens.mask).all()):
-            x = self.moves.to(x, x.tokens & needed, None)
+        known = (id(x.tokens), id(needed))
+        if known not in self._within:
+            self._within[known] = x.tokens, needed, x.tokens & needed
+        x = self.moves.to(x, self._within[known][2], None)
         self.note(key, x)
         return x
 
