@@ -158,7 +158,7 @@ class Fed:
                 continue
             region = self._region(full, item, sizes)
             if region is not None:
-                entry.record(*self._count(region, entry), torch.zeros(()))
+                entry.record(*self._count(region, entry, {}), torch.zeros(()))
 
     def _is_fed(self, place: Site, item: Intervention, sizes: dict[Key, dict[str, int]]) -> bool:
         """Whether what is read of this pass is, for the tokens that an intervention edits in it."""
@@ -234,31 +234,43 @@ class Fed:
         """The program, whose steps count only tokens and rows of the text that audits have not counted."""
         if not self.caches and not self.generated:
             return program
-        steps = {}
+        steps: dict[Key, tuple[Any, ...]] = {}
+        known: dict[Any, tuple[Region, Tensor, int]] = {}
         for key, found in program.steps.items():
             # As it lies on the CPU: the program's own regions may be on the device.
             regions = [self.layout.resolve(step.item.site, sizes[key], step.item.only) for step in found]
-            counts = [self._count(region, entries[s.number]) for region, s in zip(regions, found, strict=True)]
+            counts = [self._count(region, entries[s.number], known) for region, s in zip(regions, found, strict=True)]
             steps[key] = tuple(replace(s, rows=r, positions=p) for s, (r, p) in zip(found, counts, strict=True))
         return replace(program, steps=steps)
 
     def note_counted(self, plan: Plan, entries: Sequence[Entry], sizes: dict[Key, dict[str, int]]) -> None:
         """Note which rows an audit has counted, where another account of the text did so."""
+        known: dict[Any, tuple[Region, Tensor, int]] = {}
         for item, entry in zip(plan, entries, strict=True):
             region = self._region(self.layout, item, sizes)
             if region is not None:
-                self._count(region, entry)
+                self._count(region, entry, known)
 
-    def _count(self, region: Region, entry: Entry) -> tuple[int, int]:
-        """How many rows a region has, and how many tokens, that an audit's entry has not counted."""
-        marks = self._marks(region)
-        rows, touched = marks.any(1), self.decoding.touched.get(id(entry))
-        self.decoding.touched[id(entry)] = rows if touched is None else rows | touched
-        start = self.layout.columns(region.site)[0].start
+    def _count(self, region: Region, entry: Entry, known: dict[Any, tuple[Region, Tensor, int]]) -> tuple[int, int]:
+        """How many rows a region has, and how many tokens, that an audit's entry has not counted.
+
+        Args:
+            known: the rows and the number of tokens of regions that were asked for, as those of other layers are alike.
+        """
+        tokens = self.layout.columns(region.site)[0]
         once = region.site.stack == CROSS and region.site.name in KEYS_OF_CROSS
-        # What is made of the encoded text is the same in every call.
-        marks[:, : marks.shape[1] if once and self.decoding.counted else max(0, self.decoding.counted - start)] = False
-        return int((rows if touched is None else rows & ~touched).sum()), int(marks.sum())
+        like = (id(region.cols), id(region.valid), region.site.axes, tokens.start, tokens.width, once)
+        if like not in known:
+            marks = self._marks(region)
+            rows = marks.any(1)
+            # What is made of the encoded text is the same in every call.
+            counted = self.decoding.counted
+            marks[:, : marks.shape[1] if once and counted else max(0, counted - tokens.start)] = False
+            known[like] = region, rows, int(marks.sum())
+        _, rows, count = known[like]
+        touched = self.decoding.touched.get(id(entry))
+        self.decoding.touched[id(entry)] = rows if touched is None else rows | touched
+        return int((rows if touched is None else rows & ~touched).sum()), count
 
     def _marks(self, region: Region) -> Tensor:
         """bool [B, T], the tokens of which a region holds something."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ def _plain_cache(cache: Any) -> bool:
     return type(cache) in (DynamicCache, StaticCache) and all(one is None or isinstance(one, seams.Seam) for one in own)
 
 
+@cache
+def _taken(block: type) -> tuple[str, ...]:
+    """What a class of blocks takes, in order."""
+    return tuple(inspect.signature(block.forward).parameters)[1:]
+
+
 def _understood(block: nn.Module, attention: nn.Module, layer: int) -> bool:
     if type(block) not in _KNOWN:
         forward = type(block).forward
@@ -121,8 +128,7 @@ def joining(call: frames.Call, network: Network, layer: int, rows: int, worlds: 
         def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if frames.innermost() is not call:
                 return None
-            order = [*inspect.signature(type(block).forward).parameters][1:]
-            given = dict(zip(order, args, strict=False)) | kwargs
+            given = dict(zip(_taken(type(block)), args, strict=False)) | kwargs
             stream = given.pop("hidden_states")
             rest = {name: shared(value, name) for name, value in given.items()}
             return (), {"hidden_states": widened("", stream, rows, worlds) if first else stream, **rest}

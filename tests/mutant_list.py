@@ -290,8 +290,8 @@ MUTANTS = [
     ("all rows done with one", "self.done[at, rows] = True", "self.done[at] = True", STREAM),
     (
         "skipped where one row is done",
-        "bool(stream.done[todo[i], rows].all())",
-        "bool(stream.done[todo[i], rows].any())",
+        "bool(known[todo[i], rows].all())",
+        "bool(known[todo[i], rows].any())",
         STREAM,
     ),
     ("resumed with other buffers", "    yield from model.module.named_buffers()\n", "", STREAM),
@@ -479,8 +479,8 @@ MUTANTS = [
     ),
     (
         "a call that is made twice writes twice",
-        "twin = copy.deepcopy(cache)",
-        "twin = cache",
+        "    twin = copied(memo)\n",
+        "    twin = cache\n",
         CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache",
     ),
     (
@@ -633,7 +633,7 @@ MUTANTS = [
     ),
     (
         "tokens that are counted twice",
-        "marks[:, : marks.shape[1] if once and self.decoding.counted else max(0, self.decoding.counted - start)]",
+        "marks[:, : marks.shape[1] if once and counted else max(0, counted - tokens.start)]",
         "marks[:, : 0 * start]",
         WAYS + "prompt_lookup[llama] " + WAYS + "padding_that_a_finished_row_is_fed_is_no_token",
     ),
@@ -850,6 +850,12 @@ MUTANTS = [
         "return torch.where(there, made, pixels)",
         "return made",
         "tests/attention/test_seeing_families.py::test_worlds_are_separate_runs_of_the_whole_text[tp-smolvlm]",
+    ),
+    (
+        "debiased: a key that has left the window is seen by a decoded token",
+        "(window is None or keys <= window)",
+        "(window is None or keys <= window + 1)",
+        "tests/hooks/test_exposed.py::test_a_decoded_token_that_sees_all_there_is_has_no_mask",
     ),
     (
         "debiased: hidden columns that are seen",

@@ -59,9 +59,12 @@ def decoders(model: ip.Model) -> dict[str, Decoder]:
     unsure = Previous(lambda logits: entropy(logits), 2.0)
     plan = relatives.suppress(heads, 0.5)
     inside = ip.Plan(tuple(gated(item, unsure) for item in plan))
+    # The same rows in the same layers, and nothing seen of attention: what is left is what worlds cost as such.
+    heads_alone = Branch(ip.Plan(tuple(ip.scale(ip.site("z", layer), 0.5) for layer in late)))
     return {
         "one branch": Decoder((Term((random,)),)),
         "one branch, one layer": Decoder((Term((Branch(attention(model, "random", layers=late[0])),)),)),
+        "one branch, heads scaled": Decoder((Term((heads_alone,)),)),
         "one branch, all layers": Decoder((Term((Branch(attention(model, "random")),)),)),
         "two branches": Decoder((Term((random,)), Term((uniform,)))),
         "gated heads": Decoder((), None, own=Branch(inside), gates=(unsure,)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -83,12 +84,7 @@ class Context:
     @property
     def salt(self) -> int:
         """A number of the site, layer and stack, so that draws at different places differ."""
-        name, layer, stack = key_of(self.site, self.layer, self.stack)
-        beyond = 0 if stack is None else (STACKS.index(stack) + 1) * _STACK
-        if name in LATER:
-            return beyond + (LATER.index(name) + 1) * _BEYOND + layer
-        first = [kind for kind in KINDS if kind not in LATER]
-        return beyond + first.index(name) + len(first) * (layer + 1)
+        return _salt(self.site, self.layer, self.stack)
 
     def counters(self, ndim: int) -> list[Tensor]:
         """Where each entry of `x` is: its row id, position, head, key position and entry, each broadcastable to `x`."""
@@ -105,6 +101,16 @@ class Context:
                 shape[0] = index.shape[0]
             out.append(index.reshape(shape))
         return out
+
+
+@cache
+def _salt(site: str, layer: int | None, stack: str | None) -> int:
+    name, number, own = key_of(site, layer, stack)
+    beyond = 0 if own is None else (STACKS.index(own) + 1) * _STACK
+    if name in LATER:
+        return beyond + (LATER.index(name) + 1) * _BEYOND + number
+    first = [kind for kind in KINDS if kind not in LATER]
+    return beyond + first.index(name) + len(first) * (number + 1)
 
 
 def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:

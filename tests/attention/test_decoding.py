@@ -156,6 +156,9 @@ def test_the_formula():
     torch.testing.assert_close(z, own + 0.5 * (own - one) + (own - two))
     z = Decoder((Term((Branch(), Branch()), 2.0),), None).combine(worlds, moment)
     torch.testing.assert_close(z, own + 2 * (own - (one + two) / 2))
+    terms = Term((Branch(), Branch()), 2.0), Term(Branch(), 0.5)
+    z = Decoder(terms, None).combine(torch.stack([own, one, two, 3 * two]), moment)
+    torch.testing.assert_close(z, own + 2 * (own - (one + two) / 2) + 0.5 * (own - 3 * two))
     z = Decoder((Term(Branch(), 2.0, added=True), Term(Branch(), 0.0)), None).combine(worlds, moment)
     torch.testing.assert_close(z, own + 2 * one)
     # A constant on a branch changes no probability, and the likeliest token is always kept.
@@ -264,6 +267,10 @@ def test_a_gate_looks_at_the_models_own_logits():
         whole = wrapped.run(wrapped.inputs(got.tokens[:, : 5 + step])).logits[:, -1]
         assert_equal([own], [whole], 1e-6)
         assert float((own - got.logits[step]).nan_to_num(0, 0, 0).abs().max()) > 1e-3
+    seen.clear()
+    several = torch.randn(2, 1, 3, 7)  # a call that feeds several tokens
+    decoder.combine(several, ip.attention.Moment(0, torch.arange(1), {}))
+    assert_equal(seen, [several[0, :, -1]])
 
 
 def test_samples_are_averaged_and_only_where_they_differ():

@@ -153,6 +153,19 @@ def test_the_block_masks_of_flex_attention(window):
         read_mask(SimpleNamespace(), 5, 5, torch.device("cpu"))
 
 
+def test_a_decoded_token_that_sees_all_there_is_has_no_mask():
+    from hooks.models.masks import causal_mask, read_mask
+
+    device = torch.device("cpu")
+    for window, first in ((None, None), (5, None), (7, 4)):
+        assert read_mask(None, 1, 5, device, window, True, first) == (None, None)
+        assert bool(causal_mask(1, 5, device, window, first).all())
+    # A key that has left the window, columns that nothing is written in yet, and more than one query.
+    for queries, window, first in ((1, 4, None), (1, None, 3), (2, None, None)):
+        allowed, _ = read_mask(None, queries, 5, device, window, True, first)
+        assert torch.equal(allowed, causal_mask(queries, 5, device, window, first)) and not bool(allowed.all())
+
+
 @torch.no_grad()
 def test_a_kernel_that_is_told_not_to_be_causal():
     """Without a mask, the module's word is what the model's own kernel goes by, and so does ours."""
