@@ -32,6 +32,8 @@ CERTIFICATE = "tests/hooks/test_certificate.py::test_"
 CHUNKS = "tests/hooks/test_executors.py::test_"
 DECODING, WAYS = "tests/hooks/test_generation.py::test_", "tests/hooks/test_generation_modes.py::test_"
 BY_HAND = "tests/hooks/test_generation_by_hand.py::test_"
+REPORTS, CACHES = "tests/hooks/test_generation_reports.py::test_", "tests/hooks/test_generation_caches.py::test_"
+OPTIONS = "tests/hooks/test_generation_ways.py::test_"
 
 CAP = "    if cap is not None:\n        scores = softcap(scores, cap)\n"
 BIAS = "    if bias is not None:\n        scores = scores + bias\n"
@@ -473,7 +475,7 @@ MUTANTS = [
     ),
     (
         "a call that is made twice writes twice",
-        "twin = copy.deepcopy(cache)",
+        "twin = copied(memo)",
         "twin = cache",
         CALLS + "a_call_that_is_made_twice_writes_once_into_the_callers_cache",
     ),
@@ -527,8 +529,8 @@ MUTANTS = [
     ),
     (
         "arguments that nobody understands",
-        "if value is not None and name not in HARMLESS | UNDERSTOOD",
-        "if False",
+        "if value is not None and name not in known)",
+        "if False)",
         "tests/hooks/test_exposed.py",
     ),
     (
@@ -588,9 +590,33 @@ MUTANTS = [
     ),
     # Decoding
     (
+        "a copy of a cache of which nothing is known",
+        "        copied(twin)\n        return twin",
+        "        return twin",
+        REPORTS + "copies_of_the_cache_of_a_prefix",
+    ),
+    (
+        "a copy of a cache that shares the worlds read of it",
+        "mirrors = {path: caching.apart(mirror) for path, mirror in self.mirrors.items()}",
+        "mirrors = dict(self.mirrors)",
+        REPORTS + "copies_of_the_cache_of_a_prefix",
+    ),
+    (
+        "texts in one row that are taken for one",
+        "odd = [name for name in _PACKED if call.get(name) is not None]",
+        "odd = []",
+        CACHES + "what_a_batch_that_was_begun_before_calls_the_model_with_is_refused",
+    ),
+    (
+        "values of the prompt in another text",
+        "for item in plan if self.beside else ():",
+        "for item in ():",
+        OPTIONS + "what_is_of_the_prompt_alone_is_refused_in_a_text_besides",
+    ),
+    (
         "the prompt's end moves with the text",
-        "return Columns(index, self.real, self.lengths, prompt=self.prompt)",
-        "return Columns(index, self.real, self.real.sum(1), prompt=self.prompt)",
+        "return Columns(index, self.real, self.lengths, prompt=self.prompt, image=image)",
+        "return Columns(index, self.real, self.real.sum(1), prompt=self.prompt, image=image)",
         DECODING + "positions_are_those_of_the_prompt",
     ),
     (
@@ -625,8 +651,8 @@ MUTANTS = [
     ),
     (
         "tokens that are counted twice",
-        "marks[:, : max(0, self.decoding.counted - start)] = False",
-        "marks[:, : 0 * start] = False",
+        "else max(0, self.decoding.counted - start)] = False",
+        "else 0 * start] = False",
         WAYS + "prompt_lookup[llama] " + WAYS + "padding_that_a_finished_row_is_fed_is_no_token",
     ),
     (

@@ -94,6 +94,8 @@ def require_makeable(kind: str | None, options: Mapping[str, Any] | None, module
 
         given: dict[str, Any] = {"backend": "quanto", "config": module.config} | dict(options or {})
         try:
+            if getattr(module.config, "is_encoder_decoder", False):
+                raise ValueError("a model that decodes what it encodes has no such cache")
             QuantizedCache(**given)
         except (ImportError, ValueError, TypeError) as error:
             raise PlanError(
