@@ -183,6 +183,15 @@ def follow(cache: Any, note: Callable[[str, Any], None], copied: Callable[[Any],
     return end
 
 
+def followed(cache: Any) -> Any:
+    """The cache whose methods we answer for in the place of this one's: another, of which it is a copy that shares all.
+
+    It is the cache itself where it is followed, or where it came out of a file with what was on it; None of any other.
+    """
+    seam = next((one for one in map(vars(cache).get, OPERATIONS) if isinstance(one, seams.Seam)), None)
+    return None if seam is None else seam.owner()
+
+
 def apart(cache: Any) -> Any:
     """A copy of a cache, which nobody follows."""
     found = vars(cache).get("__deepcopy__")
