@@ -24,6 +24,7 @@ from .models.calls import tokens_of_call
 from .models.network import Network
 from .plan.inputs import Inputs
 from .plan.plan import Plan, as_plan
+from .worldwise import first_part, part_of, repeated, side_by_side
 
 _WORLD = "world"
 _SHARED = frozenset({"logits_to_keep", "cache_position", "past_key_values"})
@@ -174,13 +175,13 @@ class Fork(Hold):
             InputsError: the images of a world are no pixels of the shape and dtype of those that are given.
         """
         count = len(self)
-        found = {name: value if name in _SHARED else _repeated(name, value, count) for name, value in call.items()}
+        found = {name: value if name in _SHARED else repeated(name, value, count) for name, value in call.items()}
         found |= self._pictures(call)
         encoded = views[0].encoded or {}
         if (_WORLD, 1) in encoded:
             # What the tower made of the images in each world, when `generate` looked at them.
             each = [call["mm_encoder_outputs"], *(encoded[_WORLD, number] for number in range(1, count))]
-            found["mm_encoder_outputs"] = {kind: _joined([one[kind] for one in each]) for kind in each[0]}
+            found["mm_encoder_outputs"] = {kind: side_by_side([one[kind] for one in each]) for kind in each[0]}
         if any(one.hide is not None for one in self.branches):
             found |= _seen(call, views, [one.hide is not None for one in self.branches])
         return found
@@ -198,12 +199,12 @@ class Fork(Hold):
             encoded: takes what the tower made of them in the worlds beside the first, by (`_WORLD`, number).
         """
         pictures = {name for name in given if name.startswith(("pixel_", "image_", "video_"))}
-        mine = {n: _repeated(n, value, len(self)) if n in pictures else value for n, value in given.items()}
+        mine = {n: repeated(n, value, len(self)) if n in pictures else value for n, value in given.items()}
         found = encode({**mine, **self._pictures(given)})
         outputs = found["mm_encoder_outputs"]
         for number in range(1, len(self)):
-            encoded[_WORLD, number] = {kind: _part(value, len(self), number) for kind, value in outputs.items()}
-        found["mm_encoder_outputs"] = {kind: _part(value, len(self), 0) for kind, value in outputs.items()}
+            encoded[_WORLD, number] = {kind: part_of(value, len(self), number) for kind, value in outputs.items()}
+        found["mm_encoder_outputs"] = {kind: part_of(value, len(self), 0) for kind, value in outputs.items()}
         # What is left of the images goes on to the model, which is called with the rows of one world.
         return {name: given[name] if name in pictures else value for name, value in found.items()}
 
@@ -220,7 +221,11 @@ class Fork(Hold):
         if not isinstance(made, Tensor) or made.shape != pixels.shape or made.dtype != pixels.dtype:
             given = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise InputsError(f"images= gave {given} for pixels {pixels.dtype} {list(pixels.shape)}")
-        return made
+        if pixels.ndim < 5:
+            return made
+        # A row with fewer images is filled up with some that are all zero, which models know by that and leave out.
+        there = (pixels != 0).flatten(2).any(2)[..., None, None, None]
+        return torch.where(there, made, pixels)
 
     # What comes of them
 
@@ -250,8 +255,8 @@ class Fork(Hold):
             raise ShapeError(f"combine gave {list(made.shape)} for logits {list(worlds.shape)} of worlds, rows, tokens")
         count = 1 if joined else count  # all else is of one world already
         if several:
-            return (made, *(_own(value, count) for value in output[1:]))
-        found = {name: _own(value, count) for name, value in output.items() if name != "logits"}
+            return (made, *(first_part(value, count) for value in output[1:]))
+        found = {name: first_part(value, count) for name, value in output.items() if name != "logits"}
         return type(output)(**{**found, "logits": made})
 
     def follow(self, cache: Any, rows: int, joined: int = 0) -> None:
@@ -280,21 +285,6 @@ class Fork(Hold):
         return None
 
 
-def _repeated(name: str, value: Any, count: int) -> Any:
-    if isinstance(value, Mapping):
-        repeated = {key: _repeated(name, one, count) for key, one in value.items()}
-        return repeated if isinstance(value, dict) and type(value) is dict else type(value)(**repeated)
-    if isinstance(value, (tuple, list)) and value and all(isinstance(one, Tensor) for one in value):
-        return type(value)([*value] * count)
-    if not isinstance(value, Tensor) or not value.ndim:
-        return value
-    if name == "position_ids" and value.ndim == 3:
-        return value.repeat(1, count, 1)
-    if len(value) == 1 and value.ndim == 4 and name == "attention_mask":
-        return value
-    return value.repeat(count, *[1] * (value.ndim - 1))
-
-
 def _seen(call: Mapping[str, Any], views: Sequence[Fed], hides: Sequence[bool]) -> dict[str, Any]:
     """Masks and positions where some worlds do not see all columns.
 
@@ -321,30 +311,3 @@ def _seen(call: Mapping[str, Any], views: Sequence[Fed], hides: Sequence[bool]) 
 
 def _fed_tokens(ids: Tensor, real: Tensor) -> Inputs:
     return Inputs.of(ids, real | ~real.any(1, keepdim=True))
-
-
-def _own(value: Any, count: int) -> Any:
-    """What is the first world's of an output of all."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_own(one, count) for one in value)
-    return value[: len(value) // count] if isinstance(value, Tensor) and value.ndim else value
-
-
-def _part(value: Any, count: int, number: int) -> Any:
-    """What is one world's of what a tower makes of the images of all, one after another."""
-    if isinstance(value, Mapping):
-        return type(value)(**{name: _part(one, count, number) for name, one in value.items()})
-    if isinstance(value, (tuple, list)) and value and all(isinstance(one, Tensor) for one in value):
-        size = len(value) // count
-        return type(value)(value[number * size : (number + 1) * size])
-    return value.chunk(count)[number] if isinstance(value, Tensor) and value.ndim else value
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """What towers made of the images of several worlds, as one."""
-    first = parts[0]
-    if isinstance(first, Mapping):
-        return type(first)(**{name: _joined([one[name] for one in parts]) for name in first})
-    if isinstance(first, (tuple, list)):
-        return type(first)(each for one in parts for each in one)
-    return torch.cat(list(parts)) if isinstance(first, Tensor) and first.ndim else first

@@ -30,7 +30,7 @@ if find_spec("hypothesis") is not None:
         "interp",
         deadline=None,
         derandomize=bool(os.environ.get("CI")),
-        max_examples=25,
+        max_examples=16,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     hypothesis.settings.load_profile("interp")
@@ -38,8 +38,9 @@ if find_spec("hypothesis") is not None:
 
 NEAR = ("qwen2", "mistral", "neox_sequential", "small_qk_norm", "small_rms_rotary_gqa")
 """Families of `zoo.FAMILIES` that differ from others of them in one detail, which others (or tests of it) have too."""
-MANY = 16
-"""Cases of one function, of families and of something else, of which every second is left to `make test-all`."""
+MANY, VERY_MANY = 6, 20
+"""Cases of one function, of families and of something else, of which every second is left to `make test-all`; and those
+of which two in three are."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks are selected by
@@ -61,9 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if family in NEAR and len(tried[function]) >= 5:
             item.add_marker("full")
         elif family and sum(cases[function].values()) >= MANY:
-            # Of each family a half, and of two families that follow one another not the same.
+            # Of each family a part, and of two families that follow one another not the same.
             turn = seen[function, family] = seen.get((function, family), -1) + 1
-            if (turn + list(cases[function]).index(family)) % 2:
+            if (turn + list(cases[function]).index(family)) % (3 if sum(cases[function].values()) >= VERY_MANY else 2):
                 item.add_marker("full")
     if torch.cuda.is_available():
         return

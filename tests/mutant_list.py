@@ -34,6 +34,7 @@ DECODING, WAYS = "tests/hooks/test_generation.py::test_", "tests/hooks/test_gene
 BY_HAND = "tests/hooks/test_generation_by_hand.py::test_"
 REPORTS, CACHES = "tests/hooks/test_generation_reports.py::test_", "tests/hooks/test_generation_caches.py::test_"
 OPTIONS = "tests/hooks/test_generation_ways.py::test_"
+DEBIASED, REFERENCE = "tests/attention/test_decoding.py::test_", "tests/attention/test_reference.py::test_"
 
 CAP = "    if cap is not None:\n        scores = softcap(scores, cap)\n"
 BIAS = "    if bias is not None:\n        scores = scores + bias\n"
@@ -98,7 +99,7 @@ MUTANTS = [
         "(np.abs(difference) >= tol * np.abs(difference))",
         RESULTS,
     ),
-    ("the largest cells by sign", "np.argsort(-np.abs(mean)", "np.argsort(-mean", RESULTS),
+    ("the largest cells by sign", "np.lexsort((-np.abs(mean)", "np.lexsort((-mean", RESULTS),
     (
         "the noise of the average row",
         "np.abs(values[:, 1] - base).max(1)",
@@ -120,8 +121,8 @@ MUTANTS = [
     ("a cell pruned only where every row has it", "(code == 2) | absent", "code == 2", ABSENT),
     (
         "directions exchanged",
-        '(corrupt, clean) if direction == "denoising"',
-        '(corrupt, clean) if direction == "noising"',
+        'denoising = direction == "denoising"',
+        'denoising = direction == "noising"',
         SWEEPS + "both_ends[gpt2]",
     ),
     # Metrics
@@ -147,8 +148,8 @@ MUTANTS = [
     ("alternatives multiply", "found = found.logsumexp(1)", "found = found.sum(1)", ANSWERS),
     (
         "the mean over an answer's tokens",
-        "[:, :, None])[:, :, 0].sum(1)\n        return found.exp()",
-        "[:, :, None])[:, :, 0].mean(1)\n        return found.exp()",
+        "return torch.where(real, each, 0).sum(1)",
+        "return torch.where(real, each, 0).mean(1)",
         ANSWERS,
     ),
     (
@@ -177,8 +178,8 @@ MUTANTS = [
     ),
     (
         "half precision kept",
-        "x.to(torch.promote_types(x.dtype, torch.float32))",
-        "x",
+        'differences that matter."""\n    return x.to(torch.promote_types(x.dtype, torch.float32))',
+        'differences that matter."""\n    return x',
         METRICS + "metrics_of_a_world_and_of_half_precision",
     ),
     (
@@ -228,11 +229,16 @@ MUTANTS = [
     ("a group that a row has in part", "(listed >= -lengths)).all(1)", "(listed >= -lengths)).any(1)", GRIDS),
     (
         "positions by column",
-        "cols = inputs.order.gather(1, at)\n    return torch.zeros_like(inputs.mask)",
-        "cols = at\n    return torch.zeros_like(inputs.mask)",
+        "cols = torch.argsort((~tokens.real).byte(), dim=1, stable=True).gather(1, at)",
+        "cols = at",
         ABSENT,
     ),
-    ("labels of the first row only", "here = {r[value] for r in rows}", "here = {rows[0][value]}", GRIDS),
+    (
+        "labels of the first row only",
+        "for row in rows if -len(row) <= value < len(row)))",
+        "for row in rows[:1]))",
+        GRIDS,
+    ),
     # First order, and the lens
     (
         "gradients at the edited value",
@@ -529,8 +535,8 @@ MUTANTS = [
     ),
     (
         "arguments that nobody understands",
-        "if value is not None and name not in known)",
-        "if False)",
+        "if value is not None and name not in known)\n    if odd:",
+        "if value is not None and name not in known)\n    if False:",
         "tests/hooks/test_exposed.py",
     ),
     (
@@ -560,8 +566,10 @@ MUTANTS = [
     ),
     (
         "a packed window one wider",
-        "allowed & (keys > own - attention.window)",
-        "allowed & (keys >= own - attention.window)",
+        "    allowed = (keys <= own) & real\n"
+        "    return allowed if attention.window is None else allowed & (keys > own - attention.window)",
+        "    allowed = (keys <= own) & real\n"
+        "    return allowed if attention.window is None else allowed & (keys >= own - attention.window)",
         "tests/hooks/test_executors.py::test_executors_agree",
     ),
     (
@@ -574,7 +582,7 @@ MUTANTS = [
         "keys of the base seen beside a world's own",
         "whole & ~changed[:, :, None]",
         "whole",
-        "tests/hooks/test_executors.py::test_executors_agree",
+        "tests/hooks/test_packed_cells.py::test_few_queries_among_many_keys",
     ),
     (
         "what is read is taken to be the base's",
@@ -586,7 +594,7 @@ MUTANTS = [
         "worlds that differ stacked as one",
         "return Given(values[0] if alike else torch.stack(values), each=not alike, fitted=True), None",
         "return Given(values[0], each=False, fitted=True), None",
-        "tests/hooks/test_executors.py",
+        "tests/hooks/test_packed_cells.py::test_values_that_differ_from_world_to_world",
     ),
     # Decoding
     (
@@ -651,8 +659,8 @@ MUTANTS = [
     ),
     (
         "tokens that are counted twice",
-        "else max(0, self.decoding.counted - start)] = False",
-        "else 0 * start] = False",
+        "marks[:, : marks.shape[1] if once and self.decoding.counted else max(0, self.decoding.counted - start)]",
+        "marks[:, : 0 * start]",
         WAYS + "prompt_lookup[llama] " + WAYS + "padding_that_a_finished_row_is_fed_is_no_token",
     ),
     (
@@ -702,7 +710,7 @@ MUTANTS = [
         "graphs of before a plan was held",
         "eval_frame.reset_code(code)",
         "eval_frame._debug_get_cache_entry_list(code)",
-        "tests/hooks/test_dynamo.py::test_compiled_before_and_called_within[small_attn_only-module]",
+        "tests/hooks/test_dynamo.py::test_compiled_before_and_called_within[small_attn_only-function]",
     ),
     (
         "members in the order of their groups",
@@ -749,8 +757,8 @@ MUTANTS = [
     ),
     (
         "keys that a window has left counted as another",
-        "return found if valid is None else found & valid",
-        "return valid",
+        "valid = None if bool(there.all()) else there\n",
+        "valid = None\n",
         "tests/attention/test_patterns.py::test_keys_that_a_window_has_left_are_not_counted",
     ),
     (
@@ -772,6 +780,175 @@ MUTANTS = [
         "tests/attention/test_decoding.py::test_the_formula",
     ),
     # The cache
+    # Decoding without priors
+    (
+        "debiased: the sign of g",
+        "change = branch if term.added else wide[0] - branch",
+        "change = branch if term.added else branch - wide[0]",
+        DEBIASED + "the_formula",
+    ),
+    (
+        "debiased: what is added is subtracted",
+        "change = branch if term.added else wide[0] - branch",
+        "change = wide[0] - branch",
+        DEBIASED + "the_formula",
+    ),
+    (
+        "debiased: one sample for their mean",
+        "wide[at : at + len(term.branches)].mean(0)",
+        "wide[at]",
+        DEBIASED + "the_formula",
+    ),
+    (
+        "debiased: the next term's branches are this one's",
+        "            at += len(term.branches)\n",
+        "            at += 1\n",
+        DEBIASED + "the_formula",
+    ),
+    (
+        "debiased: a cut-off of logits times eps",
+        "own.amax(-1, keepdim=True) + math.log(eps), -torch.inf)\n\n\n@contextmanager",
+        "own.amax(-1, keepdim=True) * eps, -torch.inf)\n\n\n@contextmanager",
+        DEBIASED + "the_formula",
+    ),
+    (
+        "debiased: what a branch forbids is amplified",
+        "silent = branch.isinf() | wide[0].isinf()",
+        "silent = wide[0].isinf()",
+        DEBIASED + "half_precision_is_combined_in_single_and_what_a_branch_forbids_says_nothing",
+    ),
+    (
+        "debiased: a gate that looks at the first step for ever",
+        "moment.memory[self._name] = self.measure(own[:, -1].detach())",
+        "moment.memory.setdefault(self._name, self.measure(own[:, -1].detach()))",
+        DEBIASED + "an_intervention_gated_by_the_step_before[1]",
+    ),
+    (
+        "debiased: a gate that looks at what was made of the worlds",
+        "gate.keep(wide[0], moment)",
+        "gate.keep(z, moment)",
+        DEBIASED + "a_gate_looks_at_the_models_own_logits",
+    ),
+    (
+        "debiased: a gate that looks at the first token of a call",
+        "moment.memory[self._name] = self.measure(own[:, -1].detach())",
+        "moment.memory[self._name] = self.measure(own[:, 0].detach())",
+        DEBIASED + "a_gate_looks_at_the_models_own_logits",
+    ),
+    (
+        "debiased: gates stay where beams move",
+        "{name: kept[rows.to(kept.device)] for name, kept in self.memory.items()}",
+        "{name: kept[: len(rows)] for name, kept in self.memory.items()}",
+        "tests/hooks/test_fork.py::test_memory_follows_beams",
+    ),
+    (
+        "debiased: a step too early",
+        "step = max(0, fed.text.width - fed.text.prompt)",
+        "step = max(0, fed.text.width - fed.text.prompt - 1)",
+        "tests/hooks/test_fork.py " + DEBIASED + "a_gate_looks_at_the_models_own_logits",
+    ),
+    (
+        "debiased: draws of patterns alike in all rows",
+        "return uniform(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))",
+        "return uniform(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim)[1:])",
+        "tests/attention/test_patterns.py",
+    ),
+    (
+        "debiased: draws of patterns by the row's place",
+        "given = {ROW: self.row,",
+        "given = {ROW: torch.arange(len(self.row)),",
+        "tests/attention/test_patterns.py",
+    ),
+    (
+        "debiased: draws of patterns alike in all layers",
+        "return uniform(ctx.seed, self.seed, ctx.salt, *ctx.counters(x.ndim))",
+        "return uniform(ctx.seed, self.seed, *ctx.counters(x.ndim))",
+        "tests/attention/test_patterns.py",
+    ),
+    (
+        "debiased: the pictures of the first world in all",
+        "[self._pixels(one, pixels) for one in self.branches]",
+        "[self._pixels(self.branches[0], pixels) for _ in self.branches]",
+        DEBIASED + "worlds_are_separate_runs_of_the_whole_text",
+    ),
+    (
+        "debiased: other images in place of what fills up a row",
+        "return torch.where(there, made, pixels)",
+        "return made",
+        "tests/attention/test_seeing_families.py::test_worlds_are_separate_runs_of_the_whole_text[tp-smolvlm]",
+    ),
+    (
+        "debiased: hidden columns that are seen",
+        "real = text.real & ~now",
+        "real = text.real",
+        "tests/hooks/test_fork.py::test_what_a_world_does_not_see_is_as_if_it_had_not_been_written",
+    ),
+    (
+        "debiased: hidden columns that count as positions",
+        "lengths = text.lengths - (text.real & now).sum(1) - later.sum(1)",
+        "lengths = text.lengths",
+        "tests/hooks/test_fork.py",
+    ),
+    (
+        "debiased: positions in height and width of one world",
+        "return value.repeat(1, count, 1)",
+        "return value.repeat(count, 1, 1)",
+        "tests/attention/test_seeing_families.py::test_worlds_are_separate_runs_of_the_whole_text[l-qwen2_vl]",
+    ),
+    (
+        "debiased: what else a call returns is the last world's",
+        "return value[: len(value) // count] if",
+        "return value[-(len(value) // count) :] if",
+        "tests/hooks/test_fork.py::test_what_else_a_call_returns_is_the_first_worlds",
+    ),
+    (
+        "debiased: a world that is read writes into the caller's cache",
+        "mirrors[path] = caching.apart(fed.cache)",
+        "mirrors[path] = fed.cache",
+        "tests/hooks/test_generation.py",
+    ),
+    (
+        "debiased: an effect is without attention minus with",
+        "effect = -np.mean([one.effect for one in found], axis=0)",
+        "effect = np.mean([one.effect for one in found], axis=0)",
+        "tests/attention/test_effects.py::test_an_effect_is_with_attention_minus_without",
+    ),
+    (
+        "debiased: a head that looks much at the image is gated",
+        "low = (some - every).exp() < self.share",
+        "low = (some - every).exp() > self.share",
+        "tests/attention/test_relatives.py::test_routes_are_turned_down_only_where_the_head_looks_little_at_the_image",
+    ),
+    (
+        "reference: a branch of its own where the cache is shared",
+        "return gamma if moment.step == 0 or moment.memory is None else 0.0",
+        "return gamma",
+        REFERENCE + "with_one_cache_for_both_the_visual_counterfactual_of_later_tokens_is_the_fact",
+    ),
+    (
+        "reference: a token does not attend to itself",
+        "past = (keys[:, None] <= ctx.pos",
+        "past = (keys[:, None] < ctx.pos",
+        REFERENCE + "first_step_logits_are_those_of_the_published_formulas",
+    ),
+    (
+        "reference: draws alike in all images",
+        "choice(1 << 31, self.seed, name, at)",
+        "choice(1 << 31, self.seed, name)",
+        REFERENCE + "first_step_logits_are_those_of_the_published_formulas",
+    ),
+    (
+        "reference: draws by the row's place",
+        "self._row(features, attention, int(number), int(name))",
+        "self._row(features, attention, int(number), int(number))",
+        REFERENCE + "every_family_bears_the_visual_branch_and_its_draws_do_not_depend_on_the_batch[llava]",
+    ),
+    (
+        "reference: a class token among the patches",
+        "slice(frame.start + frame.extra, frame.tokens.stop)",
+        "slice(frame.start, frame.tokens.stop - frame.extra)",
+        REFERENCE + "first_step_logits_are_those_of_the_published_formulas",
+    ),
     (
         "a removal that leaves the rest its weights",
         "weight / left.clamp_min(1e-2) * (old - value)",

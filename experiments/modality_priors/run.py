@@ -1,8 +1,9 @@
 """Run the study on trained models, and write results/priors.json.
 
 python -m experiments.modality_priors.train --seeds 0 1 2 3 4 --out build/shapes-vlm
-python -m experiments.modality_priors.train --seeds 0 --balanced --steps 400 --out build/shapes-vlm-balanced
+python -m experiments.modality_priors.train --seeds 0 1 2 3 4 --balanced --steps 400 --out build/shapes-vlm-balanced
 python -m experiments.modality_priors.run            # --quick for a few questions of the model that ships
+python -m experiments.modality_priors.run --control-alone   # the balanced models anew, into results that are there
 """
 
 from __future__ import annotations
@@ -200,12 +201,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--quick", action="store_true", help="the model that ships, few questions; writes into build/")
     parser.add_argument("--without-control", action="store_true", help="leave out the models without a planted prior")
+    parser.add_argument("--control-alone", action="store_true", help="measure them alone, and keep the other results")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.perf_counter()
     rows = 40 if given.quick else given.rows
     out = given.out or (ROOT / "build" / "priors-quick.json" if given.quick else RESULTS / "priors.json")
+    if given.control_alone:
+        report = json.loads(out.read_text())
+        if report["settings"]["rows"] != rows:
+            raise SystemExit(
+                f"{out} is of {report['settings']['rows']} questions a split: give --rows with that number"
+            )
+        report["balanced"] = _controls(_folders(given.balanced), rows)
+        _write(report, out)
+        return
     planted = [SHIPPED] if given.quick else _folders(given.planted)
     report: dict[str, Any] = {"settings": {"rows": rows, "eps": EPS, "gammas": GAMMAS, "models": len(planted)}}
     models, found_heads, found_effects = [], [], []
@@ -222,17 +233,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report["heads"] = found_heads
     report["effects"] = found_effects
     if not given.quick and not given.without_control:
-        controls = []
-        for seed, folder in enumerate(_folders(given.balanced)):
-            work = partial(_control, folder, seed, rows)
-            controls.append(kept(folder, f"measured-{rows}.pt", work))
-            print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
-        report["balanced"] = {"models": len(controls), "decoders": pooled(controls)}
-        report["balanced"]["composition"] = averaged_numbers([one["composition"] for one in controls])
+        report["balanced"] = _controls(_folders(given.balanced), rows)
     report |= {"seconds": time.perf_counter() - began, "versions": versions(), "commit": commit()}
+    _write(report, out)
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(_rounded(report), indent=None, separators=(",", ":")) + "\n")
     print(f"{out} written")
+
+
+def _controls(folders: Sequence[Path], rows: int) -> dict[str, Any]:
+    """What decoders do to models that have learned no prior."""
+    began, controls = time.perf_counter(), []
+    for seed, folder in enumerate(folders):
+        controls.append(kept(folder, f"measured-{rows}.pt", partial(_control, folder, seed, rows)))
+        print(f"{folder}: {time.perf_counter() - began:.0f} s", flush=True)
+    return {
+        "models": len(controls),
+        "questions": rows // 2,
+        "decoders": pooled(controls),
+        "composition": averaged_numbers([one["composition"] for one in controls]),
+        "seconds": time.perf_counter() - began,
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def _measured(folder: Path, seed: int, rows: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -50,8 +50,14 @@ class Network:
         """Describe the model anew if its parts have changed since it was described last.
 
         Raises:
-            ModelError: nobody can describe it any more.
+            ModelError: nobody can describe it any more, or torch makes new tensors elsewhere than on the CPU.
         """
+        default = torch.get_default_device()
+        if default.type != "cpu":
+            raise ModelError(
+                f"torch.set_default_device({str(default)!r}) is in force, so masks and indices, which belong on the "
+                "CPU, would not be there: move the model with .to(), and call torch.set_default_device('cpu')"
+            )
         now = Fingerprint(self.module)
         if now == self._fingerprint:
             return

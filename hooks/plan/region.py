@@ -79,15 +79,7 @@ class Region:
         That is filler of rows that have fewer entries, and keys that no column of x is of any more. What `get` gives in
         their place is another entry's, which what mixes keys must not count.
         """
-        valid = None if self.valid is None else self.valid.to(x.device)
-        axis = self.site.axes.index(KEY) if KEY in self.site.axes else -1
-        if axis not in self.elsewhere:
-            return valid
-        found = dict(self.steps)[axis].to(x.device) < x.shape[axis]
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = found.shape
-        found = found.reshape(shape)
-        return found if valid is None else found & valid
+        return None if self.valid is None else self.valid.to(x.device)
 
     def full_valid(self) -> Tensor:
         """bool of the part's shape, True where an entry counts."""

@@ -240,6 +240,32 @@ def test_an_intervention_gated_by_the_step_before(beams):
         assert_equal([got.logits[step]], [want], 1e-8)
 
 
+@torch.no_grad()
+def test_a_gate_looks_at_the_models_own_logits():
+    """Of the last token of each call, at every step, whatever is made of the worlds; and steps are counted from 0."""
+    wrapped = zoo.wrapped("llama")
+    ids = torch.tensor([[6, 1, 5, 3, 8], [2, 7, 4, 1, 9]])
+    seen, steps = [], []
+
+    def measure(own):
+        seen.append(own)
+        return entropy(own)
+
+    def weight(own, moment):
+        steps.append(moment.step)
+        return 2.0
+
+    gate = Previous(measure, 0.0)
+    decoder = Decoder((Term(Branch(attention(wrapped, "uniform")), weight),), 0.1, gates=(gate,))
+    with debiased(wrapped, decoder):
+        got = recorded(wrapped.module, lambda: wrapped.module.generate(ids, **OPTIONS))
+    assert steps == [0, 1, 2, 3]
+    for step, own in enumerate(seen):
+        whole = wrapped.run(wrapped.inputs(got.tokens[:, : 5 + step])).logits[:, -1]
+        assert_equal([own], [whole], 1e-6)
+        assert float((own - got.logits[step]).nan_to_num(0, 0, 0).abs().max()) > 1e-3
+
+
 def test_samples_are_averaged_and_only_where_they_differ():
     wrapped = zoo.wrapped("llama")
     term = sampled(wrapped, "random", samples=3, weight=2.0)

@@ -28,6 +28,14 @@ def dimmed(pixels):
     return pixels * 0.5 + 0.1
 
 
+def changed(branch: Branch, pixels: torch.Tensor) -> torch.Tensor:
+    """Other images, but for those that fill up a row and are all zero."""
+    if pixels.ndim < 4:  # packed patches
+        return branch.images(pixels)
+    each = [branch.images(one) if bool(one.any()) else one for one in pixels.flatten(0, -4)]
+    return torch.stack(each).reshape(pixels.shape)
+
+
 def branches(model: ip.Model, names: str) -> tuple[Branch, ...]:
     """Edits of the tower, of pixels, of the language model throughout and of its last layer alone, by first letters."""
     made = {
@@ -50,7 +58,7 @@ def by_hand(model, batch, decoder, tokens):
     for step in range(tokens.shape[1]):
         text, worlds = seeing.longer(batch, tokens[:, :step]), []
         for branch in (Branch(), *decoder.branches):
-            looked = text if branch.images is None else {**text, "pixel_values": branch.images(text["pixel_values"])}
+            looked = text if branch.images is None else {**text, "pixel_values": changed(branch, text["pixel_values"])}
             worlds.append(model.run(model.inputs(looked), branch.plan, seed=5).logits[:, -1:])
         found.append(decoder.combine(torch.stack(worlds), ip.attention.Moment(step, torch.arange(4), {}))[:, -1])
     return found

@@ -158,6 +158,7 @@ def test_any_module_trains_by_vmap_as_the_written_program():
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_compiled_training_is_eager_training(monkeypatch):
     """Traced and differentiated ahead of time; what a compiler makes of that takes minutes, and is the benchmark's."""
     compiled = torch.compile

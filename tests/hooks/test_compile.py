@@ -91,6 +91,7 @@ def test_what_is_another_structure_is_another_graph_and_is_right():
         assert fast.graphs.count == count
 
 
+@pytest.mark.full
 def test_worlds_that_are_read():
     model = zoo.wrapped("small_ln_learned")
     x, other = example(model, padded=True), example(model, padded=True, seed=2)
@@ -200,6 +201,7 @@ def test_other_dtypes(dtype):
     assert torch.equal(out.logits, ref.logits)
 
 
+@pytest.mark.full
 def test_a_compiler_of_kernels():
     shape = TransformerConfig(vocab_size=zoo.VOCAB, n_layers=1, d_model=16, n_heads=2, positions="none")
     model = hk.wrap(zoo.prepare(Transformer(shape), dtype=torch.float32))

@@ -508,3 +508,22 @@ def test_an_error_leaves_the_model_as_it_was(executor):
             list(hk.run_worlds(model, [World(x), World(x, plan)], [site("logits")], executor=executor))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
     assert torch.equal(model.run(x).logits, before)
+
+
+def test_new_tensors_of_torch_elsewhere_than_on_the_cpu():
+    model = wrapped("gpt2")
+    inputs = model.inputs([[1, 2, 3]])
+    torch.set_default_device("meta")
+    try:
+        for call in (
+            lambda: hk.wrap(model.module),
+            lambda: model.inputs([[1, 2, 3]]),
+            lambda: model.run(inputs),
+            lambda: model.apply(hk.zero(site("z", layer=0))).__enter__(),
+            lambda: list(hk.run_worlds(model, [World(inputs)], "logits")),
+        ):
+            with pytest.raises(ModelError, match="set_default_device"):
+                call()
+    finally:
+        torch.set_default_device(None)
+    assert model.run(inputs).logits.device.type == "cpu"

@@ -177,6 +177,7 @@ def unmasked(kind: type) -> object:
     return forward
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_flex_attention():
     """The patterns of a model that runs flex attention, whose masks are functions, are those of SDPA."""

@@ -262,6 +262,7 @@ def test_compiled_whole(place, dtype, compiler):
         same(out, case(x, *case.reads), name)
 
 
+@pytest.mark.full
 def test_compiled_through_autograd(compiler):
     """With gradients; AOTAutograd makes the graph functional, so it would refuse or copy an in-place write."""
     dtype = torch.float64

@@ -458,6 +458,7 @@ def test_a_whole_residual_reproduces_the_other_run(executor):
     close(got, expected)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_plans_compose():
     """Two plans at once are one applied inside the other, at every pair of sites of a layer and the next."""

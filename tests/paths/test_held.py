@@ -191,6 +191,7 @@ def test_circuits_and_what_is_made_of_them(family):
     as_baked(family, COMPUTED, measure)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2"])
 def test_searches(family):
     pair = case(family).pair()

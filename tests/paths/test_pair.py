@@ -82,7 +82,7 @@ def pair_of(model: ip.Model, **options) -> paths.Pair:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("direction", ["denoising", pytest.param("noising", marks=pytest.mark.full)])
 def test_a_pair_stands_for_a_model_and_prompts(name, direction):
     """What takes a direction takes the pair's; circuits edit the clean run whatever that is."""
     model = case("gpt2").model
@@ -395,7 +395,7 @@ def executors(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("executor", ["sequential", "shared"])
+@pytest.mark.parametrize("executor", ["sequential", pytest.param("shared", marks=pytest.mark.full)])
 def test_every_run_is_by_the_executor_that_is_asked_for(executors, name, executor):
     pair = pair_of(case("gpt2").model, executor=executor)
     found = of_pair(name, pair)

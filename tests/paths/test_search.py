@@ -81,6 +81,7 @@ def test_acdc_is_the_serial_algorithm(family, batch):
     checks.acdc_is_the_serial_one(given, TAU, checks.serial_acdc(given, TAU), batch=batch)
 
 
+@pytest.mark.full
 def test_acdc_with_a_metric_of_which_more_is_better():
     given = case("gpt2", (4, 5))
     expected = checks.acdc_slowly(given, 0.05, MEASURE, sign=-1.0)
