@@ -129,7 +129,8 @@ class Decodings:
 
     def _of(self, cache: Any, generation: Generation | None) -> Decoding:
         if cache is not None:
-            return self._known.get(cache) or Decoding()
+            owner = caching.followed(cache)
+            return self._known.get(cache) or (None if owner is None else self._known.get(owner)) or Decoding()
         assert generation is not None
         return self._without.setdefault(generation, Decoding())
 
@@ -138,7 +139,8 @@ class Decodings:
         decoding = fed.decoding
         decoding.text, decoding.counted = fed.text, max(decoding.counted, 0 if fed.text is None else fed.text.width)
         cache = caching.cache_of(output) if fed.cache is None else fed.cache
-        if cache is None or self._known.get(cache) is decoding:
+        owner = None if cache is None else caching.followed(cache)
+        if cache is None or decoding in (self._known.get(cache), None if owner is None else self._known.get(owner)):
             return
         self._follow(cache, decoding)
 
@@ -173,7 +175,7 @@ class Decodings:
             return None
         mirrors = fed.decoding.mirrors
         if path not in mirrors:
-            if fed.past and fed.decoding.text is not None:
+            if fed.past and (fed.decoding.text is not None or caching.followed(fed.cache) is not None):
                 raise PlanError(
                     "the plan reads this world under another plan, or unedited, from a call on that goes on from a "
                     "key/value cache, and no cache of that world was kept from the first call on: hold one plan, "

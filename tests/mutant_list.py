@@ -32,6 +32,8 @@ CERTIFICATE = "tests/hooks/test_certificate.py::test_"
 CHUNKS = "tests/hooks/test_executors.py::test_"
 DECODING, WAYS = "tests/hooks/test_generation.py::test_", "tests/hooks/test_generation_modes.py::test_"
 BY_HAND = "tests/hooks/test_generation_by_hand.py::test_"
+REPORTS, CACHES = "tests/hooks/test_generation_reports.py::test_", "tests/hooks/test_generation_caches.py::test_"
+OPTIONS = "tests/hooks/test_generation_ways.py::test_"
 DEBIASED, REFERENCE = "tests/attention/test_decoding.py::test_", "tests/attention/test_reference.py::test_"
 
 CAP = "    if cap is not None:\n        scores = softcap(scores, cap)\n"
@@ -595,6 +597,30 @@ MUTANTS = [
         "tests/hooks/test_packed_cells.py::test_values_that_differ_from_world_to_world",
     ),
     # Decoding
+    (
+        "a copy of a cache of which nothing is known",
+        "        copied(twin)\n        return twin",
+        "        return twin",
+        REPORTS + "copies_of_the_cache_of_a_prefix",
+    ),
+    (
+        "a copy of a cache that shares the worlds read of it",
+        "mirrors = {path: caching.apart(mirror) for path, mirror in self.mirrors.items()}",
+        "mirrors = dict(self.mirrors)",
+        REPORTS + "copies_of_the_cache_of_a_prefix",
+    ),
+    (
+        "texts in one row that are taken for one",
+        "odd = [name for name in _PACKED if call.get(name) is not None]",
+        "odd = []",
+        CACHES + "what_a_batch_that_was_begun_before_calls_the_model_with_is_refused",
+    ),
+    (
+        "values of the prompt in another text",
+        "for item in plan if self.beside else ():",
+        "for item in ():",
+        OPTIONS + "what_is_of_the_prompt_alone_is_refused_in_a_text_besides",
+    ),
     (
         "the prompt's end moves with the text",
         "return Columns(index, self.real, self.lengths, prompt=self.prompt, image=image)",

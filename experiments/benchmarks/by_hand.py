@@ -139,8 +139,8 @@ class ByHand:
 
     def _generate(self) -> Any:
         lm = self.traced
-        with lm.generate(self.ids, **self.greedy):
-            ids = lm.generator.output.save()
+        with lm.generate(self.ids, **self.greedy) as tracer:
+            ids = tracer.result.save()
         return ids
 
     def _generate_reads(self) -> Any:
@@ -158,5 +158,5 @@ class ByHand:
             for _step in tracer.iter[:steps]:
                 for block in lm.transformer.h:
                     block.output = block.output + self.vector
-            ids = lm.generator.output.save()
+            ids = tracer.result.save()
         return ids

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     began = time.perf_counter()
     layers, width, heads = (2, 32, 2) if args.quick else (6, 256, 4)
-    tokens, repetitions = (8, 3) if args.quick else (32, 20)
+    tokens, repetitions = (8, 3) if args.quick else (32, 40)
     setting = Setting(layers=layers, width=width, heads=heads, vocabulary=256, device=args.device, quick=args.quick)
     record: dict[str, Any] = {
         "setting": {"layers": layers, "width": width, "tokens": tokens, "new_tokens": backends.NEW},

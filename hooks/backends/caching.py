@@ -94,6 +94,8 @@ def require_makeable(kind: str | None, options: Mapping[str, Any] | None, module
 
         given: dict[str, Any] = {"backend": "quanto", "config": module.config} | dict(options or {})
         try:
+            if getattr(module.config, "is_encoder_decoder", False):
+                raise ValueError("a model that decodes what it encodes has no such cache")
             QuantizedCache(**given)
         except (ImportError, ValueError, TypeError) as error:
             raise PlanError(
@@ -179,6 +181,15 @@ def follow(cache: Any, note: Callable[[str, Any], None], copied: Callable[[Any],
             remove()
 
     return end
+
+
+def followed(cache: Any) -> Any:
+    """The cache whose methods we answer for in the place of this one's: another, of which it is a copy that shares all.
+
+    It is the cache itself where it is followed, or where it came out of a file with what was on it; None of any other.
+    """
+    seam = next((one for one in map(vars(cache).get, OPERATIONS) if isinstance(one, seams.Seam)), None)
+    return None if seam is None else seam.owner()
 
 
 def apart(cache: Any) -> Any:

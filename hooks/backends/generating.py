@@ -201,8 +201,9 @@ class Generations:
     def _told(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found, module = own(*args, **kwargs), self._module()
         if module is not None and self._binds():
-            told: Any = found[0] if isinstance(found, tuple) else found
-            caching.require_makeable(told.cache_implementation, told.cache_config, module)
+            told = found[0] if isinstance(found, tuple) else found
+            kind, how = (getattr(told, f"cache_{name}", None) for name in ("implementation", "config"))
+            caching.require_makeable(kind, how, module)
         return found
 
     def _batching(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

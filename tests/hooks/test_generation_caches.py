@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import hooks as hk
+from experiments.families.models import FAMILIES
 from hooks import Inputs, Model, Plan, site
 from hooks.backends import caching
 from tests.hooks.decoding import OPTIONS, assert_equal, generated, prompts, recomputed, recorded
 from tests.hooks.test_generation import one_of_each
-from tests.zoo import fresh, wrapped
+from tests.zoo import fresh, prepare, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -113,6 +114,29 @@ def test_a_copy_of_an_offloaded_cache_moves_by_the_same_stream():
         assert twin.prefetch_stream is stream and twin is not cache and caching.filled(twin) == 2
         twin.update(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3), 0)
     assert caching.filled(cache) == 2
+
+
+@torch.no_grad()
+def test_caches_of_a_model_that_decodes_what_it_encodes():
+    model = hk.wrap(prepare(FAMILIES["T5"].make()))
+    module: Any = model.module
+    x = model.inputs([[3, 4, 5, 6, 7, 8], [9, 10, 11]])
+    assert x.source is not None
+    plan = hk.scale(site("v", 1), 2.0) + hk.scale(site("z", 1, stack="cross", head=2), 3.0)
+    plan += hk.scale(site("resid_post", 0, pos="new"), 1.5) + hk.freeze(site("mlp_out", 1))
+    call = {"input_ids": x.source.ids, "attention_mask": x.source.mask.long(), "max_new_tokens": 5, "min_new_tokens": 5}
+    said = []
+    for options in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+        with model.apply(plan):
+            said.append(recorded(module, lambda o=options: module.generate(**call, **o)))
+    for found in said[1:]:
+        assert torch.equal(found.tokens, said[0].tokens)
+        assert_equal(found.logits, said[0].logits, 1e-9)
+    plain = recorded(module, lambda: module.generate(**call))
+    assert float((plain.logits[0] - said[0].logits[0]).abs().max()) > 1e-3
+    for kind, words in (("quantized", "decodes what it encodes"), ("offloaded", "'dynamic' holds the same")):
+        with pytest.raises(hk.PlanError, match=words), model.apply(plan):
+            module.generate(**call, cache_implementation=kind)
 
 
 # Many texts in one row

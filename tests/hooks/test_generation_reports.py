@@ -203,6 +203,29 @@ def test_copies_of_copies_go_on_by_themselves():
 
 
 @torch.no_grad()
+def test_copies_of_other_kinds():
+    """One that shares all with the cache is the cache; one that came out of a file has no world beside it."""
+    from transformers import DynamicCache
+
+    model = fresh("llama")
+    module: Any = model.module
+    plan = PLANS["this world unedited"](direction(model))
+    text = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    with model.apply(plan):
+        cache = DynamicCache(config=module.config)
+        module(text[:, :4], past_key_values=cache, use_cache=True)
+        with pytest.raises(hk.PlanError, match="no cache of that world was kept"):
+            module(text[:, 4:], past_key_values=pickle.loads(pickle.dumps(cache)))
+        shared = copy.copy(cache)
+        got = module(text[:, 4:], past_key_values=shared).logits
+        shared.batch_repeat_interleave(2)
+        again = module(torch.tensor([[9], [10]]), past_key_values=shared).logits
+    assert_equal([got], [model.run(Inputs.of(text), plan).logits[:, 4:]])
+    both = Inputs.of(torch.cat([text.expand(2, -1), torch.tensor([[9], [10]])], 1))
+    assert_equal([again], [model.run(both, plan).logits[:, 6:]])
+
+
+@torch.no_grad()
 def test_a_copy_holds_no_more_than_the_cache():
     """Nothing of ours goes into files with a cache, or stays on copies."""
     model = fresh("llama")

@@ -85,7 +85,9 @@ def synthetic_id() -> dict[str, Any]:
 def compiled() -> dict[str, Any]:
     from transformers import CompileConfig
 
-    return {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", fullgraph=False)}
+    config: Any = CompileConfig(backend="eager", fullgraph=False)
+    config._compile_all_devices = True  # as on an accelerator
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,22 @@ def test_an_option_leaves_the_plan_what_it_is(family, way):
     assert {entry.status for entry in audit} == {"fired"}
     plain = recomputed(model, x, None, **both)
     assert float((got.logits[0] - plain.logits[0]).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_decoding_that_was_compiled_before_the_plan_came():
+    """What is compiled goes by no hook that came later; and what comes after the plan is what was before."""
+    model = fresh("llama")
+    module: Any = model.module
+    x, plan = prompts(model), mixed(model)
+    call: dict[str, Any] = {"input_ids": x.ids, "attention_mask": x.mask.long()} | OPTIONS | compiled()
+    before = module.generate(**call)
+    assert getattr(module, "_compiled_call", None) is not None
+    got, audit = generated(model, x, plan, seed=4, **compiled())
+    want = recomputed(model, x, plan, seed=4)
+    assert torch.equal(got.tokens, want.tokens) and audit[0].positions == 6
+    assert_equal(got.logits, want.logits)
+    assert torch.equal(module.generate(**call), before) and not torch.equal(got.tokens, before)
 
 
 @torch.no_grad()
