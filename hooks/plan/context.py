@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from .kinds import LATER, ROW
 from .sites import DIM, HEAD, KEY, KINDS, POS, STACKS, key_of
 
 _BEYOND, _STACK = 1 << 32, 1 << 40
+_FIRST = {name: number for number, name in enumerate(kind for kind in KINDS if kind not in LATER)}
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,13 @@ class Context:
         return out
 
 
-@cache
+# Not cached by a decorator: what operations call goes to other machines by value, where such a function could not.
 def _salt(site: str, layer: int | None, stack: str | None) -> int:
     name, number, own = key_of(site, layer, stack)
     beyond = 0 if own is None else (STACKS.index(own) + 1) * _STACK
     if name in LATER:
         return beyond + (LATER.index(name) + 1) * _BEYOND + number
-    first = [kind for kind in KINDS if kind not in LATER]
-    return beyond + first.index(name) + len(first) * (number + 1)
+    return beyond + _FIRST[name] + len(_FIRST) * (number + 1)
 
 
 def with_references(ctx: Context, references: tuple[Reference | None, ...]) -> Context:

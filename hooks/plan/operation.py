@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,12 +12,6 @@ from .encoding import Put
 from .sites import same
 
 Value = Tensor | float
-
-
-@cache
-def _names_of(op: type) -> tuple[str, ...]:
-    """The parameters that operations of a class have."""
-    return tuple(f.name for f in fields(op))
 
 
 class Op:
@@ -68,7 +61,7 @@ class Op:
 
     def parameters(self) -> dict[str, Any]:
         """The function's parameters by name."""
-        return {name: getattr(self, name) for name in _names_of(type(self))}
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def encoded(self, put: Put) -> dict[str, Any]:
         """The operation as data."""
