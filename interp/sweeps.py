@@ -119,8 +119,7 @@ def sweep(
     # The first two worlds are the base itself, and the base computed again: what the second changes is rounding.
     todo = stream.remaining()
     reads, spans = _all_reads(bound)
-    # What an interrupted sweep has left; what is run now is run once.
-    known = stream.done.copy()
+    known = stream.done.copy()  # what an interrupted sweep has left; what is run now is run once
     choice = None if todo else choose(model, [], executor)
     hidden = None if progress is None else not progress
     bar = tqdm(total=len(cells), initial=stream.complete(), disable=hidden, unit="cell", leave=False)

@@ -87,11 +87,9 @@ class Site:
             raise SiteError(f"a layer is an int, not {self.layer!r}")
         for axis in (HEAD, POS, KEY, DIM):
             value = getattr(self, axis)
-            if value is None:
-                continue
-            if axis not in kind.axes:
+            if value is not None and axis not in kind.axes:
                 raise SiteError(f"site {self.name!r} has axes {kind.axes}: it cannot be restricted by {axis}={value!r}")
-            if type(value) is not int:
+            if value is not None and type(value) is not int:
                 object.__setattr__(self, axis, _index(axis, value))
 
     @property
