@@ -179,8 +179,9 @@ def _run_group(job: Job, members: Sequence[int]) -> Iterator[Outcomes]:
             continue
         run_base(base)
         beside, differs = _tapes_beside(base, sources)
+        tapes = {**fixed, **beside}
         for chosen in chain(ahead, chunks):
-            found = run_against(base, [mine[i] for i in chosen], {**fixed, **beside}, differs, job.seed)
+            found = run_against(base, [mine[i] for i in chosen], tapes, differs, job.seed)
             yield Outcomes(tuple(members[i] for i in chosen), window, found.values, found.records)
 
 
